@@ -1,0 +1,1 @@
+"""The command line, installed as ``lowrank_ft_cli``."""

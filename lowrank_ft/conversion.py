@@ -1,0 +1,183 @@
+"""Convert a model in memory: dense linears become factored ones, and back.
+
+    convert          W        -> U, V             (plus a guide that holds what U V dropped, to fine-tune with)
+    attach_guides    U, V, W  -> U, V and a guide (a compact checkpoint that goes on training)
+    merge            U, V     -> W = U V          (a plain dense model again)
+
+All work in place, linear by linear, so memory grows by one linear at a time; all need torch alone.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lowrank_ft import checkpoint_format
+from lowrank_ft.errors import PlanError
+from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers
+from lowrank_ft.plan import Plan, make_plan
+from lowrank_ft.schedule import require_choice
+from lowrank_ft.solvers import Factors, singular_values, truncated_svd
+from lowrank_ft.targets import LinearSpec, Patterns, is_linear
+
+Solver = Callable[[Tensor, int, str], Factors]
+METHODS: dict[str, Solver] = {"svd": truncated_svd}
+
+
+def convert(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    rank: int | float | None = None,
+    param_ratio: float | None = None,
+    energy: float | None = None,
+    rank_pattern: Mapping[str, int | float] | None = None,
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+    guide: str | None = None,
+    method: str = "svd",
+    progress: bool = False,
+) -> Plan:
+    """Replace linears of ``model`` by their factors, in place.
+
+    Args:
+        model: a dense model. Parameters that are not factorized keep their identity.
+        plan: what to do; without one it is made here from ``rank``, ``param_ratio`` or ``energy`` and the patterns.
+        guide: None for the deployed layers, or one of ``GUIDES`` to keep a dense branch for fine-tuning.
+        method: how the factors are found, one of ``METHODS``.
+        progress: show a progress bar on stderr when that is a terminal.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        RankError, TargetError, PlanError: see :func:`make_plan`; or the plan does not fit this model.
+        NonFiniteError: a weight holds NaN or infinity; the message names it. Modules before it are converted already.
+    """
+    require_choice("method", method, tuple(METHODS))
+    if plan is None:
+        plan = make_plan(
+            model,
+            rank=rank,
+            param_ratio=param_ratio,
+            energy=energy,
+            rank_pattern=rank_pattern,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            spectrum=spectrum_of(model),
+        )
+    elif any(v is not None for v in (rank, param_ratio, energy, rank_pattern, target_modules, exclude_modules)):
+        raise PlanError("a plan already says which linears get which rank; give the plan or the options, not both")
+    check_fits(plan, model)
+    bar = tqdm(plan.ranks.items(), desc="factorize", unit="linear", disable=None if progress else True)
+    for name, layer_rank in bar:
+        dense = model.get_submodule(name)
+        weight = dense_weight(dense)
+        layer = factorized(dense, METHODS[method](weight, layer_rank, f"{name}.weight"))
+        _swap(model, name, layer if guide is None else GuidedLowRankLinear.from_lowrank(layer, weight, guide))
+    describe_in_config(model)
+    return plan
+
+
+def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str) -> None:
+    """Put a guide beside every factored linear of ``model``, from the linear of the same name in ``dense_model``.
+
+    Raises:
+        PlanError: the dense model lacks one of the linears, or has it in another shape.
+    """
+    for name, layer in list(lowrank_layers(model)):
+        weight = _matching_dense_weight(dense_model, name, layer)
+        _swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, guide))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Multiply every ``U @ V`` back into a dense linear of the stock class, in place; guides are dropped.
+
+    Returns:
+        The same model, now loadable by anything that knows the architecture, and as large as it was before.
+    """
+    for name, layer in list(lowrank_layers(model)):
+        _swap(model, name, merged(layer))
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return model
+
+
+def merged(layer: LowRankLinear) -> nn.Module:
+    """The dense linear, ``nn.Linear`` or ``Conv1D``, that computes what ``layer`` computes without its guide."""
+    weight = (layer.U.weight.detach().float() @ layer.V.weight.detach().float()).to(layer.U.weight.dtype)
+    if layer.transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        dense: nn.Module = Conv1D(1, 1)
+        dense.nf, dense.nx = layer.out_features, layer.in_features
+        dense.weight = nn.Parameter(weight.T.contiguous())
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
+    dense.bias = layer.bias
+    return dense.train(layer.training)
+
+
+def factorized(dense: nn.Module, factors: Factors) -> LowRankLinear:
+    """The factored layer that takes the place of ``dense``: its dtype, device, bias and training mode."""
+    layer = LowRankLinear.like(dense, factors.U.shape[1], device="meta")
+    layer.U.weight = nn.Parameter(factors.U.to(dense.weight))
+    layer.V.weight = nn.Parameter(factors.V.to(dense.weight))
+    layer.bias = dense.bias
+    layer.weight = torch.zeros(1, device=dense.weight.device, dtype=dense.weight.dtype)
+    return layer.train(dense.training)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """``W`` as ``(out, in)``, however the module stores it."""
+    return module.weight.detach().T if type(module).__name__ == "Conv1D" else module.weight.detach()
+
+
+def spectrum_of(model: nn.Module) -> Callable[[LinearSpec], Tensor]:
+    """For plans by energy: the singular values of a linear of ``model``."""
+    return lambda spec: singular_values(model.get_submodule(spec.name).weight, f"{spec.name}.weight")
+
+
+def check_fits(plan: Plan, model: nn.Module) -> None:
+    """Raise a PlanError unless every linear of the plan is in the model, dense, and of the planned shape."""
+    modules = dict(model.named_modules())
+    for p in plan.linears:
+        module = modules.get(p.name)
+        if module is None or not is_linear(module):
+            found = "no such module" if module is None else type(module).__name__
+            raise PlanError(f"the plan names {p.name}, but the model has {found} there; make the plan from this model")
+        if tuple(dense_weight(module).shape) != p.shape:
+            raise PlanError(f"{p.name} is {tuple(dense_weight(module).shape)} in the model and {p.shape} in the plan")
+
+
+def describe_in_config(model: nn.Module, base_model: str | None = None) -> None:
+    """Write the ranks into ``model.config``, so that a plain ``save_pretrained`` makes a checkpoint that loads."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        base_model = base_model or getattr(config, "_name_or_path", None) or None
+        ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
+        config.quantization_config = checkpoint_format.quantization_config(ranks, base_model)
+
+
+def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _matching_dense_weight(dense_model: nn.Module, name: str, layer: LowRankLinear) -> Tensor:
+    modules = dict(dense_model.named_modules())
+    prefix = getattr(dense_model, "base_model_prefix", "")
+    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        module = modules.get(candidate)
+        if module is not None and is_linear(module):
+            weight = dense_weight(module)
+            if tuple(weight.shape) == (layer.out_features, layer.in_features):
+                return weight
+            raise PlanError(
+                f"{name} is {(layer.out_features, layer.in_features)}, but {tuple(weight.shape)} in the guide model; "
+                "the guide must be the dense model that the checkpoint was converted from"
+            )
+    raise PlanError(f"the guide model has no dense linear {name}; give the model that the checkpoint came from")

@@ -1,0 +1,157 @@
+"""Self-guided training: a dense branch, the *guide*, whose share ``alpha`` falls from 1 to 0.
+
+    dense, frozen    y = alpha * W x + (1 - alpha) * U (V x) + bias        Wei et al. 2024, arXiv 2407.09835
+    residual         y = U (V x) + alpha * R x + bias,   R = W - U0 V0
+
+``dense`` trains ``W`` (the paper); ``frozen`` does not. ``residual`` holds the part of the pretrained weight that the
+factors dropped: at alpha = 1 it is exactly the pretrained function, with full gradients to both factors from the first
+step. All three are exactly the compact layer at alpha = 0, and ``end_guidance`` then drops the guide for good.
+
+``alpha`` is no LoRA ``lora_alpha``: it is a share, the same for every layer, a function of the global step.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank_ft.nn.lowrank_linear import LowRankLinear
+from lowrank_ft.schedule import require_choice
+from lowrank_ft.solvers import working_dtype
+
+GUIDES = ("residual", "frozen", "dense")
+
+
+class GuideLinear(nn.Module):
+    """The guide's matrix ``(out, in)``, without bias. A class of its own so that FSDP can make it a unit.
+
+    A frozen guide is a Parameter without gradient rather than a buffer: DDP re-broadcasts buffers at every step, and
+    FSDP does not shard them.
+    """
+
+    def __init__(self, weight: Tensor, trainable: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=trainable)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"in_features={in_features}, out_features={out_features}, trainable={self.weight.requires_grad}"
+
+
+class GuidedLowRankLinear(LowRankLinear):
+    """A :class:`LowRankLinear` with a guide. Once the guide is dropped it computes exactly what its parent does.
+
+    Attributes:
+        guide: the dense branch, or None after :meth:`drop_guide`.
+        kind: one of ``GUIDES``.
+        alpha: share of the guide, a float32 scalar buffer of its own in every layer. It is not saved: it follows from
+            the step. A tensor rather than a number, so that a compiled graph does not change as it moves.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.guide: GuideLinear | None = None
+        self.kind = "residual"
+        self.guide_enabled = True
+        self.register_buffer("alpha", torch.ones((), dtype=torch.float32, device=self.weight.device), persistent=False)
+
+    @classmethod
+    def from_lowrank(cls, layer: LowRankLinear, dense_weight: Tensor, kind: str) -> "GuidedLowRankLinear":
+        """Put a guide beside the factors of ``layer``, whose parameters are shared, not copied.
+
+        Args:
+            dense_weight: ``W (out, in)``; for ``residual`` the product of the present factors is taken off.
+            kind: one of ``GUIDES``.
+        """
+        require_choice("guide", kind, GUIDES)
+        meta = {"device": "meta", "dtype": layer.weight.dtype}
+        has_bias = layer.bias is not None
+        guided = cls(layer.in_features, layer.out_features, layer.rank, has_bias, layer.transposed, **meta)
+        guided.V, guided.U, guided.bias = layer.V, layer.U, layer.bias
+        guided.weight = layer.weight
+        guided.alpha = torch.ones((), dtype=torch.float32, device=layer.weight.device)
+        guided.kind = kind
+        weight = dense_weight.detach().to(layer.U.weight)
+        if kind == "residual":
+            work = working_dtype(layer.U.weight.device)
+            product = layer.U.weight.detach().to(work) @ layer.V.weight.detach().to(work)
+            weight = (dense_weight.detach().to(product) - product).to(layer.U.weight)
+        guided.guide = GuideLinear(weight.clone(memory_format=torch.contiguous_format), trainable=kind == "dense")
+        return guided.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.guide is None or not self.guide_enabled:
+            return super().forward(x)
+        y, guided = self.U(self.V(x)), self.guide(x)
+        if self.kind == "residual":
+            y = y + self.alpha * guided
+        else:
+            y = self.alpha * guided + (1 - self.alpha) * y
+        return y if self.bias is None else y + self.bias
+
+    def set_alpha(self, alpha: float) -> None:
+        self.alpha.fill_(alpha)
+
+    def drop_guide(self) -> list[nn.Parameter]:
+        """Remove the guide; return its parameters, so that the caller can clear their optimizer state."""
+        parameters = [] if self.guide is None else list(self.guide.parameters())
+        self.guide = None
+        return parameters
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedLowRankLinear":
+        super()._apply(fn, recurse)
+        if self.alpha.dtype != torch.float32:  # .to(bfloat16) would round the schedule
+            self.alpha = self.alpha.float()
+        return self
+
+
+def guided_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers that still carry a guide: anything with ``set_alpha`` and ``drop_guide`` whose ``guide`` is not None."""
+    for name, module in model.named_modules():
+        if hasattr(module, "drop_guide") and getattr(module, "guide", None) is not None:
+            yield name, module
+
+
+def set_alpha(model: nn.Module, alpha: float) -> None:
+    """Set the share of the guide, 0 to 1, in every guided layer."""
+    for _, layer in guided_layers(model):
+        layer.set_alpha(alpha)
+
+
+def end_guidance(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Drop every guide from the model, and its state from the optimizer, in place.
+
+    ``U``, ``V`` and their optimizer state are untouched. Parameter groups keep their number and order (a group of
+    guides stays behind empty), because resuming needs the same groups on both sides.
+
+    Returns:
+        Bytes of parameters that were let go, gradients and optimizer state not counted.
+    """
+    dropped = [p for _, layer in list(guided_layers(model)) for p in layer.drop_guide()]
+    if optimizer is not None and dropped:
+        gone = {id(p) for p in dropped}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in dropped:
+            optimizer.state.pop(parameter, None)
+    return sum(p.numel() * p.element_size() for p in dropped)
+
+
+@contextmanager
+def compact_view(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its export would: the guides are skipped, at no cost, and come back after."""
+    layers = [layer for _, layer in guided_layers(model)]
+    for layer in layers:
+        layer.guide_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.guide_enabled = True

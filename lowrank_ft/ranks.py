@@ -1,0 +1,104 @@
+"""Arithmetic of ranks: what a factorization costs, and which rank a budget buys.
+
+A linear of shape ``(out, in)`` has ``out * in`` parameters; factored at rank ``r`` it has ``r * (out + in)``.
+Both count the same multiply-adds per token. The two are equal at the break-even rank ``out * in / (out + in)``;
+at or above it nothing is saved.
+"""
+
+import math
+from collections.abc import Sequence
+
+from lowrank_ft.errors import RankError
+
+Shape = tuple[int, int]
+"""``(out_features, in_features)``"""
+
+
+def dense_parameters(shape: Shape) -> int:
+    return shape[0] * shape[1]
+
+
+def factored_parameters(shape: Shape, rank: int) -> int:
+    return rank * (shape[0] + shape[1])
+
+
+def break_even_rank(shape: Shape) -> float:
+    """The rank, seldom whole, at which the factored form is as large as the dense one."""
+    return shape[0] * shape[1] / (shape[0] + shape[1])
+
+
+def largest_saving_rank(shape: Shape) -> int:
+    """The largest rank that still saves parameters; 0 where even rank 1 saves none."""
+    return math.ceil(break_even_rank(shape)) - 1
+
+
+def resolve_rank(rank: int | float, shape: Shape, name: str) -> int:
+    """Turn a rank (int) or a fraction of full rank (float in (0, 1]) into a checked rank for one linear.
+
+    Raises:
+        RankError: not positive, a fraction above 1, or above ``min(out, in)``.
+    """
+    full = min(shape)
+    if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
+        raise RankError(f"rank {rank!r} for {name} is not a number; give an int, or a fraction of full rank in (0, 1]")
+    if rank <= 0:
+        raise RankError(f"rank {rank} for {name} is not positive; ranks are 1 to {full} for shape {shape}")
+    if isinstance(rank, float):
+        if rank > 1:
+            raise RankError(f"fraction {rank} for {name} is above 1; give a fraction of full rank in (0, 1], or an int")
+        return max(1, round(rank * full))
+    if rank > full:
+        saving = largest_saving_rank(shape)
+        hint = f"ranks up to {saving} save parameters" if saving else "no rank saves parameters there"
+        raise RankError(f"rank {rank} exceeds min(out_features, in_features)={full} for {name} {shape}; {hint}")
+    return rank
+
+
+def check_fraction(what: str, value: float) -> None:
+    """Raise a RankError unless ``0 < value <= 1``."""
+    if not 0 < value <= 1:
+        raise RankError(f"{what} {value} is out of range; it must be above 0 and at most 1")
+
+
+def ranks_for_param_ratio(shapes: Sequence[Shape], param_ratio: float, multiple: int = 8) -> list[int]:
+    """Ranks that spend the same share of parameters on every linear, within one global budget.
+
+    Each rank is ``param_ratio * out * in / (out + in)`` rounded down to a multiple of ``multiple`` (tensor cores and
+    grouped kernels want multiples of 8; a matrix too narrow for that gets a smaller multiple). What the rounding left
+    over is then spent one multiple at a time, on the linears that lost the largest share of their rank first.
+
+    Returns:
+        One rank per shape, each at least 1; their total is at most ``param_ratio`` of the dense parameters wherever
+        rank 1 everywhere fits.
+    """
+    check_fraction("param ratio", param_ratio)
+    budget = math.floor(param_ratio * sum(dense_parameters(s) for s in shapes) + 1e-9)
+    ideal = [param_ratio * break_even_rank(s) for s in shapes]
+    # A multiple coarser than a quarter of the rank would distort a small matrix more than alignment gains.
+    steps = [max(1, min(multiple, 2 ** int(math.log2(max(1.0, i / 4))))) for i in ideal]
+    ranks = [max(1, int(i / s + 1e-9) * s) for i, s in zip(ideal, steps, strict=True)]
+    left = budget - sum(factored_parameters(s, r) for s, r in zip(shapes, ranks, strict=True))
+    by_loss = sorted(range(len(shapes)), key=lambda i: (ranks[i] - ideal[i]) / ideal[i])
+    for i in by_loss:
+        price = factored_parameters(shapes[i], steps[i])
+        if ranks[i] < ideal[i] and price <= left and ranks[i] + steps[i] <= min(shapes[i]):
+            ranks[i] += steps[i]
+            left -= price
+    return ranks
+
+
+def rank_for_energy(singular_values: Sequence[float], energy: float) -> int:
+    """The smallest rank whose singular values hold at least ``energy`` of the sum of squares.
+
+    Raises:
+        RankError: ``energy`` is not in (0, 1].
+    """
+    check_fraction("energy", energy)
+    squares = [s * s for s in singular_values]
+    total = math.fsum(squares)
+    kept = 0.0
+    for rank, square in enumerate(squares, start=1):
+        kept += square
+        if kept >= energy * total * (1 - 1e-12):
+            return rank
+    return len(squares)

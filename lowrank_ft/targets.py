@@ -1,0 +1,164 @@
+"""Which linears to factorize: PEFT's names, and PEFT's matching semantics.
+
+A *linear* is an ``nn.Linear`` or GPT-2's ``Conv1D`` (recognized by its class name, so that this module needs torch
+alone). A string pattern is a regular expression that must match the whole module name; a list holds names that match
+exactly or as a dotted suffix. Where no target is given, the default is every linear of the repeated blocks, never an
+embedding or the output head.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowrank_ft.errors import TargetError
+from lowrank_ft.ranks import Shape
+
+ALL_LINEAR = "all-linear"
+Patterns = str | Sequence[str]
+
+# A router or gate with a handful of outputs has nothing to factorize; it is a target only when it is named.
+_NARROWEST_DEFAULT_TARGET = 8
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Name and shape of one linear.
+
+    Attributes:
+        name: dotted path from the root of the model.
+        shape: ``(out_features, in_features)``.
+        bias: whether it has one.
+        transposed: whether its weight is stored ``(in, out)``, as ``Conv1D`` does.
+    """
+
+    name: str
+    shape: Shape
+    bias: bool
+    transposed: bool = False
+
+
+def is_linear(module: nn.Module) -> bool:
+    # Exact classes only: subclasses (quantized, parametrized, masked linears) own their weights' meaning.
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def linear_spec(name: str, module: nn.Module) -> LinearSpec:
+    transposed = type(module).__name__ == "Conv1D"
+    rows, columns = module.weight.shape
+    shape = (columns, rows) if transposed else (rows, columns)
+    return LinearSpec(name, shape, module.bias is not None, transposed)
+
+
+def find_linears(model: nn.Module) -> list[LinearSpec]:
+    """Every linear of ``model``, in module order; works on the meta device."""
+    return [linear_spec(name, m) for name, m in model.named_modules() if name and is_linear(m)]
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or dotted suffixes."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def pattern_value(name: str, table: dict[str, int | float]) -> int | float | None:
+    """The value of the first key of a ``rank_pattern`` that matches ``name``: a regular expression for its tail."""
+    for pattern, value in table.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return None
+
+
+def select_targets(
+    model: nn.Module,
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+) -> list[LinearSpec]:
+    """The linears to factorize, in module order.
+
+    Raises:
+        TargetError: a pattern matches no linear, is no valid regular expression, everything is excluded, or a target
+            shares its weight with another module (a tied output head).
+    """
+    linears = find_linears(model)
+    if not linears:
+        raise TargetError(f"{type(model).__name__} has no nn.Linear or Conv1D module; there is nothing to factorize")
+    _check_patterns("--target-modules", target_modules, linears)
+    _check_patterns("--exclude-modules", exclude_modules, linears)
+    if target_modules is None:
+        chosen = [s for s in linears if _in_repeated_block(model, s) and not _is_output_head(model, s)]
+        if not chosen:
+            names = _leaf_names(linears)
+            raise TargetError(f"{type(model).__name__} has no repeated blocks; name --target-modules out of {names}")
+    elif target_modules == ALL_LINEAR:
+        chosen = [s for s in linears if not _is_output_head(model, s)]
+    else:
+        chosen = [s for s in linears if matches(s.name, target_modules)]
+    if exclude_modules:
+        chosen = [s for s in chosen if not matches(s.name, exclude_modules)]
+        if not chosen:
+            raise TargetError(f"--exclude-modules {_show(exclude_modules)} removes every target; nothing is left")
+    _refuse_tied(model, chosen)
+    return chosen
+
+
+def _in_repeated_block(model: nn.Module, spec: LinearSpec) -> bool:
+    if min(spec.shape) < _NARROWEST_DEFAULT_TARGET:
+        return False
+    parent, path = model, spec.name.split(".")
+    for part in path:
+        if isinstance(parent, nn.ModuleList):
+            return True
+        parent = getattr(parent, part)
+    return False
+
+
+def _is_output_head(model: nn.Module, spec: LinearSpec) -> bool:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    return head is not None and model.get_submodule(spec.name) is head
+
+
+def _refuse_tied(model: nn.Module, chosen: list[LinearSpec]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    # transformers carries tying out once weights are loaded, so on the meta device it has to be read as declared.
+    tied_keys = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for spec in chosen:
+        key = f"{spec.name}.weight"
+        others = [n for n in owners.get(id(model.get_submodule(spec.name).weight), []) if n != key]
+        if others or key in tied_keys:
+            partner = others[0].removesuffix(".weight") if others else "the input embedding"
+            raise TargetError(
+                f"{spec.name} shares its weight with {partner}, so it cannot be factorized alone; "
+                f"take it out with --exclude-modules {spec.name.rpartition('.')[2]}, or untie the model first"
+            )
+
+
+def _check_patterns(option: str, patterns: Patterns | None, linears: list[LinearSpec]) -> None:
+    if patterns is None or patterns == ALL_LINEAR:
+        return
+    if isinstance(patterns, str):
+        try:
+            re.compile(patterns)
+        except re.error as error:
+            raise TargetError(f"{option} {patterns!r} is no valid regular expression: {error}") from None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        single = pattern if isinstance(patterns, str) else [pattern]
+        if any(matches(s.name, single) for s in linears):
+            continue
+        near = difflib.get_close_matches(pattern, _leaf_names(linears) + [s.name for s in linears], n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"the linears are {', '.join(_leaf_names(linears))}"
+        raise TargetError(f"{option} {pattern!r} matches no linear of the model; {hint}")
+
+
+def _leaf_names(linears: list[LinearSpec]) -> list[str]:
+    return list(dict.fromkeys(s.name.rpartition(".")[2] for s in linears))
+
+
+def _show(patterns: Patterns) -> str:
+    return patterns if isinstance(patterns, str) else " ".join(patterns)

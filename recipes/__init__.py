@@ -1,0 +1,1 @@
+"""Training scripts, installed as ``lowrank_ft_recipes`` so that ``lowrank-ft finetune`` finds them."""
