@@ -1,0 +1,31 @@
+"""Fine-tune a Hugging Face model into a smaller one.
+
+Importing this package registers the loader of compact checkpoints with transformers and the method ``lowrank`` with
+PEFT, so ``AutoModel.from_pretrained`` and ``get_peft_model`` know them. Importing a submodule that needs torch alone
+(``lowrank_ft.solvers``, ``lowrank_ft.nn``) still pays for that; the command line's ``--help`` does not import any of it.
+"""
+
+from lowrank_ft.conversion import attach_guides, convert, merge
+from lowrank_ft.errors import LowRankError
+from lowrank_ft.hub import loader as _loader
+from lowrank_ft.hub.export import save_compact
+from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, end_guidance, set_alpha
+from lowrank_ft.plan import Plan, make_plan
+
+_loader.register()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GuidedLowRankLinear",
+    "LowRankError",
+    "LowRankLinear",
+    "Plan",
+    "attach_guides",
+    "convert",
+    "end_guidance",
+    "make_plan",
+    "merge",
+    "save_compact",
+    "set_alpha",
+]

@@ -1,0 +1,113 @@
+"""Write a compact checkpoint: safetensors, config, tokenizer, the loader for people without this package, a card.
+
+The folder loads with ``AutoModel`` after ``import lowrank_ft``, or with ``trust_remote_code=True`` where the package
+is not installed. Without either, loading stops with an error.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_ft.conversion import describe_in_config
+from lowrank_ft.hub.model_card import model_card
+from lowrank_ft.hub.output import whole_folder
+from lowrank_ft.hub.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
+from lowrank_ft.hub.source import check_finite
+from lowrank_ft.nn import lowrank_layers
+
+# What makes a tokenizer or processor; taken along as it is, byte for byte.
+_COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "1_Pooling", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def save_compact(
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    *,
+    companions_from: Path | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    results: Mapping[str, object] | None = None,
+    command: str | None = None,
+) -> None:
+    """Write ``model`` without its guides as a compact checkpoint; the folder appears whole or not at all.
+
+    Args:
+        companions_from: a folder whose tokenizer and processor files are copied along.
+        base_model: where the dense weights came from; kept in the config for later guided fine-tuning.
+        results: rows for the model card, name to value.
+        command: the command line that made it, for the model card.
+
+    Raises:
+        NonFiniteError: a weight holds NaN or infinity, as after a diverged training.
+        OutputError: the folder may not be written.
+    """
+    check_finite(model)
+    describe_in_config(model, base_model)
+    with whole_folder(output_dir, overwrite) as folder:
+        _save(model, folder, compact_state_dict(model), max_shard_size, shipped_code=True)
+        (folder / PLUGIN_FILE).write_text(plugin_source(), encoding="utf-8")
+        copy_companions(companions_from, folder)
+        card = model_card(model, base_model=base_model, results=results, command=command)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_dense(
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    *,
+    companions_from: Path | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a merged model as a stock dense checkpoint; the folder appears whole or not at all."""
+    check_finite(model)
+    with whole_folder(output_dir, overwrite) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        copy_companions(companions_from, folder)
+
+
+def compact_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict without guides: what the deployed model holds."""
+    guides = tuple(f"{name}.guide." for name, _ in lowrank_layers(model))
+    state = model.state_dict()
+    return {k: v for k, v in state.items() if not (guides and k.startswith(guides))}
+
+
+def copy_companions(source: Path | None, target: Path) -> None:
+    """Copy tokenizer, processor and licence files that ``target`` does not have yet."""
+    if source is None:
+        return
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if (target / path.name).exists():
+                continue
+            if path.is_dir():
+                shutil.copytree(path, target / path.name)
+            else:
+                shutil.copyfile(path, target / path.name)
+
+
+def _save(
+    model: PreTrainedModel, folder: Path, state: dict[str, Tensor], max_shard_size: str, shipped_code: bool
+) -> None:
+    config = model.config
+    if shipped_code:
+        config.auto_map = {**(getattr(config, "auto_map", None) or {}), **AUTO_MAP}
+    try:
+        # Stock name conversions on save know nothing of factors and would scatter them.
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, save_original_format=False)
+    finally:
+        if shipped_code:
+            kept = {k: v for k, v in config.auto_map.items() if k not in AUTO_MAP}
+            if kept:
+                config.auto_map = kept
+            else:
+                del config.auto_map

@@ -1,0 +1,143 @@
+"""How transformers loads a compact checkpoint: swap modules on the meta device, before weights are read.
+
+``config.json`` keeps the stock ``model_type`` and says ``"quant_method": "lowrank"``; :func:`register` tells
+transformers what that means. The text of this file, with that of ``lowrank_ft.nn.lowrank_linear``, also travels inside
+every exported checkpoint, where ``trust_remote_code=True`` finds it: hence no import of the package but that one.
+"""
+
+from typing import Any
+
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import auto as transformers_registry
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowrank_ft.nn.lowrank_linear import LowRankLinear
+
+METHOD = "lowrank"
+NEWEST_READABLE_FORMAT = 1
+
+
+class LowRankQuantizationConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` entry of a compact checkpoint.
+
+    Args:
+        ranks: module name to rank of every factored linear.
+        format_version: version of the checkpoint format.
+        base_model: where the dense weights came from.
+
+    Raises:
+        ValueError: the checkpoint is of a newer format than this code reads.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        format_version: int = NEWEST_READABLE_FORMAT,
+        base_model: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if format_version > NEWEST_READABLE_FORMAT:
+            raise ValueError(
+                f"this checkpoint has lowrank format version {format_version}, and this code reads up to "
+                f"{NEWEST_READABLE_FORMAT}; run pip install --upgrade lowrank-ft"
+            )
+        self.quant_method = METHOD
+        self.ranks = dict(ranks or {})
+        self.format_version = format_version
+        self.base_model = base_model
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_dict().items() if v is not None}
+
+
+class LowRankQuantizer(HfQuantizer):
+    """Puts a :class:`LowRankLinear` wherever the checkpoint says that a linear is factored."""
+
+    quantization_config: LowRankQuantizationConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise ValueError(
+                "a dense checkpoint cannot be factorized by passing a quantization_config to from_pretrained; "
+                "convert it first: lowrank-ft convert, or lowrank_ft.convert(model, rank=...)"
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        modules = dict(model.named_modules())
+        prefix = model.base_model_prefix
+        for name, rank in self.quantization_config.ranks.items():
+            # A bare AutoModel reads a ForCausalLM checkpoint and the other way round: the prefix comes or goes.
+            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+            found = next((c for c in candidates if c in modules), None)
+            if found is None:
+                if "." in name:  # a head that this class lacks, such as lm_head, is no error; a block's linear is
+                    raise ValueError(f"{type(model).__name__} has no module {name}, which the checkpoint has factored")
+                continue
+            parent, _, leaf = found.rpartition(".")
+            layer = LowRankLinear.like(modules[found], rank, device="meta")
+            setattr(model.get_submodule(parent), leaf, layer)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # From here on this is an ordinary model: with these marks on it, transformers refuses .half(), .to() and
+        # training. The entry in its config stays, so that saving it makes a compact checkpoint again.
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+        for mark in ("hf_quantizer", "quantization_method"):
+            model.__dict__.pop(mark, None)
+        model.__dict__.pop("is_quantized", None)
+        _forget_shipped_code(model.config)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class LowRankAutoConfig(PreTrainedConfig):
+    """What ``auto_map`` of a checkpoint points to: registers the loader, then returns the stock config."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        register(replace=False)
+        kwargs["trust_remote_code"] = False
+        return AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def register(replace: bool = True) -> None:
+    """Teach transformers the ``lowrank`` method; calling it again does no harm.
+
+    Args:
+        replace: take the place of a loader that is registered already, as the installed package does with the copy
+            that a checkpoint brought along.
+    """
+    configs = transformers_registry.AUTO_QUANTIZATION_CONFIG_MAPPING
+    quantizers = transformers_registry.AUTO_QUANTIZER_MAPPING
+    if replace or METHOD not in quantizers:
+        configs[METHOD] = LowRankQuantizationConfig
+        quantizers[METHOD] = LowRankQuantizer
+
+
+def _forget_shipped_code(config: PreTrainedConfig) -> None:
+    """Drop the pointer to a checkpoint's own copy of this file: ``save_pretrained`` would not copy the file along."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    kept = {k: v for k, v in auto_map.items() if not str(v).endswith(LowRankAutoConfig.__name__)}
+    if kept:
+        config.auto_map = kept
+    elif auto_map:
+        del config.auto_map
+
+

@@ -1,0 +1,94 @@
+"""Output folders that appear whole or not at all."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lowrank_ft.errors import OutputError
+
+# What an output folder of this package holds; --overwrite replaces nothing else.
+_OWN_FILES = ("config.json", "adapter_config.json", "trainer_state.json", "metrics.jsonl", "config.yaml")
+
+
+def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path | None = None) -> None:
+    """Refuse, before any work is done, a folder that may not be written.
+
+    Args:
+        overwrite: an earlier output may be replaced; any other folder with files in it may not.
+        keep: the source of the conversion, which must not be inside the output.
+
+    Raises:
+        OutputError: the path is a file, or a folder with content and without leave to replace it, or holds ``keep``.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"--output-dir {path} is a file; name a folder")
+    if keep is not None and Path(keep).exists() and Path(keep).resolve().is_relative_to(path.resolve()):
+        raise OutputError(f"--output-dir {path} holds the source {keep}; write somewhere else")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"--output-dir {path} is not empty; name another folder, or add --overwrite to replace it")
+    if not any((path / name).exists() for name in _OWN_FILES):
+        raise OutputError(f"--output-dir {path} holds files but no checkpoint; --overwrite replaces checkpoints only")
+
+
+@contextmanager
+def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Write into a hidden folder beside ``path``; it takes the name ``path`` only when the block ends well.
+
+    After an error, a full disk or an interrupt, nothing is left and an earlier folder is as it was.
+
+    Raises:
+        OutputError: see :func:`check_output_dir`; or the disk is full.
+    """
+    path = Path(path)
+    check_output_dir(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another --output-dir") from error
+    try:
+        yield draft
+        _take_place(draft, path)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OutputError) or not _is_write_failure(error):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise OutputError(
+            f"writing {path} failed ({error}); {free:.1f} GiB are free there. Nothing was left behind; "
+            "free some space or choose another --output-dir"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _take_place(draft: Path, path: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    draft.chmod(0o777 & ~umask)  # mkdtemp makes it private; the result should be like any other folder
+    if not path.exists():
+        os.replace(draft, path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
+    os.replace(path, aside / "old")
+    try:
+        os.replace(draft, path)
+    except BaseException:
+        os.replace(aside / "old", path)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_write_failure(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+    return "os error" in str(error).lower() or "i/o" in str(error).lower()

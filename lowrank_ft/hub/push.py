@@ -1,0 +1,64 @@
+"""Push a finished folder to the Hub."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub import errors as hub_errors
+
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, OutputError
+from lowrank_ft.hub.source import Source, first_line
+
+_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_NOT_FOR_THE_HUB = [*_UNSAFE, "checkpoints/*", "checkpoints/**", ".*"]
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Create the repository if need be and upload the folder: safetensors, configs, tokenizer, loader, card.
+
+    Training checkpoints and pickles inside it stay here.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: the folder is not a whole checkpoint.
+        OutputError: the Hub refuses.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(f"{folder} is not a folder; push what convert or finetune wrote")
+    if not (folder / "adapter_config.json").is_file():
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise CheckpointNotFoundError(f"{folder} has no config.json; push what convert or finetune wrote")
+        try:
+            json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{config_file} is no valid JSON: {error}") from error
+        Source(str(folder)).tensors()
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or "Upload low-rank model",
+            ignore_patterns=_NOT_FOR_THE_HUB,
+        )
+    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
+        raise OutputError(
+            f"pushing to {repo_id} failed: {first_line(error)}; run hf auth login with a token that may write there"
+        ) from error
+    return str(commit.commit_url)
