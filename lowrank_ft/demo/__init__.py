@@ -1,1 +1,1 @@
-""""""
+"""The whole path on a small model and a text that need no network."""

@@ -16,7 +16,7 @@ from lowrank_ft.hub.model_card import model_card
 from lowrank_ft.hub.output import whole_folder
 from lowrank_ft.hub.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
 from lowrank_ft.hub.source import check_finite
-from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn import compact_state_dict
 
 # What makes a tokenizer or processor; taken along as it is, byte for byte.
 _COMPANIONS = (
@@ -36,6 +36,7 @@ def save_compact(
     max_shard_size: str = "5GB",
     results: Mapping[str, object] | None = None,
     command: str | None = None,
+    keep_existing: bool = False,
 ) -> None:
     """Write ``model`` without its guides as a compact checkpoint; the folder appears whole or not at all.
 
@@ -44,6 +45,7 @@ def save_compact(
         base_model: where the dense weights came from; kept in the config for later guided fine-tuning.
         results: rows for the model card, name to value.
         command: the command line that made it, for the model card.
+        keep_existing: the folder is that of a training run, whose other files stay.
 
     Raises:
         NonFiniteError: a weight holds NaN or infinity, as after a diverged training.
@@ -51,7 +53,7 @@ def save_compact(
     """
     check_finite(model)
     describe_in_config(model, base_model)
-    with whole_folder(output_dir, overwrite) as folder:
+    with whole_folder(output_dir, overwrite, keep_existing) as folder:
         _save(model, folder, compact_state_dict(model), max_shard_size, shipped_code=True)
         (folder / PLUGIN_FILE).write_text(plugin_source(), encoding="utf-8")
         copy_companions(companions_from, folder)
@@ -72,13 +74,6 @@ def save_dense(
     with whole_folder(output_dir, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_companions(companions_from, folder)
-
-
-def compact_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict without guides: what the deployed model holds."""
-    guides = tuple(f"{name}.guide." for name, _ in lowrank_layers(model))
-    state = model.state_dict()
-    return {k: v for k, v in state.items() if not (guides and k.startswith(guides))}
 
 
 def copy_companions(source: Path | None, target: Path) -> None:

@@ -139,5 +139,3 @@ def _forget_shipped_code(config: PreTrainedConfig) -> None:
         config.auto_map = kept
     elif auto_map:
         del config.auto_map
-
-

@@ -55,9 +55,7 @@ def model_card(
         "param ratio of the factored linears": f"{factored / dense:.3f}" if dense else "-",
         **(results or {}),
     }
-    data = ModelCardData(
-        base_model=hub_id, library_name="transformers", tags=["lowrank-ft", "low-rank", "compressed"]
-    )
+    data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["lowrank-ft", "low-rank", "compressed"])
     auto_class = "AutoModelForCausalLM" if type(model).__name__.endswith("ForCausalLM") else "AutoModel"
     text = _TEMPLATE.format(
         card_data=data.to_yaml(),

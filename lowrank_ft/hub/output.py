@@ -40,16 +40,22 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
 
 
 @contextmanager
-def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool = False) -> Iterator[Path]:
     """Write into a hidden folder beside ``path``; it takes the name ``path`` only when the block ends well.
 
     After an error, a full disk or an interrupt, nothing is left and an earlier folder is as it was.
+
+    Args:
+        overwrite: see :func:`check_output_dir`.
+        keep_existing: ``path`` is the folder of a run; its other files stay, and ``config.json`` comes last, so that
+            nothing can be loaded before everything is there.
 
     Raises:
         OutputError: see :func:`check_output_dir`; or the disk is full.
     """
     path = Path(path)
-    check_output_dir(path, overwrite)
+    if not keep_existing:
+        check_output_dir(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -57,7 +63,10 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another --output-dir") from error
     try:
         yield draft
-        _take_place(draft, path)
+        if keep_existing and path.exists():
+            _move_in(draft, path)
+        else:
+            _take_place(draft, path)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError) or not _is_write_failure(error):
             raise
@@ -68,6 +77,15 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _move_in(draft: Path, path: Path) -> None:
+    (path / "config.json").unlink(missing_ok=True)
+    for file in sorted(draft.iterdir(), key=lambda p: p.name == "config.json"):
+        target = path / file.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(file, target)
 
 
 def _take_place(draft: Path, path: Path) -> None:

@@ -118,6 +118,13 @@ class Source:
             except ValueError as error:
                 raise CheckpointError(f"{path} is no valid JSON: {error}") from error
             return
+        path = Path(self.name).expanduser()
+        if path.is_file():
+            raise CheckpointNotFoundError(f"{path} is a file; name the folder of the model, or its Hub id")
+        # A Hub id is `model` or `name/model`; anything else, or a name below a folder that exists, means a path.
+        looks_local = self.name.startswith((".", "/", "~")) or len(path.parts) > 2
+        if looks_local or (len(path.parts) == 2 and path.parent.is_dir()):
+            raise CheckpointNotFoundError(f"there is no folder {path}; check the path, or give a Hub id (name/model)")
         self._remote(lambda: hf_hub_download(self.name, "config.json", revision=self.revision, token=self.token))
 
     def _remote_tensors(self) -> dict[str, "TensorInfo"]:
@@ -210,6 +217,16 @@ def model_class(config: Any, name: str, trust_remote_code: bool = False) -> Any:
             f"{name} needs its own Python code ({architecture}); add --trust-remote-code if you trust its author"
         )
     return transformers.AutoModel
+
+
+def check_causal_lm(config: Any, source: Source) -> None:
+    """Raise a CheckpointError unless the checkpoint is a causal language model, the kind that is fine-tuned here."""
+    architecture = (getattr(config, "architectures", None) or ["none"])[0]
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise CheckpointError(
+            f"{source.name} is a {architecture}, and this trains causal language models; convert it without "
+            "fine-tuning, or train it in your own loop (lowrank_ft.convert, get_peft_model)"
+        )
 
 
 def skeleton(config: Any, name: str, trust_remote_code: bool = False) -> PreTrainedModel:

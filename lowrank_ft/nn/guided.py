@@ -155,3 +155,9 @@ def compact_view(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.guide_enabled = True
+
+
+def compact_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without guides: what the deployed model holds."""
+    guides = tuple(f"{name}.guide." for name, _ in guided_layers(model))
+    return {k: v for k, v in model.state_dict().items() if not (guides and k.startswith(guides))}

@@ -1,1 +1,7 @@
-""""""
+"""Fine-tuning on Accelerate while the dense weight is phased out."""
+
+from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments
+from lowrank_ft.training.data import load_data
+from lowrank_ft.training.trainer import Trainer, make_accelerator
+
+__all__ = ["DataArguments", "ModelArguments", "TrainArguments", "Trainer", "load_data", "make_accelerator"]

@@ -1,0 +1,36 @@
+"""``lowrank-ft export``: the compact checkpoint of a training checkpoint, or of a PEFT adapter."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from lowrank_ft.errors import CheckpointNotFoundError
+from lowrank_ft.hub.export import save_compact
+from lowrank_ft.hub.output import check_output_dir
+from lowrank_ft.hub.push import push
+from lowrank_ft.hub.trained import load_adapter, load_training_checkpoint
+from lowrank_ft_cli.options import dtype_of, hub_target
+
+
+def run(options: argparse.Namespace) -> None:
+    folder = Path(options.checkpoint)
+    check_output_dir(options.output_dir, options.overwrite, keep=folder)
+    repo_id = hub_target(options)
+    if (folder / "adapter_config.json").is_file():
+        model, base_model, companions = load_adapter(folder, options.trust_remote_code)
+    elif (folder / "trainer_state.json").is_file():
+        model, base_model, companions = load_training_checkpoint(folder, options.trust_remote_code)
+    else:
+        raise CheckpointNotFoundError(
+            f"{folder} is neither a training checkpoint (trainer_state.json) nor a PEFT adapter (adapter_config.json)"
+        )
+    dtype = dtype_of(options)
+    save_compact(
+        model if dtype == "auto" else model.to(dtype), options.output_dir, companions_from=companions,
+        base_model=base_model, overwrite=options.overwrite, max_shard_size=options.max_shard_size,
+        command=shlex.join(["lowrank-ft", *sys.argv[1:]]),
+    )  # fmt: skip
+    print(Path(options.output_dir))
+    if repo_id is not None:
+        print(push(options.output_dir, repo_id, private=options.private))

@@ -1,0 +1,204 @@
+"""``lowrank-ft``: parse the command line, then import what the chosen command needs.
+
+Nothing heavy is imported before a command is known, so ``--help`` answers at once. Exit codes: 0 done, 1 failed,
+2 wrong usage.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+_DESCRIPTION = """\
+Fine-tune a Hugging Face model into a smaller one.
+
+  lowrank-ft plan    MODEL --param-ratio 0.6                        what would change, what it saves
+  lowrank-ft convert MODEL --param-ratio 0.6 --output-dir compact   factorize every linear of the blocks
+  lowrank-ft finetune --model compact --dataset text.jsonl --output_dir tuned
+  lowrank-ft eval    tuned --data held-out.txt --baseline MODEL     perplexity, size, speed
+  lowrank-ft push    tuned --repo-id me/model
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the ``lowrank-ft`` command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options, passed_on = build_parser().parse_known_args(arguments)
+    if passed_on and options.command != "finetune":
+        build_parser().error(f"unknown arguments: {' '.join(passed_on)}; see lowrank-ft {options.command} --help")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _interrupt)  # so that half-written output is cleaned up
+    try:
+        command = importlib.import_module(f"lowrank_ft_cli.{options.module}")
+        if options.command == "finetune":
+            return int(command.run(options, [a for a in arguments if a != "finetune"]))
+        return int(command.run(options) or 0)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was left behind", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="lowrank-ft", description=_DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action=_Version, help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    def add(name: str, help: str, module: str | None = None, **kwargs: Any) -> argparse.ArgumentParser:  # noqa: A002
+        command = commands.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", parents=[common], allow_abbrev=False, **kwargs
+        )
+        command.set_defaults(module=module or name)
+        return command
+
+    plan = add("plan", "show what would change and what it saves; reads headers, not weights")
+    _model(plan)
+    _size(plan)
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON; convert --plan reads it back")
+
+    convert = add("convert", "factorize a dense checkpoint into a compact one")
+    _model(convert)
+    _size(convert)
+    convert.add_argument("--plan", metavar="FILE", help="ranks from a file that plan --json wrote, edited or not")
+    convert.add_argument("--method", default="svd", help="how the factors are found: svd (default)")
+    _output(convert)
+    _device(convert)
+    _hub(convert)
+
+    add(
+        "finetune", "fine-tune while the dense weight is phased out; starts accelerate launch", add_help=False,
+        usage="lowrank-ft finetune [--config FILE.yaml] [options of recipes/finetune.py] [-- options of accelerate]",
+    )  # fmt: skip
+
+    evaluate = add("eval", "measure perplexity, size and speed on a text", module="evaluate")
+    _model(evaluate)
+    evaluate.add_argument("--data", required=True, help="a text, jsonl or parquet file, or a dataset on the Hub")
+    evaluate.add_argument("--data-split", default="test", help="split of a dataset on the Hub (default: test)")
+    evaluate.add_argument("--data-config", help="configuration of a dataset on the Hub")
+    evaluate.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
+    evaluate.add_argument("--baseline", metavar="MODEL", help="a second model, to compare with")
+    evaluate.add_argument("--block-size", type=int, help="tokens of context (default: 1024, or what the model allows)")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="blocks per forward pass (default: 8)")
+    evaluate.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    _device(evaluate)
+
+    export = add("export", "write the compact checkpoint of a training checkpoint or of a PEFT adapter")
+    export.add_argument("checkpoint", help="a run's checkpoints/step-N folder, or a folder with adapter_config.json")
+    export.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
+    _output(export)
+    _device(export, device=False)
+    _hub(export)
+
+    merge = add("merge", "multiply U V back into dense weights, for software that knows nothing else")
+    _model(merge)
+    _output(merge)
+    _device(merge, device=False)
+
+    push = add("push", "upload a finished checkpoint to the Hub")
+    push.add_argument("folder", help="what convert, finetune or export wrote")
+    push.add_argument("--repo-id", required=True, help="name on the Hub, such as me/llama-lowrank")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", help="branch to push to; made if need be (default: main)")
+    push.add_argument("--commit-message", help="message of the commit")
+    push.add_argument("--token", help="Hub token (default: the stored one)")
+
+    demo = add("demo", "the whole path on a small model that ships with the package; no network needed")
+    demo.add_argument("--output-dir", default="lowrank-ft-demo", help="where to (default: lowrank-ft-demo)")
+    demo.add_argument("--param-ratio", type=float, default=0.6, help="share of the linears to keep (default: 0.6)")
+    demo.add_argument("--max-steps", type=int, default=120, help="optimizer steps of each training (default: 120)")
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--token", help="Hub token (default: the stored one)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
+
+
+def _size(parser: argparse.ArgumentParser) -> None:
+    size = parser.add_argument_group("how much is kept (one of)")
+    size.add_argument("--rank", type=_number, metavar="N", help="the same rank for all, or a fraction of full rank")
+    size.add_argument("--param-ratio", type=float, metavar="F", help="factored over dense parameters: 0.6 removes 40 %%")
+    size.add_argument("--energy", type=float, metavar="F", help="share of the squared singular values; reads weights")
+    which = parser.add_argument_group("which linears (default: all of the repeated blocks)")
+    which.add_argument(
+        "--target-modules", nargs="+", metavar="NAME",
+        help="names or suffixes, as in PEFT; one regular expression for whole names; or all-linear",
+    )  # fmt: skip
+    which.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="names or suffixes that stay dense")
+    which.add_argument(
+        "--rank-pattern", nargs="+", metavar="PATTERN=N", help="ranks of linears that differ, as in PEFT: q_proj=64"
+    )
+    which.add_argument(
+        "--allow-past-break-even", action="store_true", help="factorize linears even where that makes them larger"
+    )
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-dir", required=True, help="folder for the result; it appears whole or not at all")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint there")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
+
+
+def _device(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype (default: its own)"
+    )
+    if device:
+        parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda or mps if there is one)")
+
+
+def _hub(parser: argparse.ArgumentParser) -> None:
+    hub = parser.add_argument_group("Hub")
+    hub.add_argument("--push-to-hub", action="store_true", help="push the result")
+    hub.add_argument("--hub-model-id", help="its name on the Hub, such as me/llama-lowrank")
+    hub.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+def _number(text: str) -> int | float:
+    """``64`` is a rank, ``0.5`` a fraction."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+class _Version(argparse.Action):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(version("lowrank-ft"))
+        parser.exit()
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _one_line(error: Exception) -> str:
+    from lowrank_ft.errors import LowRankError
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, LowRankError):
+        return " ".join(lines)
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'} (--debug shows the traceback)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

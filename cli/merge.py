@@ -1,0 +1,24 @@
+"""``lowrank-ft merge``: a compact checkpoint in, a plain dense one out."""
+
+import argparse
+from pathlib import Path
+
+import lowrank_ft
+from lowrank_ft.errors import CheckpointError
+from lowrank_ft.hub.export import save_dense
+from lowrank_ft.hub.output import check_output_dir
+from lowrank_ft.hub.source import is_compact, load_model
+from lowrank_ft_cli.options import dtype_of, source_of
+
+
+def run(options: argparse.Namespace) -> None:
+    source = source_of(options)
+    check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
+    if not is_compact(source.load_config()):
+        raise CheckpointError(f"{source.name} is dense already; merge takes what convert or finetune wrote")
+    model = lowrank_ft.merge(load_model(source, dtype_of(options)))
+    save_dense(
+        model, options.output_dir, companions_from=source.download(), overwrite=options.overwrite,
+        max_shard_size=options.max_shard_size,
+    )  # fmt: skip
+    print(Path(options.output_dir))

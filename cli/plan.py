@@ -1,0 +1,81 @@
+"""``lowrank-ft plan``: what a conversion would change, from config and headers alone."""
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from math import prod
+
+from lowrank_ft.console import human_bytes, human_count, print_table
+from lowrank_ft.conversion import spectrum_of
+from lowrank_ft.errors import CheckpointError
+from lowrank_ft.hub.source import Source, is_compact, load_model, skeleton
+from lowrank_ft.plan import LinearPlan, Plan, make_plan
+from lowrank_ft.ranks import break_even_rank
+from lowrank_ft_cli.options import size_options, source_of
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I64": 8, "I32": 4}
+
+
+def run(options: argparse.Namespace) -> None:
+    source = source_of(options)
+    config = source.load_config()
+    refuse_compact(config, source)
+    tensors = source.tensors()
+    model = skeleton(config, source.name, source.trust_remote_code)
+    if options.energy is not None:
+        weights = load_model(source)
+        plan = make_plan(weights, **size_options(options), spectrum=spectrum_of(weights))
+    else:
+        plan = make_plan(model, **size_options(options))
+    if options.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+        return
+    print_plan(plan)
+    stored = sum(_BYTES.get(t.dtype, 4) * prod(t.shape) for t in tensors.values())
+    per_parameter = stored / max(1, sum(prod(t.shape) for t in tensors.values()))
+    saved = (plan.model_parameters - plan.converted_model_parameters) * per_parameter
+    print(f"on disk   {human_bytes(stored)} -> about {human_bytes(stored - saved)}")
+
+
+def refuse_compact(config: object, source: Source) -> None:
+    """Raise a CheckpointError where the model is factored already."""
+    if is_compact(config):
+        raise CheckpointError(
+            f"{source.name} is compact already; convert the dense model that it came from, "
+            "or make a dense one of it with lowrank-ft merge"
+        )
+
+
+def print_plan(plan: Plan, to_stderr: bool = False) -> None:
+    """One row for all linears of a kind (same place in every block), then the totals."""
+    kinds: dict[str, list[LinearPlan]] = defaultdict(list)
+    for p in plan.linears:
+        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "*", p.name)].append(p)
+    rows = []
+    for kind, members in kinds.items():
+        ranks = [p.rank for p in members if p.rank is not None]
+        shapes = {p.shape for p in members}
+        low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
+        shown = "dense" if not ranks else str(low) if low == high else f"{low}-{high}"
+        if ranks and len(ranks) < len(members):
+            shown += f" ({len(members) - len(ranks)} dense)"
+        shape = members[0].shape
+        rows.append(
+            (
+                kind, str(len(members)), f"{shape[0]} x {shape[1]}" if len(shapes) == 1 else "various",
+                f"{break_even_rank(shape):.4g}" if len(shapes) == 1 else "", shown,
+                human_count(sum(p.dense_parameters for p in members)), human_count(sum(p.parameters for p in members)),
+            )
+        )  # fmt: skip
+    columns = ("linear", "count", "out x in", "break-even", "rank", "parameters", "after")
+    print_table(columns, rows, to_stderr=to_stderr)
+    before, after = plan.model_parameters, plan.converted_model_parameters
+    stream = sys.stderr if to_stderr else sys.stdout
+    print(f"targeted  {human_count(plan.target_parameters)} -> {human_count(plan.factored_parameters)} parameters"
+          f" (param ratio {plan.param_ratio:.3f})", file=stream)  # fmt: skip
+    print(f"model     {human_count(before)} -> {human_count(after)} parameters ({after / before:.1%})", file=stream)
+    dense = [p for p in plan.linears if p.rank is None]
+    if dense:
+        print(f"note      {len(dense)} of {len(plan.linears)} stay dense: {dense[0].name}: {dense[0].note}", file=stream)

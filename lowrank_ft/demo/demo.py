@@ -1,0 +1,170 @@
+"""``lowrank-ft demo``: convert, fine-tune with a guide, export, reload in a fresh process; LoRA beside it.
+
+Two trainings of the same length on the same data: the low-rank model with its dense weight phased out, and LoRA on the
+dense model. Learning rates are each method's best of {1e-3, 2e-3, 3e-3} on this model and text.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lowrank_ft.console import human_bytes, human_count, print_table
+from lowrank_ft.conversion import convert
+from lowrank_ft.demo.reload import PROMPT
+from lowrank_ft.demo.text import prose
+from lowrank_ft.errors import CheckpointError
+from lowrank_ft.evaluation import evaluate_blocks, to_blocks
+from lowrank_ft.hub.export import copy_companions, save_compact
+from lowrank_ft.hub.output import check_output_dir, whole_folder
+from lowrank_ft.plan import count_parameters
+from lowrank_ft.training.config import TrainArguments
+from lowrank_ft.training.data import TokenizedData, pack, token_ids
+from lowrank_ft.training.trainer import Trainer
+
+MODEL = Path(__file__).parent / "model"
+BLOCK_SIZE = 256
+LORA_RANK = 16
+LEARNING_RATES = {"low-rank": 2e-3, "LoRA": 3e-3}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table."""
+
+    name: str
+    parameters: int
+    bytes: int
+    perplexity: float
+    tokens_per_second: float
+
+
+def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -> list[Row]:
+    """Run everything below ``output_dir``, print the table on stdout, and leave ``demo.json`` and ``training.png``.
+
+    Raises:
+        OutputError: the folder holds something else.
+        CheckpointError: the reloaded model differs from the one that was exported.
+    """
+    start = time.monotonic()
+    check_output_dir(output_dir, overwrite=(output_dir / "demo.json").is_file())
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
+    train_text, held_out_text = prose()
+    train_data = pack(token_ids(train_text, tokenizer), BLOCK_SIZE)
+    held_out = to_blocks(torch.from_numpy(token_ids(held_out_text, tokenizer)).long(), BLOCK_SIZE)
+    eval_data = pack(held_out[: len(held_out) // 2].flatten().int().numpy(), BLOCK_SIZE)
+    _say(f"model: {MODEL.name}, trained on Python source code; text: Python's help topics, {train_data.ids.size:,} tokens")
+
+    dense = _dense()
+    rows = [_row("dense, as it comes", dense, MODEL, held_out)]
+
+    _say(f"1. convert to param ratio {param_ratio}: lowrank-ft convert")
+    model = _dense()
+    plan = convert(model, param_ratio=param_ratio, progress=True)
+    _save(model, output_dir / "converted")
+    rows.append(_row("converted", model, output_dir / "converted", held_out))
+
+    _say(f"2. fine-tune, {max_steps} steps, the dense weight phased out over the first quarter: lowrank-ft finetune")
+    model = _dense()
+    convert(model, plan, guide="residual")
+    run_dir = output_dir / "run"
+    _train(model, train_data, eval_data, run_dir, max_steps, LEARNING_RATES["low-rank"])
+    if (run_dir / "training.png").exists():
+        (run_dir / "training.png").replace(output_dir / "training.png")
+
+    _say("3. export, and load it again in a fresh process with AutoModelForCausalLM")
+    final = output_dir / "finetuned"
+    _save(model, final)
+    rows.append(_row("fine-tuned low-rank", _reload_here(final), final, held_out))
+    text = _reload_in_fresh_process(final, held_out, rows[-1])
+
+    _say(f"4. for comparison, LoRA r={LORA_RANK} on the dense model, same steps and data")
+    lora = get_peft_model(dense, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"))
+    _train(lora, train_data, None, output_dir / "run-lora", max_steps, LEARNING_RATES["LoRA"])
+    merged = lora.merge_and_unload()
+    with whole_folder(output_dir / "lora-merged", overwrite=True) as folder:
+        merged.to(torch.bfloat16).save_pretrained(folder)
+        copy_companions(MODEL, folder)
+    rows.append(_row(f"LoRA r={LORA_RANK}, merged", merged.float(), output_dir / "lora-merged", held_out))
+
+    seconds = time.monotonic() - start
+    _report(rows, output_dir, text, seconds)
+    return rows
+
+
+def _dense() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(str(MODEL), dtype=torch.float32)
+
+
+def _train(
+    model: Any, train_data: TokenizedData, eval_data: TokenizedData | None, folder: Path, max_steps: int, rate: float
+) -> None:
+    args = TrainArguments(
+        output_dir=str(folder), overwrite_output_dir=True, max_steps=max_steps, learning_rate=rate, weight_decay=0.0,
+        warmup_ratio=0.05, logging_steps=max(1, max_steps // 40), eval_steps=max(1, max_steps // 6), seed=0,
+        load_best_model_at_end=False,
+    )  # fmt: skip
+    Trainer(model, args, train_data, eval_data).train()
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    save_compact(model.to(torch.bfloat16), folder, companions_from=MODEL, base_model="lowrank-ft demo", overwrite=True)
+    model.float()
+
+
+def _reload_here(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+
+
+def _row(name: str, model: PreTrainedModel, folder: Path, held_out: torch.Tensor) -> Row:
+    result = evaluate_blocks(model, held_out, progress=True)
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    return Row(name, count_parameters(model), size, result.perplexity, result.tokens_per_second)
+
+
+def _reload_in_fresh_process(folder: Path, held_out: torch.Tensor, row: Row) -> str:
+    ids = folder.parent / "held-out.pt"
+    torch.save(held_out, ids)
+    command = [sys.executable, "-m", "lowrank_ft.demo.reload", str(folder), str(ids)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CheckpointError(f"{folder} does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    there, here = torch.tensor(answer["loss"]).exp().item(), row.perplexity
+    if abs(there / here - 1) > 1e-4:
+        raise CheckpointError(f"{folder} gives perplexity {there:.4f} in a fresh process, and {here:.4f} here")
+    _say(f"   perplexity {there:.3f} there, {here:.3f} here")
+    return str(answer["text"])
+
+
+def _report(rows: list[Row], output_dir: Path, text: str, seconds: float) -> None:
+    data = {"seconds": round(seconds, 1), "torch_threads": torch.get_num_threads(), "rows": [vars(r) for r in rows]}
+    (output_dir / "demo.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    dense = rows[0]
+    print_table(
+        ("model", "parameters", "of dense", "on disk", "perplexity", "tokens/s"),
+        [
+            (r.name, human_count(r.parameters), f"{r.parameters / dense.parameters:.0%}", human_bytes(r.bytes),
+             f"{r.perplexity:.2f}", f"{r.tokens_per_second:,.0f}")
+            for r in rows
+        ],
+        title="Held-out perplexity on Python's help topics (lower is better)",
+    )  # fmt: skip
+    print(f"fine-tuned low-rank model, greedy: {text!r}" if text.startswith(PROMPT) else text)
+    if (output_dir / "training.png").exists():
+        print(f"picture of loss and alpha: {output_dir / 'training.png'}")
+    else:
+        print('no picture: matplotlib is missing (pip install "lowrank-ft[plot]")')
+    print(f"compact checkpoint: {output_dir / 'finetuned'}   ({seconds:.0f} s in all)")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+"""Load what training left behind, ready to export: a checkpoint of our trainer, or a PEFT adapter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
+from lowrank_ft.hub.source import Source, first_line, load_model, model_class
+
+_GUIDE = ".guide.weight"
+
+
+def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any, Path]:
+    """The compact model of ``checkpoints/step-N``, its base model's name, and the folder with the tokenizer.
+
+    A checkpoint of the guided phase loses its guides: the compact model is what is left at alpha = 0.
+
+    Raises:
+        CheckpointError: the weights are corrupt or do not fit the config beside them.
+    """
+    config = Source(str(folder), trust_remote_code=trust_remote_code).load_config()
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {first_line(error)}") from error
+    tensors = {k: v for k, v in tensors.items() if not k.endswith(_GUIDE)}
+    cls = model_class(config, str(folder), trust_remote_code)
+    dtype = next(v.dtype for v in tensors.values() if v.is_floating_point())
+    model, info = cls.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise CheckpointError(f"{folder} lacks {sorted(info['missing_keys'])[0]}; it is not a whole checkpoint")
+    entry = model.config.quantization_config
+    return model, entry.base_model, folder.resolve().parent.parent
+
+
+def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, str, Path]:
+    """The compact model of a PEFT adapter of type LOWRANK, its base model's name, and that model's folder.
+
+    Raises:
+        CheckpointError: the adapter is of another type.
+        CheckpointNotFoundError: its base model is not named or not there.
+    """
+    from peft import PeftModel
+
+    entry = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if entry.get("peft_type") != "LOWRANK":
+        raise CheckpointError(
+            f"{folder} is a {entry.get('peft_type')} adapter; export takes LOWRANK ones "
+            "(merge the other into its base model, then convert that)"
+        )
+    name = entry.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointNotFoundError(f"{folder}/adapter_config.json names no base model; add base_model_name_or_path")
+    source = Source(name, entry.get("revision"), trust_remote_code)
+    model = PeftModel.from_pretrained(load_model(source), str(folder))
+    return model.base_model.compact_and_unload(), name, source.download()

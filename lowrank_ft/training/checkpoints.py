@@ -1,0 +1,184 @@
+"""Checkpoints to resume from: safetensors and JSON only, bit for bit, whole or not at all.
+
+    checkpoints/step-00000120/
+        model.safetensors       every weight, the guides' too while they are there; tied weights once
+        optimizer.safetensors   AdamW's state under the parameters' names: ``exp_avg.<name>``, ...
+        rng-0.safetensors       random state of process 0, ...
+        config.json             the model's config with its ranks, so that ``lowrank-ft export`` needs nothing else
+        trainer_state.json      step, phase and what must not change between the two runs
+
+Names, not positions, tie state to parameters, so a group that lost its guides cannot shift the others' state.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lowrank_ft.errors import TrainingStateError
+
+FOLDER = "checkpoints"
+STATE_FILE = "trainer_state.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands.
+
+    Attributes:
+        step: completed optimizer steps.
+        guided: whether the checkpoint still holds the guides.
+        best_loss: lowest evaluation loss so far.
+        best_step: where it was reached.
+        must_match: options and data facts on which an exact resume depends.
+        scaler: state of the fp16 gradient scaler; empty without one.
+    """
+
+    step: int
+    guided: bool
+    best_loss: float | None
+    best_step: int | None
+    must_match: dict[str, Any]
+    scaler: dict[str, Any]
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / FOLDER / f"step-{step:08d}"
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    folder = output_dir / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
+
+
+def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The checkpoint that ``--resume-from-checkpoint`` means: ``auto`` is the newest of the run.
+
+    Raises:
+        TrainingStateError: there is none, or the path is not a checkpoint.
+    """
+    if wanted == "auto":
+        found = find_checkpoints(output_dir)
+        if not found:
+            raise TrainingStateError(f"{output_dir / FOLDER} holds no checkpoint to resume from; start without resuming")
+        return found[-1]
+    path = Path(wanted)
+    if not (path / STATE_FILE).is_file():
+        raise TrainingStateError(f"{path} is not a training checkpoint (it has no {STATE_FILE})")
+    return path
+
+
+def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the second and later names of tied weights; contiguous, as safetensors wants them."""
+    seen: set[tuple[Any, ...]] = set()
+    unique = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.device, tensor.dtype)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        unique[name] = tensor.detach().contiguous()
+    return unique
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state, ``<key>.<parameter name>`` to tensor."""
+    names = {p: n for n, p in model.named_parameters()}
+    return {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of :func:`optimizer_tensors`; everything must find its place."""
+    left = dict(tensors)
+    for name, parameter in model.named_parameters():
+        keys = [k for k in left if k.partition(".")[2] == name]
+        if keys:
+            # AdamW keeps its step counter on the CPU, everything else beside the parameter.
+            optimizer.state[parameter] = {
+                (short := k.partition(".")[0]): left.pop(k) if short == "step" else left.pop(k).to(parameter.device)
+                for k in keys
+            }
+    if left:
+        raise TrainingStateError(f"the checkpoint has optimizer state for {next(iter(left))}, which the model lacks")
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy into the model; names must agree exactly, up to tied weights.
+
+    Raises:
+        TrainingStateError: a name on one side only.
+    """
+    own = unique_tensors(model.state_dict())
+    for extra, problem in ((own.keys() - tensors.keys(), "lacks"), (tensors.keys() - own.keys(), "has, unknown here,")):
+        if extra:
+            raise TrainingStateError(
+                f"{where} {problem} {len(extra)} weights, the first being {sorted(extra)[0]}; "
+                "it belongs to another model, rank or phase"
+            )
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        if state[name].shape != tensor.shape:
+            raise TrainingStateError(
+                f"{where}: {name} is {tuple(tensor.shape)}, and {tuple(state[name].shape)} in this run; the ranks differ"
+            )
+        state[name].copy_(tensor)
+
+
+def write_model_and_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState
+) -> None:
+    """All files of a checkpoint but the random state; the main process calls this."""
+    save_file(unique_tensors(model.state_dict()), folder / "model.safetensors")
+    save_file(unique_tensors(optimizer_tensors(model, optimizer)), folder / "optimizer.safetensors")
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_json_file"):
+        config.to_json_file(folder / "config.json", use_diff=True)
+    (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+
+
+def write_rng(folder: Path, rank: int) -> None:
+    """Random state of this process. Training draws from torch alone."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, folder / f"rng-{rank}.safetensors")
+
+
+def read_rng(folder: Path, rank: int) -> bool:
+    """Restore it; False where the checkpoint has none for this process."""
+    path = folder / f"rng-{rank}.safetensors"
+    if not path.is_file():
+        return False
+    states = load_file(path)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    return True
+
+
+def read_state(folder: Path) -> TrainerState:
+    """Raises TrainingStateError where the file is not one that this release wrote."""
+    try:
+        return TrainerState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingStateError(f"{folder / STATE_FILE} cannot be read: {error}") from error
+
+
+def commit(draft: Path, final: Path, keep: int) -> None:
+    """Give a finished draft its name, and remove all but the newest ``keep`` checkpoints."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(draft, final)
+    for old in find_checkpoints(final.parent.parent)[:-keep]:
+        shutil.rmtree(old)

@@ -1,0 +1,116 @@
+"""Options of a fine-tuning run. Names are those of transformers and PEFT where they have one."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.nn import GUIDES
+from lowrank_ft.schedule import ALPHA_SCHEDULES, LR_SCHEDULES, require_choice
+
+
+def _opt(default: Any, help: str) -> Any:  # noqa: A002 (argparse's word)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """What is trained, and what guides it."""
+
+    model: str = _opt("", "compact checkpoint, or a dense one with rank or param_ratio; folder or Hub id")
+    revision: str | None = _opt(None, "branch, tag or commit of the model on the Hub")
+    trust_remote_code: bool = _opt(False, "run Python code that the checkpoint brings")
+    rank: float | None = _opt(None, "rank for a dense model: a whole number, or a fraction of full rank below 1")
+    param_ratio: float | None = _opt(None, "share of the targeted linears' parameters to keep, for a dense model")
+    rank_pattern: dict | None = _opt(None, "pattern to rank, for linears that differ, as in PEFT")
+    target_modules: list[str] | None = _opt(None, "names or suffixes of the linears to factorize, as in PEFT")
+    exclude_modules: list[str] | None = _opt(None, "names or suffixes to leave dense, as in PEFT")
+    guide: str = _opt("residual", f"dense branch that is phased out: {', '.join(GUIDES)}, or none")
+    guide_model: str | None = _opt(None, "dense model of the guide; default: the one the checkpoint was made from")
+    dtype: str = _opt("float32", "dtype of the trained weights: float32, bfloat16, float16")
+    export_dtype: str = _opt("auto", "dtype of the exported weights; auto: that of the source checkpoint")
+
+    def __post_init__(self) -> None:
+        require_choice("guide", self.guide, (*GUIDES, "none"))
+        require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        require_choice("export_dtype", self.export_dtype, ("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    dataset: str = _opt("", "datasets name on the Hub, or a local .txt, .md, .jsonl, .json or .parquet file")
+    dataset_config: str | None = _opt(None, "configuration of a dataset on the Hub")
+    dataset_split: str = _opt("train", "its split")
+    eval_dataset: str | None = _opt(None, "like dataset; default: the last eval_ratio of the training data")
+    eval_split: str = _opt("validation", "split of eval_dataset, if that is on the Hub")
+    eval_ratio: float = _opt(0.1, "share held out for evaluation where there is no eval_dataset; 0: none")
+    text_column: str = _opt("text", "column of plain text")
+    messages_column: str = _opt("messages", "column of chats, a list of {role, content}; used where it exists")
+    block_size: int = _opt(1024, "tokens per packed block, or the most tokens of one chat")
+
+    def __post_init__(self) -> None:
+        _require_range("eval_ratio", self.eval_ratio, 0, 0.9)
+        _require_range("block_size", self.block_size, 2)
+
+
+@dataclass
+class TrainArguments:
+    """How it is trained."""
+
+    output_dir: str = _opt("out/finetuned", "the compact checkpoint; run records go into it too")
+    overwrite_output_dir: bool = _opt(False, "replace what an earlier run left in output_dir")
+    resume_from_checkpoint: str | None = _opt(None, "auto: the newest checkpoint in output_dir; or its path")
+    max_steps: int = _opt(-1, "optimizer steps; -1: num_train_epochs decides")
+    num_train_epochs: float = _opt(1.0, "passes over the data")
+    per_device_train_batch_size: int = _opt(8, "blocks or chats per process and forward pass")
+    per_device_eval_batch_size: int = _opt(8, "likewise in evaluation")
+    gradient_accumulation_steps: int = _opt(1, "forward passes per optimizer step")
+    learning_rate: float = _opt(2e-4, "peak learning rate of AdamW")
+    lr_scheduler_type: str = _opt("cosine", f"decay after the warm-up: {', '.join(LR_SCHEDULES)}")
+    warmup_ratio: float = _opt(0.03, "share of the steps in which the learning rate rises")
+    weight_decay: float = _opt(0.01, "of matrices; vectors have none")
+    adam_beta1: float = _opt(0.9, "AdamW")
+    adam_beta2: float = _opt(0.999, "AdamW")
+    max_grad_norm: float = _opt(1.0, "gradients are clipped to this norm; 0: never")
+    alpha_schedule: str = _opt("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
+    guided_ratio: float = _opt(0.25, "share of the steps in which the guide is there")
+    mixed_precision: str | None = _opt(None, "no, bf16 or fp16; default: what accelerate is configured for")
+    gradient_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
+    seed: int = _opt(42, "order of the data, dropout")
+    logging_steps: int = _opt(10, "steps between two records of the loss")
+    eval_steps: int = _opt(0, "steps between evaluations; 0: only at the end")
+    save_steps: int = _opt(0, "steps between checkpoints to resume from; 0: none")
+    save_total_limit: int = _opt(2, "checkpoints to keep")
+    load_best_model_at_end: bool = _opt(True, "export the weights of the best evaluation rather than the last")
+    report_to: list[str] = _opt([], "trackers of accelerate, such as tensorboard or wandb")
+    run_name: str = _opt("lowrank-ft", "name of the run for the trackers")
+
+    def __post_init__(self) -> None:
+        require_choice("lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULES)
+        require_choice("alpha_schedule", self.alpha_schedule, ALPHA_SCHEDULES)
+        if self.mixed_precision is not None:
+            require_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _require_range(name, getattr(self, name), 1)
+        for name in ("logging_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
+            _require_range(name, getattr(self, name), 0)
+        _require_range("learning_rate", self.learning_rate, 0)
+        _require_range("warmup_ratio", self.warmup_ratio, 0, 1)
+        _require_range("guided_ratio", self.guided_ratio, 0, 1)
+        _require_range("save_total_limit", self.save_total_limit, 1)
+        if self.max_steps == 0 or self.num_train_epochs <= 0:
+            raise ConfigError("max_steps 0 or num_train_epochs 0 trains nothing; give a positive number")
+
+
+def option_names(*classes: type) -> list[str]:
+    """All option names of the dataclasses, for messages about unknown ones."""
+    return [f.name for c in classes for f in fields(c)]
+
+
+def _require_range(name: str, value: float, least: float, most: float | None = None) -> None:
+    if value < least or (most is not None and value > most):
+        allowed = f"{least} or more" if most is None else f"{least} to {most}"
+        raise ConfigError(f"{name} is {value}; it must be {allowed}")

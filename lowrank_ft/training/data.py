@@ -1,0 +1,238 @@
+"""Training data: plain text packed into blocks, or chats with loss on the replies only.
+
+``datasets`` reads every source: a name on the Hub, or a local text, json(l) or parquet file.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+
+from lowrank_ft.errors import DataError
+from lowrank_ft.evaluation import IGNORED
+from lowrank_ft.training.config import DataArguments
+
+_BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+Example = dict[str, Tensor]
+"""``input_ids`` and ``labels``, each ``(length,)``."""
+
+
+@dataclass(frozen=True)
+class TokenizedData(torch.utils.data.Dataset):
+    """Examples in memory, as int32 to halve their size.
+
+    Attributes:
+        ids: token ids of all examples, end to end.
+        starts: ``(examples + 1,)``, where each begins.
+        counted: which tokens carry loss; None means all.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    counted: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        span = slice(self.starts[index], self.starts[index + 1])
+        ids = torch.from_numpy(self.ids[span].astype(np.int64))
+        labels = ids.clone()
+        if self.counted is not None:
+            labels[torch.from_numpy(~self.counted[span])] = IGNORED
+        return {"input_ids": ids, "labels": labels}
+
+    def split(self, held_out: int) -> "tuple[TokenizedData, TokenizedData]":
+        """All but the last ``held_out`` examples, and those."""
+        cut = len(self) - held_out
+        first = TokenizedData(self.ids, self.starts[: cut + 1], self.counted)
+        return first, TokenizedData(self.ids, self.starts[cut:], self.counted)
+
+
+def collate(examples: list[Example]) -> Example:
+    """Pad on the right to the longest; ``(batch, length)``. An attention mask comes only where there is padding."""
+    longest = max(len(e["input_ids"]) for e in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        length = len(example["input_ids"])
+        ids[row, :length] = example["input_ids"]
+        labels[row, :length] = example["labels"]
+        mask[row, :length] = 1
+    batch = {"input_ids": ids, "labels": labels}
+    return batch if bool(mask.all()) else {**batch, "attention_mask": mask}
+
+
+class StepBatches:
+    """Which examples each forward pass of each optimizer step sees: a pure function of seed and step.
+
+    Epoch ``e`` is a permutation drawn from ``seed + e``; the epochs follow each other without a gap. Step ``s`` takes
+    the next ``batch_size * accumulation * world_size`` examples, whichever way they are spread over forward passes
+    and processes, so a resumed run, or one on another number of processes, sees the same examples in the same step.
+    """
+
+    def __init__(
+        self, examples: int, batch_size: int, accumulation: int, seed: int, rank: int, world_size: int, first_step: int
+    ) -> None:
+        self.examples, self.batch_size, self.accumulation = examples, batch_size, accumulation
+        self.seed, self.rank, self.world_size, self.first_step = seed, rank, world_size, first_step
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Endless: ``accumulation`` lists of ``batch_size`` indices for this rank, then those of the next step."""
+        position = (self.first_step * self.accumulation * self.world_size + self.rank) * self.batch_size
+        while True:
+            yield [self._example(position + i) for i in range(self.batch_size)]
+            position += self.world_size * self.batch_size
+
+    def _example(self, position: int) -> int:
+        epoch, offset = divmod(position, self.examples)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.examples, generator=generator)
+        return int(self._order[offset])
+
+
+def load_data(args: DataArguments, tokenizer: Any) -> tuple[TokenizedData, TokenizedData | None]:
+    """The training examples, and the held-out ones if there are any.
+
+    Raises:
+        DataError: the file or dataset does not exist, lacks the column, or has too little text.
+    """
+    train = _tokenized(args, args.dataset, args.dataset_split, tokenizer)
+    if args.eval_dataset:
+        return train, _tokenized(args, args.eval_dataset, args.eval_split, tokenizer)
+    held_out = round(len(train) * args.eval_ratio)
+    if args.eval_ratio > 0 and not 0 < held_out < len(train):
+        raise DataError(
+            f"{args.dataset} gives {len(train)} examples of {args.block_size} tokens, too few to hold out "
+            f"{args.eval_ratio:.0%}; lower --block-size, give an --eval-dataset, or set --eval-ratio 0"
+        )
+    return train.split(held_out) if held_out else (train, None)
+
+
+def read_rows(name: str, split: str = "train", config: str | None = None) -> Dataset:
+    """A dataset by Hub name, or a local file by its path; a text file is one row.
+
+    Raises:
+        DataError: it does not exist, or is of a kind that is not read.
+    """
+    path = Path(name).expanduser()
+    if not name:
+        raise DataError("no dataset is named; give --dataset a Hub name or a .txt, .jsonl or .parquet file")
+    try:
+        if path.is_file():
+            builder = _BUILDERS.get(path.suffix.lower())
+            if builder is None:
+                raise DataError(f"{path} has the ending {path.suffix!r}; the endings read are {', '.join(_BUILDERS)}")
+            if path.stat().st_size == 0:
+                raise DataError(f"{path} is empty")
+            extra = {"sample_by": "document"} if builder == "text" else {}
+            return load_dataset(builder, data_files=str(path), split="train", **extra)
+        if path.suffix.lower() in _BUILDERS or name.startswith((".", "/", "~")):
+            raise DataError(f"there is no file {path}; check the path")
+        return load_dataset(name, config, split=split)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises its own, pyarrow's and the Hub's; all mean that it cannot be read
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(f"the dataset {name} cannot be read: {reason}") from error
+
+
+def token_ids(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
+    """All texts' tokens in one array, an end-of-text token after each where the tokenizer has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces = []
+    for text in texts:
+        # Long documents are meant: the blocks are cut afterwards, so the length warning would mislead.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces.append(np.array(ids + end, dtype=np.int32))
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+
+
+def pack(ids: np.ndarray, block_size: int, name: str = "the data") -> TokenizedData:
+    """Cut into whole blocks of ``block_size``; what is left at the end is dropped.
+
+    Raises:
+        DataError: fewer tokens than one block.
+    """
+    blocks = len(ids) // block_size
+    if blocks == 0:
+        raise DataError(f"{name} has {len(ids)} tokens, less than one block of {block_size}; lower --block-size")
+    return TokenizedData(ids[: blocks * block_size], np.arange(blocks + 1) * block_size)
+
+
+def encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Token ids of a chat in the tokenizer's own template, and which of them belong to the assistant's replies.
+
+    A template that marks replies itself (``{% generation %}``) is believed. Otherwise a reply is the text that the
+    template adds to the chat before it with its generation prompt: what the model will have to write when it serves.
+
+    Raises:
+        DataError: the template is missing, or rewrites earlier turns when a later one is added.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("the tokenizer has no chat template; use one that has, or train on --text-column")
+    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    replies = []
+    for turn, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        if not text.startswith(after) or not after.startswith(before):
+            raise DataError(
+                "the chat template rewrites earlier turns, so replies cannot be told apart; "
+                "use a template with {% generation %} marks"
+            )
+        replies.append((len(before), len(after)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
+    counted = [any(first <= start < last for first, last in replies) for start, _ in offsets]
+    return list(encoded["input_ids"]), counted
+
+
+def _tokenized(args: DataArguments, name: str, split: str, tokenizer: Any) -> TokenizedData:
+    rows = read_rows(name, split, args.dataset_config)
+    columns = rows.column_names
+    if args.messages_column in columns:
+        return _tokenized_chats(rows[args.messages_column], name, tokenizer, args.block_size)
+    if args.text_column not in columns:
+        raise DataError(
+            f"{name} has no column {args.text_column!r} and no column {args.messages_column!r}; it has "
+            f"{', '.join(columns)}; choose with --text-column or --messages-column"
+        )
+    texts = (text for text in rows[args.text_column] if text)
+    return pack(token_ids(texts, tokenizer), args.block_size, name)
+
+
+def _tokenized_chats(chats: Iterable[Any], name: str, tokenizer: Any, most_tokens: int) -> TokenizedData:
+    ids: list[np.ndarray] = []
+    counted: list[np.ndarray] = []
+    without_reply = 0
+    for messages in chats:
+        tokens, mask = encode_chat(list(messages), tokenizer)
+        if not any(mask[1:most_tokens]):
+            without_reply += 1
+            continue
+        ids.append(np.array(tokens[:most_tokens], dtype=np.int32))
+        counted.append(np.array(mask[:most_tokens], dtype=bool))
+    if not ids:
+        raise DataError(
+            f"none of the {without_reply} chats of {name} has an assistant's reply within {most_tokens} tokens; "
+            "raise --block-size, or check the roles"
+        )
+    starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
+    return TokenizedData(np.concatenate(ids), starts, np.concatenate(counted))

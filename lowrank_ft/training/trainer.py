@@ -1,0 +1,384 @@
+"""The training loop on Accelerate that phases the dense weight out.
+
+    for step in range(max_steps):
+        alpha = alpha_at(step)                    # 1 at step 0, 0 from guided_steps on
+        loss  = sum over the global batch of the cross-entropies / number of counted tokens in it
+        ...
+        after step guided_steps - 1: end_guidance # from here on this is the compact model
+
+Everything that varies over time (alpha, learning rate, order of the data) is a pure function of the step, and the loss
+is normalized by the tokens of the whole global batch, so the way in which a batch is spread over accumulation and
+processes does not change the result, and a resumed run is the same run.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, send_to_device
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from lowrank_ft.errors import ConfigError, OutputError, TrainingStateError
+from lowrank_ft.evaluation import Evaluation, predicted_tokens, summed_loss
+from lowrank_ft.nn import compact_state_dict, compact_view, end_guidance, guided_layers, set_alpha
+from lowrank_ft.schedule import alpha_at, lr_factor_at
+from lowrank_ft.training import checkpoints
+from lowrank_ft.training.checkpoints import TrainerState
+from lowrank_ft.training.config import TrainArguments
+from lowrank_ft.training.data import StepBatches, TokenizedData, collate
+from lowrank_ft.training.records import METRICS_FILE, MetricsLog, plot_run
+
+StepCallback = Callable[[int, "Trainer"], None]
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+_BEST_FOLDER = "best"
+
+
+class Trainer:
+    """Fine-tunes a causal language model with or without guides. It works on any module that returns ``.logits``.
+
+    Args:
+        model: the model; its guided layers, if any, are phased out. Parameters without gradient stay as they are.
+        args: options of the run.
+        train_data: what :func:`load_data` returned first.
+        eval_data: and second; None for no evaluation.
+        accelerator: made by :func:`make_accelerator` if not given.
+        on_step_end: called with the number of completed steps, after evaluation and checkpoint.
+
+    Raises:
+        ConfigError: a form of parallelism that is not supported, or nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainArguments,
+        train_data: TokenizedData,
+        eval_data: TokenizedData | None = None,
+        accelerator: Accelerator | None = None,
+        on_step_end: StepCallback | None = None,
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator or make_accelerator(args)
+        if self.accelerator.distributed_type not in _SUPPORTED:
+            raise ConfigError(
+                f"accelerate is configured for {self.accelerator.distributed_type.value}; this release trains on one "
+                "process or with DDP (accelerate launch --multi_gpu)"
+            )
+        self.train_data, self.eval_data = train_data, eval_data
+        self.on_step_end = on_step_end
+        self.output_dir = Path(args.output_dir)
+        world, accumulation = self.accelerator.num_processes, args.gradient_accumulation_steps
+        self.global_batch = args.per_device_train_batch_size * accumulation * world
+        epochs = math.ceil(len(train_data) * args.num_train_epochs / self.global_batch)
+        self.max_steps = args.max_steps if args.max_steps > 0 else epochs
+        self.guided_steps = round(args.guided_ratio * self.max_steps) if any(guided_layers(model)) else 0
+        self.step = 0
+        self.best_loss: float | None = None
+        self.best_step: int | None = None
+        self._bare = model
+        if args.gradient_checkpointing:
+            if not hasattr(model, "gradient_checkpointing_enable"):
+                raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing")
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.config.use_cache = False
+
+    def train(self) -> nn.Module:
+        """Run to the end; returns the bare model without guides, with the best weights if asked for.
+
+        Raises:
+            TrainingStateError: the checkpoint does not fit this run.
+            OutputError: ``output_dir`` holds an earlier run, and neither resuming nor overwriting was asked for.
+        """
+        checkpoint = self._checkpoint_to_resume()
+        state = checkpoints.read_state(checkpoint) if checkpoint else None
+        if state is not None:
+            self._check_same_run(checkpoint, state)
+        # The model must have the checkpoint's shape before the optimizer is made and before weights are loaded.
+        if self.guided_steps == 0 or (state is not None and not state.guided):
+            end_guidance(self._bare)
+        optimizer = make_optimizer(self._bare, self.args)
+        self.model, self.optimizer = self.accelerator.prepare(self._bare, optimizer)
+        if checkpoint is not None and state is not None:
+            self._restore(checkpoint, state)
+        log = MetricsLog(self.output_dir, self.step) if self.accelerator.is_main_process else None
+        self._init_trackers()
+        self._loop(log)
+        if self.eval_data is not None and self.args.load_best_model_at_end:
+            self._load_best()
+        if log is not None:
+            plot_run(log.path, self.output_dir / "training.png")
+        self.accelerator.end_training()
+        # Mixed precision wraps forward; what is handed back is the plain model.
+        self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return self._bare
+
+    def evaluate(self) -> Evaluation:
+        """Loss of the compact model, the one that would be exported, on the held-out data, over all processes."""
+        assert self.eval_data is not None
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = list(range(rank, len(self.eval_data), world))
+        batch_size = self.args.per_device_eval_batch_size
+        total = torch.zeros(2, dtype=torch.float64)
+        start = time.perf_counter()
+        self._bare.eval()
+        with torch.no_grad(), compact_view(self._bare), self.accelerator.autocast():
+            for i in range(0, len(mine), batch_size):
+                batch = collate([self.eval_data[j] for j in mine[i : i + batch_size]])
+                labels = batch.pop("labels").to(self.accelerator.device)
+                logits = self._bare(**send_to_device(batch, self.accelerator.device)).logits
+                total += torch.tensor([summed_loss(logits, labels).item(), predicted_tokens(labels)])
+        self._bare.train()
+        loss, tokens = self.accelerator.reduce(total.to(self.accelerator.device, torch.float32), "sum").tolist()
+        return Evaluation(loss / tokens, int(tokens), tokens / (time.perf_counter() - start))
+
+    # One step
+
+    def _loop(self, log: MetricsLog | None) -> None:
+        args, window, start = self.args, _Window(), time.perf_counter()
+        micro_batches = iter(self._loader())
+        bar = tqdm(
+            total=self.max_steps, initial=self.step, desc="fine-tune", unit="step",
+            disable=None if self.accelerator.is_main_process else True,
+        )  # fmt: skip
+        self._bare.train()
+        while self.step < self.max_steps:
+            alpha = alpha_at(self.step, self.guided_steps, args.alpha_schedule)
+            lr = args.learning_rate * self._lr_factor()
+            loss, norm, tokens = self._optimizer_step(micro_batches, alpha, lr)
+            self.step += 1
+            window.add(loss, tokens)
+            if log is not None and (self.step % max(1, args.logging_steps) == 0 or self.step == self.max_steps):
+                speed = window.tokens / (time.perf_counter() - start)
+                entry = {"loss": window.loss, "alpha": alpha, "learning_rate": lr, "grad_norm": norm}
+                log.write(step=self.step, **entry, tokens_per_second=round(speed, 1))
+                self.accelerator.log(entry, step=self.step)
+                bar.set_postfix(loss=f"{window.loss:.3f}", alpha=f"{alpha:.2f}")
+                window, start = _Window(), time.perf_counter()
+            if self.step == self.guided_steps:
+                freed = self._end_guidance()
+                if log is not None:
+                    log.write(step=self.step, event="end_guidance", freed_bytes=freed)
+            if self._due(args.eval_steps) or self.step == self.max_steps:
+                self._evaluate_and_keep_best(log)
+            if self._due(args.save_steps):
+                self._save()
+            bar.update()
+            if self.on_step_end is not None:
+                self.on_step_end(self.step, self)
+        bar.close()
+
+    def _optimizer_step(self, micro_batches: Iterator[Any], alpha: float, lr: float) -> tuple[float, float, int]:
+        accelerator, accumulation = self.accelerator, self.args.gradient_accumulation_steps
+        set_alpha(self._bare, alpha)
+        batches = list(islice(micro_batches, accumulation))
+        tokens = self._sum(float(sum(predicted_tokens(b["labels"]) for b in batches)))
+        total = torch.zeros((), device=accelerator.device)
+        for i, batch in enumerate(batches):
+            batch = send_to_device(batch, accelerator.device)
+            labels = batch.pop("labels")
+            with nullcontext() if i == accumulation - 1 else accelerator.no_sync(self.model):
+                loss = summed_loss(self.model(**batch).logits, labels) / tokens
+                # DDP averages gradients over processes, and the loss is a sum over all of them.
+                accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach()
+        parameters = [p for p in self._bare.parameters() if p.requires_grad]
+        limit = self.args.max_grad_norm or math.inf
+        norm = accelerator.clip_grad_norm_(parameters, limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss_value = self._sum(total.item())
+        if not math.isfinite(loss_value):
+            raise TrainingStateError(
+                f"the loss is {loss_value} at step {self.step}; lower --learning-rate, or train in bf16 rather than fp16"
+            )
+        return loss_value, float(norm), int(tokens)
+
+    def _lr_factor(self) -> float:
+        warmup = round(self.args.warmup_ratio * self.max_steps)
+        return lr_factor_at(self.step, self.max_steps, warmup, self.args.lr_scheduler_type)
+
+    def _loader(self) -> DataLoader:
+        accelerator, args = self.accelerator, self.args
+        sampler = StepBatches(
+            len(self.train_data), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.seed,
+            accelerator.process_index, accelerator.num_processes, first_step=self.step,
+        )  # fmt: skip
+        # A generator of its own: making an iterator draws a number, which must not come out of the training's stream.
+        generator = torch.Generator().manual_seed(args.seed)
+        return DataLoader(self.train_data, batch_sampler=sampler, collate_fn=collate, generator=generator)
+
+    def _end_guidance(self) -> int:
+        needs_rewrap = any(p.requires_grad for _, layer in guided_layers(self._bare) for p in layer.guide.parameters())
+        freed = end_guidance(self._bare, getattr(self.optimizer, "optimizer", self.optimizer))
+        if needs_rewrap and self.accelerator.distributed_type != DistributedType.NO:
+            # DDP keeps waiting for the gradients of parameters that it was made with.
+            self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.accelerator._models.remove(self.model)
+            del self.model
+            gc.collect()
+            self.model = self.accelerator.prepare_model(self._bare)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return freed
+
+    # Evaluation, checkpoints
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _evaluate_and_keep_best(self, log: MetricsLog | None) -> None:
+        if self.eval_data is None:
+            return
+        result = self.evaluate()
+        if log is not None:
+            entry = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
+            log.write(step=self.step, **entry)
+            self.accelerator.log(entry, step=self.step)
+        if self.best_loss is None or result.loss < self.best_loss:
+            self.best_loss, self.best_step = result.loss, self.step
+            if self.args.load_best_model_at_end and self.accelerator.is_main_process and self.step < self.max_steps:
+                self._write_best()
+
+    def _write_best(self) -> None:
+        folder = self.output_dir / checkpoints.FOLDER / _BEST_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / ".model.safetensors.partial"
+        state = checkpoints.unique_tensors(compact_state_dict(self._bare))
+        save_file(state, draft, metadata={"step": str(self.step)})
+        draft.replace(folder / "model.safetensors")
+
+    def _load_best(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.best_step is not None and self.best_step < self.max_steps:
+            path = self.output_dir / checkpoints.FOLDER / _BEST_FOLDER / "model.safetensors"
+            checkpoints.load_tensors(self._bare, load_file(path), path)
+
+    def _save(self) -> None:
+        accelerator = self.accelerator
+        final = checkpoints.checkpoint_path(self.output_dir, self.step)
+        draft = final.with_name(f".{final.name}.partial")
+        if accelerator.is_main_process:
+            draft.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        checkpoints.write_rng(draft, accelerator.process_index)
+        if accelerator.is_main_process:
+            state = TrainerState(
+                self.step, any(guided_layers(self._bare)), self.best_loss, self.best_step, self._must_match(),
+                accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
+            )  # fmt: skip
+            bare_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            checkpoints.write_model_and_optimizer(draft, self._bare, bare_optimizer, state)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            checkpoints.commit(draft, final, self.args.save_total_limit)
+        accelerator.wait_for_everyone()
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        args = self.args
+        if args.resume_from_checkpoint:
+            return checkpoints.resolve_checkpoint(self.output_dir, args.resume_from_checkpoint)
+        used = [p for p in (self.output_dir / METRICS_FILE, self.output_dir / "config.json") if p.exists()]
+        if used and not args.overwrite_output_dir:
+            raise OutputError(
+                f"{self.output_dir} holds an earlier run ({used[0].name}); add --resume-from-checkpoint auto to go on, "
+                "--overwrite-output-dir to start anew, or name another --output-dir"
+            )
+        return None
+
+    def _must_match(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that it resumes, to be the same run."""
+        names = (
+            "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
+            "max_grad_norm", "alpha_schedule", "seed",
+        )  # fmt: skip
+        return {
+            "max_steps": self.max_steps,
+            "guided_steps": self.guided_steps,
+            "global_batch": self.global_batch,
+            "train_examples": len(self.train_data),
+            "train_tokens": int(self.train_data.starts[-1] - self.train_data.starts[0]),
+            **{name: getattr(self.args, name) for name in names},
+        }
+
+    def _check_same_run(self, checkpoint: Path | None, state: TrainerState) -> None:
+        now = self._must_match()
+        changed = [f"{k} {v!r} -> {now.get(k)!r}" for k, v in state.must_match.items() if now.get(k) != v]
+        if changed:
+            raise TrainingStateError(f"{checkpoint} is of a run with other settings: {'; '.join(changed)}")
+        if state.guided and not any(guided_layers(self._bare)):
+            raise TrainingStateError(
+                f"{checkpoint} is of the guided phase, and this model has no guide; start with the same --guide"
+            )
+
+    def _restore(self, checkpoint: Path, state: TrainerState) -> None:
+        checkpoints.load_tensors(self._bare, load_file(checkpoint / "model.safetensors"), checkpoint)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        tensors = load_file(checkpoint / "optimizer.safetensors")
+        checkpoints.load_optimizer_tensors(self._bare, optimizer, tensors)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        checkpoints.read_rng(checkpoint, self.accelerator.process_index)
+        self.step, self.best_loss, self.best_step = state.step, state.best_loss, state.best_step
+
+    def _init_trackers(self) -> None:
+        if self.args.report_to:
+            flat = {k: v for k, v in vars(self.args).items() if isinstance(v, int | float | str | bool)}
+            self.accelerator.init_trackers(self.args.run_name, config=flat)
+
+    def _sum(self, value: float) -> float:
+        tensor = torch.tensor(value, dtype=torch.float32, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, "sum"))
+
+
+def make_accelerator(args: TrainArguments) -> Accelerator:
+    """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens."""
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to or None,
+        project_dir=args.output_dir,
+    )
+
+
+def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:
+    """AdamW over everything that has a gradient: matrices, vectors (no weight decay), and trainable guides last."""
+    guide_ids = {id(p) for _, layer in guided_layers(model) for p in layer.guide.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ConfigError("no parameter of the model has requires_grad set; there is nothing to train")
+    own: list[Tensor] = [p for p in trainable if id(p) not in guide_ids]
+    groups = [
+        {"params": [p for p in own if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) in guide_ids], "weight_decay": args.weight_decay},
+    ]
+    # torch refuses no empty group, and the last one is empty where guides are frozen or gone.
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
+
+
+class _Window:
+    """Mean loss and token count since the last record."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self.tokens = 0
+
+    def add(self, loss: float, tokens: int) -> None:
+        self._losses.append(loss)
+        self.tokens += tokens
+
+    @property
+    def loss(self) -> float:
+        return sum(self._losses) / len(self._losses)
