@@ -10,6 +10,7 @@ from lowrank_ft.errors import LowRankError
 from lowrank_ft.hub import loader as _loader
 from lowrank_ft.hub.export import save_compact
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, end_guidance, set_alpha
+from lowrank_ft.peft_method import LowRankConfig  # registers the method with PEFT
 from lowrank_ft.plan import Plan, make_plan
 
 _loader.register()
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GuidedLowRankLinear",
+    "LowRankConfig",
     "LowRankError",
     "LowRankLinear",
     "Plan",

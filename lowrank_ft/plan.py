@@ -164,14 +164,13 @@ def make_plan(
     given = {"rank": rank, "param_ratio": param_ratio, "energy": energy}
     chosen = [k for k, v in given.items() if v is not None]
     if len(chosen) != 1:
-        found = " and ".join(f"--{k.replace('_', '-')}" for k in chosen) or "none"
-        raise RankError(f"give exactly one of --rank, --param-ratio, --energy; found {found}")
+        raise RankError(f"give exactly one of rank, param_ratio, energy; found {' and '.join(chosen) or 'none'}")
     specs = select_targets(model, target_modules, exclude_modules)
     pattern = dict(rank_pattern or {})
     overridden = {s.name: pattern_value(s.name, pattern) for s in specs}
     for key in pattern:
         if not any(pattern_value(s.name, {key: 1}) for s in specs):
-            raise RankError(f"--rank-pattern {key!r} matches none of the {len(specs)} targeted linears")
+            raise RankError(f"rank_pattern {key!r} matches none of the {len(specs)} targeted linears")
     free = [s for s in specs if overridden[s.name] is None]
 
     ranks = {s.name: resolve_rank(v, s.shape, s.name) for s in specs if (v := overridden[s.name]) is not None}

@@ -86,13 +86,13 @@ def select_targets(
     linears = find_linears(model)
     if not linears:
         raise TargetError(f"{type(model).__name__} has no nn.Linear or Conv1D module; there is nothing to factorize")
-    _check_patterns("--target-modules", target_modules, linears)
-    _check_patterns("--exclude-modules", exclude_modules, linears)
+    _check_patterns("target_modules", target_modules, linears)
+    _check_patterns("exclude_modules", exclude_modules, linears)
     if target_modules is None:
         chosen = [s for s in linears if _in_repeated_block(model, s) and not _is_output_head(model, s)]
         if not chosen:
             names = _leaf_names(linears)
-            raise TargetError(f"{type(model).__name__} has no repeated blocks; name --target-modules out of {names}")
+            raise TargetError(f"{type(model).__name__} has no repeated blocks; name target_modules out of {names}")
     elif target_modules == ALL_LINEAR:
         chosen = [s for s in linears if not _is_output_head(model, s)]
     else:
@@ -100,7 +100,7 @@ def select_targets(
     if exclude_modules:
         chosen = [s for s in chosen if not matches(s.name, exclude_modules)]
         if not chosen:
-            raise TargetError(f"--exclude-modules {_show(exclude_modules)} removes every target; nothing is left")
+            raise TargetError(f"exclude_modules {_show(exclude_modules)} removes every target; nothing is left")
     _refuse_tied(model, chosen)
     return chosen
 
@@ -135,7 +135,7 @@ def _refuse_tied(model: nn.Module, chosen: list[LinearSpec]) -> None:
             partner = others[0].removesuffix(".weight") if others else "the input embedding"
             raise TargetError(
                 f"{spec.name} shares its weight with {partner}, so it cannot be factorized alone; "
-                f"take it out with --exclude-modules {spec.name.rpartition('.')[2]}, or untie the model first"
+                f"take it out with exclude_modules {spec.name.rpartition('.')[2]}, or untie the model first"
             )
 
 

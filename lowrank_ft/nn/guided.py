@@ -106,9 +106,10 @@ class GuidedLowRankLinear(LowRankLinear):
         return parameters
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedLowRankLinear":
+        exact = self.alpha
         super()._apply(fn, recurse)
         if self.alpha.dtype != torch.float32:  # .to(bfloat16) would round the schedule
-            self.alpha = self.alpha.float()
+            self.alpha = exact.to(self.alpha.device)
         return self
 
 

@@ -12,7 +12,7 @@ as in other PEFT methods. At alpha 0 a single adapter never touches ``W``.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -103,7 +103,6 @@ class LowRankLayer(BaseTunerLayer):
     @torch.no_grad()
     def _fill(self, adapter_name: str, factors: Factors | None = None) -> None:
         """Write the initial values in place, into the factors and into the copies that the residual guide keeps."""
-        self._unfilled.discard(adapter_name)
         u, v = self.lowrank_U[adapter_name], self.lowrank_V[adapter_name]
         if factors is None:
             factors = truncated_svd(self._dense_weight(), v.shape[0], f"{self.name}.weight")
@@ -114,13 +113,14 @@ class LowRankLayer(BaseTunerLayer):
             self.lowrank_V0[adapter_name].copy_(factors.V)
 
     def fill_pending(self) -> None:
-        """Do the SVDs that were put off for weights that then never came (a loaded config used for a new adapter)."""
-        for adapter_name in list(self._unfilled):
-            self._fill(adapter_name)
+        """Do the SVDs that were put off for weights that then never came (a loaded config used for a new adapter).
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._unfilled = {a for a in self._unfilled if f"{prefix}lowrank_U.{a}" not in state_dict}
-        cast(Any, super())._load_from_state_dict(state_dict, prefix, *args)
+        Such factors are still all zero, which loaded or trained ones never are.
+        """
+        for adapter_name in list(self._unfilled):
+            if not (self.lowrank_U[adapter_name].any() or self.lowrank_V[adapter_name].any()):
+                self._fill(adapter_name)
+            self._unfilled.discard(adapter_name)
 
     def _present(self, adapter_names: Sequence[str]) -> list[str]:
         return [name for name in adapter_names if name in self.lowrank_U]

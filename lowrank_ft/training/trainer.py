@@ -150,6 +150,11 @@ class Trainer:
             total=self.max_steps, initial=self.step, desc="fine-tune", unit="step",
             disable=None if self.accelerator.is_main_process else True,
         )  # fmt: skip
+        if log is not None and self.step == 0:
+            world = {"num_processes": self.accelerator.num_processes, "max_steps": self.max_steps}
+            log.write(step=0, event="start", guided_steps=self.guided_steps, global_batch=self.global_batch, **world)
+        if self.step == 0 and args.eval_steps:
+            self._evaluate_and_keep_best(log)  # where training starts from
         self._bare.train()
         while self.step < self.max_steps:
             alpha = alpha_at(self.step, self.guided_steps, args.alpha_schedule)

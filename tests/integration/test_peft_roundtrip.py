@@ -74,20 +74,20 @@ LOAD_ADAPTER = """
     import sys
     import torch
     from peft import PeftModel
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
     import lowrank_ft.peft_method
 
-    dense, adapter, expected, low_memory = sys.argv[1:]
-    model = AutoModelForCausalLM.from_pretrained(dense)
-    model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low_memory == "True").eval()
-    found = model(input_ids=torch.tensor([[3, 9, 27, 17, 51, 25, 11, 33]])).logits
-    assert torch.equal(found, torch.load(expected)), (found - torch.load(expected)).abs().max()
-    assert not [n for n, p in model.named_parameters() if p.is_meta or p.requires_grad]
+    dense, adapter, expected = sys.argv[1:]
+    for low_memory in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low_memory).eval()
+        found = model(input_ids=torch.tensor([[3, 9, 27, 17, 51, 25, 11, 33]])).logits
+        assert torch.equal(found, torch.load(expected)), (found - torch.load(expected)).abs().max()
+        assert not [n for n, p in model.named_parameters() if p.is_meta or p.requires_grad]
 """
 
 
-@pytest.mark.parametrize(("guide", "alpha"), [("residual", 0.0), ("residual", 0.3), ("frozen", 0.3), ("none", 0.0)])
+@pytest.mark.parametrize(("guide", "alpha"), [("residual", 0.3), ("frozen", 0.3), ("none", 0.0)])
 def test_adapter_round_trip_in_a_fresh_process(dense_dir, tmp_path, guide, alpha):
     model = get_peft_model(load_dense(dense_dir), LowRankConfig(r=6, guide=guide, rank_pattern={"c_proj|o_proj": 0.25}))
     train(model, 2, guided_steps=10)
@@ -100,8 +100,7 @@ def test_adapter_round_trip_in_a_fresh_process(dense_dir, tmp_path, guide, alpha
     assert suffixes == {"lowrank_U", "lowrank_V"} | initial
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["guide"], config["alpha"]) == ("LOWRANK", guide, alpha)
-    for low_memory in (False, True):
-        run_fresh(LOAD_ADAPTER, dense_dir, tmp_path / "adapter", tmp_path / "expected.pt", low_memory)
+    run_fresh(LOAD_ADAPTER, dense_dir, tmp_path / "adapter", tmp_path / "expected.pt")
 
 
 @pytest.mark.parametrize("low_memory", [False, True])

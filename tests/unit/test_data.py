@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lowrank_ft.errors import DataError
+from lowrank_ft.evaluation import IGNORED
+from lowrank_ft.training.config import DataArguments
+from lowrank_ft.training.data import StepBatches, collate, encode_chat, load_data, pack
+from tests.conftest import DEMO_MODEL
+
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}\n"
+    "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+)
+REWRITING = "{% for m in messages %}{{ loop.index0 - messages | length }} {{ m.content }}\n{% endfor %}"
+CHAT = [
+    {"role": "user", "content": "What is two and two?"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "And three?"},
+    {"role": "assistant", "content": "Seven."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(str(DEMO_MODEL))
+
+
+def batches_of(step, world, batch, accumulation, examples=53, seed=3):
+    """All examples that all ranks see in one step."""
+    seen = []
+    for rank in range(world):
+        sampler = iter(StepBatches(examples, batch, accumulation, seed, rank, world, step))
+        seen += [i for _ in range(accumulation) for i in next(sampler)]
+    return sorted(seen)
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 40])
+def test_a_step_sees_the_same_examples_however_it_is_spread(step):
+    expected = batches_of(step, 1, 8, 1)
+    for world, batch, accumulation in [(1, 4, 2), (2, 4, 1), (2, 2, 2), (4, 1, 2)]:
+        assert batches_of(step, world, batch, accumulation) == expected
+
+
+def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
+    sampler = iter(StepBatches(12, 4, 1, seed=0, rank=0, world_size=1, first_step=0))
+    first, second = ([i for _ in range(3) for i in next(sampler)] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+
+
+def test_resuming_continues_the_same_stream():
+    whole = iter(StepBatches(17, 3, 2, seed=1, rank=1, world_size=2, first_step=0))
+    stream = [next(whole) for _ in range(20)]
+    resumed = iter(StepBatches(17, 3, 2, seed=1, rank=1, world_size=2, first_step=6))
+    assert [next(resumed) for _ in range(8)] == stream[12:]
+
+
+def test_packing_drops_only_the_tail():
+    data = pack(np.arange(23, dtype=np.int32), 5)
+    assert len(data) == 4
+    assert torch.equal(data[3]["input_ids"], torch.arange(15, 20))
+    assert torch.equal(data[3]["labels"], data[3]["input_ids"])
+    train, held_out = data.split(1)
+    assert (len(train), len(held_out)) == (3, 1)
+    assert torch.equal(held_out[0]["input_ids"], data[3]["input_ids"])
+    with pytest.raises(DataError, match="3 tokens, less than one block of 5"):
+        pack(np.arange(3, dtype=np.int32), 5)
+
+
+def test_collate_masks_padding_and_only_then():
+    one, two = {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([5, 6, 7])}, {
+        "input_ids": torch.tensor([8]), "labels": torch.tensor([8]),
+    }  # fmt: skip
+    batch = collate([one, two])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, IGNORED, IGNORED]]
+    assert "attention_mask" not in collate([one, one])
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_chat_loss_is_on_the_replies_only(tokenizer, template):
+    tokenizer.chat_template = template
+    tokens, counted = encode_chat(CHAT, tokenizer)
+    assert tokenizer.decode(tokens).replace(" ", "") == "".join(f"<{m['role']}>{m['content']}\n" for m in CHAT).replace(" ", "")
+    learned = tokenizer.decode([t for t, c in zip(tokens, counted, strict=True) if c])
+    assert learned.split() == ["Four.", "Seven."]
+
+
+def test_chat_templates_that_cannot_work(tokenizer):
+    tokenizer.chat_template = REWRITING
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        encode_chat(CHAT, tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        encode_chat(CHAT, tokenizer)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_every_kind_of_file_is_read(tokenizer, tmp_path):
+    from datasets import Dataset
+
+    text = "the quick brown fox jumps over the lazy dog. " * 40
+    (tmp_path / "a.txt").write_text(text)
+    jsonl = write(tmp_path / "a.jsonl", [{"text": text}])
+    Dataset.from_list([{"text": text}]).to_parquet(str(tmp_path / "a.parquet"))
+    sizes = []
+    for name in (str(tmp_path / "a.txt"), jsonl, str(tmp_path / "a.parquet")):
+        train, held_out = load_data(DataArguments(dataset=name, block_size=32, eval_ratio=0.25), tokenizer)
+        sizes.append((len(train), len(held_out)))
+        assert torch.equal(train[0]["input_ids"], torch.tensor(tokenizer(text)["input_ids"][:32]))
+    assert len(set(sizes)) == 1
+
+
+def test_chats_from_a_file(tokenizer, tmp_path):
+    tokenizer.chat_template = PLAIN
+    silent = {"messages": CHAT[:1]}
+    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT}] * 4 + [silent])
+    train, held_out = load_data(DataArguments(dataset=path, block_size=128, eval_ratio=0.25), tokenizer)
+    assert (len(train), len(held_out)) == (3, 1)
+    assert (train[0]["labels"] != IGNORED).sum() > 0
+    assert (train[0]["labels"] == IGNORED).sum() > 0
+    with pytest.raises(DataError, match="none of the 1 chats"):
+        load_data(DataArguments(dataset=write(tmp_path / "s.jsonl", [silent]), block_size=128), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "there is no file"),
+        ("a.csv", "x", "the ending '.csv'; the endings read are .txt"),
+        ("empty.txt", "", "is empty"),
+        ("a.jsonl", '{"body": "x"}\n', "no column 'text' and no column 'messages'; it has body"),
+        ("a.jsonl", "{broken", "cannot be read"),
+        ("a.txt", "too short", "less than one block"),
+    ],
+)
+def test_bad_data(tokenizer, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_data(DataArguments(dataset=str(tmp_path / name)), tokenizer)

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+import torch
+
+from lowrank_ft.conversion import spectrum_of
+from lowrank_ft.errors import PlanError, RankError
+from lowrank_ft.plan import Plan, count_parameters, make_plan
+from tests.conftest import tiny_gpt2, tiny_llama
+
+
+def test_a_plan_costs_no_weights():
+    with torch.device("meta"):
+        model = tiny_llama()
+    plan = make_plan(model, rank=8)
+    assert plan == make_plan(tiny_llama(), rank=8)
+    assert set(plan.ranks.values()) == {8}
+    attention = 2 * (2 * 8 * (32 + 32)) + 2 * (2 * 8 * (32 + 16))
+    mlp = 2 * (3 * 8 * (32 + 48))
+    assert plan.factored_parameters == attention + mlp
+
+
+def test_the_converted_size_is_what_conversion_gives():
+    from lowrank_ft.conversion import convert
+
+    for model in (tiny_llama(), tiny_llama(tie_word_embeddings=True), tiny_gpt2()):
+        plan = convert(model, param_ratio=0.5)
+        assert count_parameters(model) == plan.converted_model_parameters
+        assert plan.param_ratio <= 0.5
+
+
+def test_past_break_even_stays_dense_and_says_so():
+    plan = make_plan(tiny_llama(), rank=16)
+    dense = {p.name.rpartition(".")[2]: p.note for p in plan.linears if p.rank is None}
+    assert set(dense) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert dense["q_proj"] == "rank 16 is at or past break-even (16); kept dense"
+    assert all(p.rank == 16 for p in make_plan(tiny_llama(), rank=16, allow_past_break_even=True).linears)
+
+
+def test_rank_pattern_overrides():
+    plan = make_plan(tiny_llama(), rank=8, rank_pattern={"q_proj": 4, r"layers\.1\.mlp.*": 0.25})
+    assert plan.ranks["model.layers.1.self_attn.q_proj"] == 4
+    assert plan.ranks["model.layers.1.mlp.up_proj"] == 8
+    assert plan.ranks["model.layers.0.mlp.up_proj"] == 8
+    with pytest.raises(RankError, match="'nothing' matches none"):
+        make_plan(tiny_llama(), rank=8, rank_pattern={"nothing": 4})
+
+
+def test_energy_needs_spectra_and_keeps_enough():
+    model = tiny_llama()
+    with pytest.raises(RankError, match="spectra"):
+        make_plan(model, energy=0.9)
+    plan = make_plan(model, energy=0.9, spectrum=spectrum_of(model), allow_past_break_even=True)
+    for name, rank in plan.ranks.items():
+        s = torch.linalg.svdvals(model.get_submodule(name).weight.double()).square()
+        assert s[:rank].sum() >= 0.9 * s.sum() > s[: rank - 1].sum()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"rank": 4, "energy": 0.9}, {"rank": 4, "param_ratio": 0.5}])
+def test_exactly_one_size(sizes):
+    with pytest.raises(RankError, match="give exactly one of rank, param_ratio, energy"):
+        make_plan(tiny_llama(), **sizes)
+
+
+def test_json_round_trip_and_editing(tmp_path):
+    plan = make_plan(tiny_llama(), param_ratio=0.6)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["linears"][0]["rank"] = 3
+    assert Plan.from_dict(data).ranks["model.layers.0.self_attn.q_proj"] == 3
+    data["linears"][0]["rank"] = 300
+    with pytest.raises(RankError, match="exceeds"):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"plan_version": 2}', '{"plan_version": 1, "linears": [{"name": "x"}]}'])
+def test_a_bad_plan_file_is_refused(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError):
+        Plan.load(tmp_path / "plan.json")

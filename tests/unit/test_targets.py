@@ -1,0 +1,82 @@
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from lowrank_ft.errors import TargetError
+from lowrank_ft.targets import find_linears, matches, pattern_value, select_targets
+from tests.conftest import tiny_gpt2, tiny_llama
+
+NAMES = [
+    "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.10.mlp.up_proj", "lm_head",
+    "q_proj", "encoder.xq_proj", "transformer.h.0.attn.c_attn",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [["q_proj"], ["up_proj", "lm_head"], ["mlp.up_proj"], ["1.mlp.up_proj"], ".*mlp.*", r".*\.0\..*", "q_proj", ["proj"]],
+)
+def test_matching_is_that_of_peft(patterns):
+    for name in NAMES:
+        expected = bool(check_target_module_exists(LoraConfig(target_modules=patterns), name))
+        assert matches(name, patterns) is expected, name
+
+
+@pytest.mark.parametrize("table", [{"q_proj": 1}, {"mlp.*": 1}, {"layers.1.mlp.up_proj": 1}, {"up_proj": 1, ".*1.*": 2}])
+def test_rank_pattern_is_that_of_peft(table):
+    for name in NAMES:
+        assert pattern_value(name, table) == table.get(get_pattern_key(table.keys(), name)), name
+
+
+def test_default_is_every_linear_of_the_blocks():
+    assert len(select_targets(tiny_llama())) == 14
+    assert [s.name for s in select_targets(tiny_gpt2())][:2] == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+    bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48))
+    names = [s.name for s in select_targets(bert)]
+    assert len(names) == 12
+    assert "pooler.dense" not in names
+
+
+def test_conv1d_shapes_are_out_by_in():
+    spec = next(s for s in find_linears(tiny_gpt2()) if s.name.endswith("c_attn"))
+    assert (spec.shape, spec.transposed, spec.bias) == ((96, 32), True, True)
+
+
+def test_the_head_is_a_target_only_when_it_is_named():
+    model = tiny_llama(tie_word_embeddings=False)
+    assert "lm_head" not in [s.name for s in select_targets(model, "all-linear")]
+    assert [s.name for s in select_targets(model, ["lm_head"])] == ["lm_head"]
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_tied_head_is_refused(meta):
+    with torch.device("meta" if meta else "cpu"):
+        model = tiny_llama(tie_word_embeddings=True)
+    with pytest.raises(TargetError, match="lm_head shares its weight"):
+        select_targets(model, ["lm_head"])
+
+
+def test_near_misses_are_listed():
+    with pytest.raises(TargetError, match="'q_prj' matches no linear of the model; did you mean q_proj"):
+        select_targets(tiny_llama(), ["q_prj"])
+    with pytest.raises(TargetError, match="the linears are q_proj, k_proj"):
+        select_targets(tiny_llama(), ["zzzzzz"])
+
+
+def test_other_bad_patterns():
+    with pytest.raises(TargetError, match="no valid regular expression"):
+        select_targets(tiny_llama(), "(")
+    with pytest.raises(TargetError, match="removes every target"):
+        select_targets(tiny_llama(), ["q_proj"], ".*proj")
+    with pytest.raises(TargetError, match="nothing to factorize"):
+        select_targets(nn.Sequential(nn.ReLU()))
+
+
+def test_narrow_gates_are_left_out_unless_named():
+    model = nn.ModuleList([nn.ModuleDict({"gate": nn.Linear(64, 4), "up": nn.Linear(64, 64)})])
+    assert [s.name for s in select_targets(model)] == ["0.up"]
+    assert [s.name for s in select_targets(model, ["gate"])] == ["0.gate"]

@@ -1,0 +1,218 @@
+"""The loop in one process: schedules, accumulation, the drop, evaluation, best weights, refusals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from lowrank_ft.conversion import convert
+from lowrank_ft.errors import ConfigError, OutputError, TrainingStateError
+from lowrank_ft.evaluation import summed_loss
+from lowrank_ft.nn import compact_state_dict, guided_layers
+from lowrank_ft.training import TrainArguments, Trainer
+from lowrank_ft.training.checkpoints import find_checkpoints, load_optimizer_tensors, optimizer_tensors
+from lowrank_ft.training.data import pack
+from lowrank_ft.training.records import read_metrics
+from tests.conftest import tiny_llama
+
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps the first Accelerator's settings for the life of the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture()
+def data():
+    # A pattern that can be learned: each token is followed by its successor.
+    return pack((np.arange(40 * BLOCK) % 90 + 3).astype(np.int32), BLOCK)
+
+
+def guided(guide="residual"):
+    model = tiny_llama()
+    convert(model, rank=8, guide=guide)
+    return model
+
+
+def arguments(tmp_path, **overrides):
+    options = dict(
+        output_dir=str(tmp_path / "run"), max_steps=8, guided_ratio=0.5, per_device_train_batch_size=4,
+        learning_rate=3e-3, logging_steps=1, weight_decay=0.0, seed=0,
+    )  # fmt: skip
+    return TrainArguments(**{**options, **overrides})
+
+
+def records(tmp_path):
+    return [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in e]
+
+
+@pytest.mark.parametrize("guide", ["residual", "frozen", "dense"])
+def test_it_learns_follows_the_schedule_and_drops_the_guide(tmp_path, data, guide):
+    model = guided(guide)
+    Trainer(model, arguments(tmp_path, max_steps=40), data).train()
+    entries = records(tmp_path)
+    assert entries[-1]["loss"] < 0.8 * entries[0]["loss"]
+    alphas = [(1 + math.cos(math.pi * k / 20)) / 2 if k < 20 else 0.0 for k in range(40)]
+    assert [e["alpha"] for e in entries] == pytest.approx(alphas)
+    assert not any(guided_layers(model))
+    events = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if e.get("event") == "end_guidance"]
+    assert [(e["step"], e["freed_bytes"] > 0) for e in events] == [(20, True)]
+
+
+def test_accumulation_and_batch_size_give_the_same_losses(tmp_path, data):
+    losses = []
+    for i, (batch, accumulation) in enumerate([(8, 1), (4, 2), (2, 4)]):
+        args = arguments(tmp_path / str(i), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+        Trainer(guided("dense"), args, data).train()
+        losses.append([e["loss"] for e in records(tmp_path / str(i))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_uneven_replies_count_by_token_not_by_batch(tmp_path):
+    """Two micro-batches with 1 and 15 counted tokens: the loss is the mean over 16 tokens."""
+    counted = np.zeros(4 * BLOCK, dtype=bool)
+    counted[1] = True
+    counted[BLOCK + 1 : 2 * BLOCK] = True
+    base = pack((np.arange(4 * BLOCK) % 90 + 3).astype(np.int32), BLOCK)
+    data = type(base)(base.ids, base.starts[:3], counted)
+    model = guided()
+    expected = 0.0
+    with torch.no_grad():
+        for i in range(2):
+            example = data[i]
+            logits = model(input_ids=example["input_ids"][None]).logits
+            expected += summed_loss(logits, example["labels"][None]).item()
+    args = arguments(
+        tmp_path, max_steps=1, guided_ratio=1.0, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    Trainer(model, args, data).train()
+    assert records(tmp_path)[0]["loss"] == pytest.approx(expected / 16, rel=1e-4)
+
+
+def test_gradient_checkpointing_and_mixed_precision_run_alike(tmp_path, data):
+    losses = {}
+    for name, options in {
+        "plain": {}, "checkpointing": {"gradient_checkpointing": True}, "bf16": {"mixed_precision": "bf16"},
+    }.items():  # fmt: skip
+        AcceleratorState._reset_state(reset_partial_state=True)
+        Trainer(guided(), arguments(tmp_path / name, **options), data).train()
+        losses[name] = [e["loss"] for e in records(tmp_path / name)]
+    assert losses["plain"] == pytest.approx(losses["checkpointing"], rel=1e-5)
+    assert losses["plain"] == pytest.approx(losses["bf16"], rel=0.05)
+    assert losses["plain"] != losses["bf16"]
+
+
+def test_evaluation_is_of_the_compact_model_even_while_guided(tmp_path, data):
+    train, held_out = data.split(6)
+    seen = {}
+
+    def look(step, trainer):
+        if step == 2:
+            fresh = tiny_llama()
+            convert(fresh, rank=8)
+            fresh.load_state_dict(compact_state_dict(trainer._bare))
+            blocks = torch.stack([held_out[i]["input_ids"] for i in range(len(held_out))])
+            with torch.no_grad():
+                seen["loss"] = summed_loss(fresh(blocks).logits, blocks).item() / (6 * (BLOCK - 1))
+            seen["guided"] = any(guided_layers(trainer._bare))
+
+    Trainer(guided(), arguments(tmp_path, eval_steps=2), train, held_out, on_step_end=look).train()
+    entries = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in e]
+    assert [e["step"] for e in entries] == [0, 2, 4, 6, 8]
+    assert seen["guided"]
+    assert entries[1]["eval_loss"] == pytest.approx(seen["loss"], rel=1e-5)
+
+
+def test_the_best_weights_are_kept(tmp_path, data):
+    train, held_out = data.split(6)
+    states = {}
+
+    def remember(step, trainer):
+        states[step] = {k: v.clone() for k, v in compact_state_dict(trainer._bare).items()}
+
+    # A learning rate that wrecks the model after the warm-up: the best evaluation is an early one.
+    args = arguments(tmp_path, eval_steps=1, learning_rate=0.5, warmup_ratio=1.0, max_steps=6)
+    trainer = Trainer(guided(), args, train, held_out, on_step_end=remember)
+    model = trainer.train()
+    assert trainer.best_step is not None
+    assert trainer.best_step < 6
+    losses = {e["step"]: e["eval_loss"] for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in e}
+    assert min(losses, key=losses.get) == trainer.best_step
+    if trainer.best_step:
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, states[trainer.best_step][name]), name
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path, data):
+    Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=2), data).train()
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000006", "step-00000008"]
+    files = {p.name for p in find_checkpoints(tmp_path / "run")[0].iterdir()}
+    assert files == {"model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "config.json", "trainer_state.json"}
+
+
+def test_optimizer_state_goes_by_name():
+    model = guided("dense")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(3, 12)[None]).logits.sum().backward()
+    optimizer.step()
+    tensors = optimizer_tensors(model, optimizer)
+    other = torch.optim.AdamW(list(model.parameters())[::-1])
+    load_optimizer_tensors(model, other, tensors)
+    for parameter, state in optimizer.state.items():
+        assert all(torch.equal(other.state[parameter][k], v) for k, v in state.items())
+    with pytest.raises(TrainingStateError, match="optimizer state for exp_avg.ghost"):
+        load_optimizer_tensors(model, other, {**tensors, "exp_avg.ghost": torch.zeros(1)})
+
+
+def test_a_run_of_other_settings_is_not_resumed(tmp_path, data):
+    Trainer(guided(), arguments(tmp_path, save_steps=2), data).train()
+    with pytest.raises(TrainingStateError, match=r"learning_rate 0\.003 -> 0\.1"):
+        Trainer(guided(), arguments(tmp_path, learning_rate=0.1, resume_from_checkpoint="auto"), data).train()
+    with pytest.raises(TrainingStateError, match="no checkpoint to resume from"):
+        Trainer(guided(), arguments(tmp_path / "none", resume_from_checkpoint="auto"), data).train()
+
+
+def test_a_checkpoint_of_the_guided_phase_needs_a_guide(tmp_path, data):
+    Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
+    model = tiny_llama()
+    convert(model, rank=8)
+    early = str(tmp_path / "run" / "checkpoints" / "step-00000002")
+    trainer = Trainer(model, arguments(tmp_path, resume_from_checkpoint=early), data)
+    with pytest.raises(TrainingStateError, match=r"guided_steps 4 -> 0"):
+        trainer.train()
+
+
+def test_other_ranks_are_not_resumed(tmp_path, data):
+    Trainer(guided(), arguments(tmp_path, save_steps=8), data).train()
+    model = tiny_llama()
+    convert(model, rank=6, guide="residual")
+    with pytest.raises(TrainingStateError, match="the ranks differ"):
+        Trainer(model, arguments(tmp_path, save_steps=8, resume_from_checkpoint="auto"), data).train()
+
+
+def test_an_earlier_run_is_not_run_over(tmp_path, data):
+    Trainer(guided(), arguments(tmp_path), data).train()
+    with pytest.raises(OutputError, match="holds an earlier run"):
+        Trainer(guided(), arguments(tmp_path), data).train()
+    Trainer(guided(), arguments(tmp_path, overwrite_output_dir=True), data).train()
+
+
+def test_nothing_to_train_and_bad_options(tmp_path, data):
+    model = tiny_llama().requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        Trainer(model, arguments(tmp_path), data).train()
+    for bad in ({"guided_ratio": 1.5}, {"learning_rate": -1}, {"max_steps": 0}, {"lr_scheduler_type": "x"}):
+        with pytest.raises(ConfigError):
+            arguments(tmp_path, **bad)
+
+
+def test_a_diverged_run_stops_and_says_so(tmp_path, data):
+    with pytest.raises(TrainingStateError, match="the loss is nan at step"):
+        Trainer(guided(), arguments(tmp_path, learning_rate=1e30, max_grad_norm=0), data).train()
