@@ -1,0 +1,67 @@
+"""Two processes on the CPU, started as the documentation says, against one process at equal global batch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lowrank_ft.training.records import read_metrics
+from tests.conftest import DEMO_MODEL, ROOT
+
+OPTIONS = {
+    "model": str(DEMO_MODEL), "param_ratio": 0.5, "block_size": 32, "max_steps": 8, "guided_ratio": 0.5, "eval_steps": 4,
+    "save_steps": 4, "logging_steps": 1, "learning_rate": 1e-3, "export_dtype": "float32", "save_total_limit": 9,
+}  # fmt: skip
+
+
+def launch(tmp_path, name, processes, batch, guide, *flags):
+    (tmp_path / "plays.txt").write_text("Enter HAMLET. To be, or not to be, that is the question.\n" * 150)
+    config = {**OPTIONS, "dataset": "plays.txt", "output_dir": name, "per_device_train_batch_size": batch, "guide": guide}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    shape = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1"]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", *shape, "--main_process_port", "0",
+        str(ROOT / "recipes" / "finetune.py"), "--config", "run.yaml", *flags,
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return tmp_path / name
+
+
+def series(folder, key):
+    return [e[key] for e in read_metrics(folder / "metrics.jsonl") if key in e]
+
+
+@pytest.mark.parametrize("guide", ["dense", "residual"])
+def test_two_processes_give_the_losses_of_one(tmp_path, guide):
+    """``dense`` is the hard case: at the drop, DDP must forget parameters whose gradients it waits for."""
+    one = launch(tmp_path, "one", 1, 4, guide)
+    two = launch(tmp_path, "two", 2, 2, guide)
+    for folder, processes in ((one, 1), (two, 2)):
+        start = read_metrics(folder / "metrics.jsonl")[0]
+        assert (start["num_processes"], start["global_batch"]) == (processes, 4)
+        ranks = {p.name for p in (folder / "checkpoints" / "step-00000004").glob("rng-*")}
+        assert ranks == {f"rng-{r}.safetensors" for r in range(processes)}  # each process wrote its own
+    assert series(two, "loss") == pytest.approx(series(one, "loss"), rel=2e-4)
+    assert series(two, "eval_loss") == pytest.approx(series(one, "eval_loss"), rel=2e-4)
+    assert series(two, "alpha") == series(one, "alpha")
+    weights_one, weights_two = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert weights_one.keys() == weights_two.keys()
+    for name in weights_one:
+        torch.testing.assert_close(weights_two[name], weights_one[name], atol=2e-3, rtol=2e-2)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    two = launch(tmp_path, "two", 2, 2, "dense")
+    expected = series(two, "loss")
+    for step in ("step-00000008",):
+        (two / "checkpoints" / step / "trainer_state.json").unlink()
+    assert json.loads((two / "checkpoints" / "step-00000004" / "trainer_state.json").read_text())["step"] == 4
+    launch(tmp_path, "two", 1, 4, "dense", "--resume_from_checkpoint", "auto")
+    assert series(two, "loss") == pytest.approx(expected, rel=2e-4)

@@ -1,0 +1,291 @@
+"""The command line as users meet it, the wrong inputs first.
+
+Starting torch and transformers takes seconds, so what does not need a process of its own calls ``main`` in this one.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import lowrank_ft
+from lowrank_ft_cli.main import main
+from tests.conftest import DEMO_MODEL
+
+
+@pytest.fixture()
+def command(capsys):
+    """``lowrank-ft`` in this process; looks like what ``subprocess.run`` returns."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run
+
+
+@pytest.fixture()
+def dense(tmp_path):
+    """A copy of the embedded model that a test may damage."""
+    return shutil.copytree(DEMO_MODEL, tmp_path / "dense")
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def corrupt_header(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[8:40] = b"x" * 32
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def pickle_only(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def with_nan(folder):
+    def change(tensors):
+        tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
+
+    edit_weights(folder, change)
+
+
+def with_infinite_norm(folder):
+    def change(tensors):
+        tensors["model.norm.weight"][0] = float("inf")
+
+    edit_weights(folder, change)
+
+
+def without_a_tensor(folder):
+    edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
+
+
+def with_missing_shard(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+
+
+DAMAGE = [
+    (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    (lambda f: (f / "config.json").write_text("{"), "is no valid JSON"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "zebra"}'), "model type `zebra`"),
+    (truncate, "model.safetensors is truncated or corrupt"),
+    (corrupt_header, "model.safetensors is truncated or corrupt"),
+    (pickle_only, "pickle only (pytorch_model.bin), which can run code when it is opened; it is refused. To convert it"),
+    (with_nan, "model.layers.3.mlp.up_proj.weight (384, 128) holds 1 NaN or infinite values"),
+    (with_infinite_norm, "model.norm.weight (128,) holds 1 NaN or infinite values"),
+    (without_a_tensor, "lacks 1 weights of LlamaForCausalLM, the first being model.layers.1.self_attn.k_proj.weight"),
+    (with_missing_shard, "lacks model-00001-of-00002.safetensors, which its index names"),
+]
+
+
+def assert_one_line_error(done, message, code=1):
+    assert done.returncode == code, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "lowrank-ft"))]
+    assert len(errors) == 1, done.stderr
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[m[:30] for _, m in DAMAGE])
+def test_damaged_checkpoints(dense, tmp_path, command, damage, message):
+    damage(dense)
+    done = command("convert", dense, "--rank", "16", "--output-dir", tmp_path / "out")
+    assert_one_line_error(done, message)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+ARGUMENTS = [
+    (["--rank", "0"], "rank 0 for model.layers.0.self_attn.q_proj is not positive"),
+    (["--rank", "-4"], "rank -4 for"),
+    (["--rank", "500"], "rank 500 exceeds min(out_features, in_features)=128 for model.layers.0.self_attn.q_proj"),
+    (["--rank", "127"], "every one of the 35 targeted linears stays dense; lower the rank"),
+    (["--param-ratio", "1.5"], "param ratio 1.5 is out of range"),
+    (["--energy", "0"], "energy 0.0 is out of range"),
+    ([], "give exactly one of rank, param_ratio, energy; found none"),
+    (["--rank", "8", "--param-ratio", "0.5"], "found rank and param_ratio"),
+    (["--rank", "8", "--target-modules", "q_prj"], "'q_prj' matches no linear of the model; did you mean q_proj"),
+    (["--rank", "8", "--exclude-modules", "zzz"], "the linears are q_proj, k_proj"),
+    (["--rank", "8", "--rank-pattern", "q_proj"], "'q_proj' is not of the form PATTERN=N"),
+    (["--rank", "8", "--rank-pattern", "zzz=4"], "'zzz' matches none of the 35 targeted linears"),
+    (["--rank", "8", "--target-modules", "lm_head"], "lm_head shares its weight"),
+    (["--rank", "8", "--method", "magic"], "--method 'magic' is unknown; choose one of svd"),
+    (["--rank", "8", "--device", "abacus"], "--device abacus cannot be used"),
+    (["--rank", "8", "--push-to-hub"], "--push-to-hub needs --hub-model-id"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), ARGUMENTS, ids=[" ".join(a) or "none" for a, _ in ARGUMENTS])
+def test_wrong_arguments(tmp_path, flags, message, command):
+    done = command("convert", DEMO_MODEL, *flags, "--output-dir", tmp_path / "out")
+    assert_one_line_error(done, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_line_and_exit_code_reach_the_shell(tmp_path, cli):
+    done = cli("convert", DEMO_MODEL, "--rank", "0", "--output-dir", tmp_path / "out", check=False)
+    assert_one_line_error(done, "is not positive")
+    done = cli("convert", DEMO_MODEL, "--rank", "0", "--output-dir", tmp_path / "out", "--debug", check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--ranks", "4"], ["--rank", "four"], ["--rank"]])
+def test_wrong_usage_is_exit_code_two(tmp_path, flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(DEMO_MODEL), *flags, "--output-dir", str(tmp_path / "out")])
+    assert end.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_models_that_do_not_exist(command, tmp_path):
+    for name in ("./nothing", f"{tmp_path}/nothing", "a/b/c"):
+        done = command("plan", name, "--rank", "8")
+        assert_one_line_error(done, "there is no folder")
+
+
+def test_an_output_folder_that_is_taken(command, dense, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("x")
+    done = command("convert", dense, "--rank", "16", "--output-dir", out)
+    assert_one_line_error(done, "is not empty; name another folder, or add --overwrite")
+    done = command("convert", dense, "--rank", "16", "--output-dir", out, "--overwrite")
+    assert_one_line_error(done, "--overwrite replaces checkpoints only")
+    done = command("convert", dense, "--rank", "16", "--output-dir", dense, "--overwrite")
+    assert_one_line_error(done, "holds the source")
+    assert (out / "thesis.txt").exists()
+
+
+def test_a_full_disk_leaves_nothing(dense, tmp_path):
+    """No file may grow beyond half a megabyte: the weights do not fit."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000));"
+        "from lowrank_ft_cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["convert", str(dense), "--rank", "16", "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert_one_line_error(done, "GiB are free there. Nothing was left behind")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(dense, tmp_path, number):
+    """Interrupted while the weights are being written."""
+    code = (
+        "import sys, time, transformers; from lowrank_ft_cli.main import main;"
+        "save = transformers.PreTrainedModel.save_pretrained;"
+        "transformers.PreTrainedModel.save_pretrained = "
+        "lambda self, folder, **k: (save(self, folder, **k), print('halfway', flush=True), time.sleep(60));"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["convert", str(dense), "--rank", "16", "--output-dir", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "halfway\n"
+    assert len(list(tmp_path.glob(".out.*.partial/model.safetensors"))) == 1
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: interrupted; nothing was left behind" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+def test_the_whole_way(dense, tmp_path, command):
+    compact, merged = tmp_path / "compact", tmp_path / "merged"
+    plan = json.loads(command("plan", dense, "--param-ratio", "0.6", "--json").stdout)
+    assert plan["totals"]["param_ratio"] <= 0.6
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    done = command("convert", dense, "--plan", tmp_path / "plan.json", "--output-dir", compact)
+    assert done.stdout == f"{compact}\n"
+    assert "param ratio 0.599" in done.stderr or "param ratio 0.600" in done.stderr
+    model = AutoModelForCausalLM.from_pretrained(compact)
+    assert model.dtype == torch.bfloat16
+    assert {n: layer.rank for n, layer in lowrank_ft.nn.lowrank_layers(model)} == {
+        p["name"]: p["rank"] for p in plan["linears"]
+    }
+    command("merge", compact, "--output-dir", merged)
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n\n" * 300)
+    flags = ["--data", text, "--block-size", "64", "--json"]
+    results = json.loads(command("eval", compact, "--baseline", merged, *flags).stdout)
+    assert results["model"]["loss"] == pytest.approx(results["baseline"]["loss"], rel=0.02)
+    assert results["model"]["bytes"] < 0.72 * results["baseline"]["bytes"]
+    table = command("eval", compact, "--baseline", dense, "--data", text, "--block-size", "64").stdout
+    assert "difference" in table
+    assert "tokens/s" in table
+
+    again = command("convert", compact, "--rank", "8", "--output-dir", tmp_path / "x")
+    assert_one_line_error(again, "is compact already")
+    again = command("merge", dense, "--output-dir", tmp_path / "x")
+    assert_one_line_error(again, "is dense already")
+
+
+def test_plan_reads_headers_and_not_weights(dense, command):
+    """The weights are all NaN, and a plan does not notice; by energy it has to."""
+
+    def spoil(tensors):
+        for tensor in tensors.values():
+            tensor.fill_(float("nan"))
+
+    edit_weights(dense, spoil)
+    out = command("plan", dense, "--rank", "32").stdout
+    assert "model.layers.*.mlp.up_proj" in out
+    assert "param ratio" in out
+    done = command("plan", dense, "--energy", "0.9")
+    assert_one_line_error(done, "NaN")
+
+
+def test_eval_refuses_what_it_cannot_measure(command, minilm, tmp_path):
+    done = command("eval", minilm, "--data", tmp_path / "x.txt")
+    assert_one_line_error(done, "is a BertModel, and this trains causal language models")
+    (tmp_path / "x.jsonl").write_text('{"body": "x"}\n')
+    done = command("eval", DEMO_MODEL, "--data", tmp_path / "x.jsonl")
+    assert_one_line_error(done, "has no column 'text'; it has body")
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = (
+        "import sys, time; start = time.process_time()\n"
+        "from lowrank_ft_cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'numpy', 'lowrank_ft'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(time.process_time() - start, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("plan", "convert", "finetune", "eval", "export", "merge", "push", "demo"):
+        assert f"    {command} " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["plan", "convert", "eval", "export", "merge", "push", "demo"])
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert "--debug" in capsys.readouterr().out

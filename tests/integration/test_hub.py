@@ -1,0 +1,129 @@
+"""Push to and pull from a Hub on loopback, with the real client."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lowrank_ft
+from lowrank_ft.hub.export import save_compact
+from tests.conftest import DEMO_MODEL, tiny_llama
+from tests.fake_hub import FakeHub
+
+
+@pytest.fixture()
+def hub():
+    with FakeHub() as hub:
+        yield hub
+
+
+@pytest.fixture()
+def online(hub, tmp_path):
+    """Run Python in a fresh process that knows no Hub but this one."""
+
+    def run(*arguments, check=True, token="hf_test"):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(tmp_path / "hf", token=token)}
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+@pytest.fixture()
+def command(online):
+    return lambda *arguments, **kwargs: online("-m", "lowrank_ft_cli.main", *arguments, **kwargs)
+
+
+def test_push_and_pull(hub, online, command, tmp_path, ids):
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=8)
+    with torch.no_grad():
+        logits = model(ids).logits
+    save_compact(model, tmp_path / "compact", base_model="me/dense", companions_from=DEMO_MODEL)
+    (tmp_path / "compact" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "compact" / "checkpoints" / "step-00000001" / "optimizer.safetensors").write_bytes(b"x")
+    (tmp_path / "compact" / "old.bin").write_bytes(b"pickle")
+
+    done = command("push", tmp_path / "compact", "--repo-id", "me/tiny-lowrank", "--private")
+    assert done.stdout.strip().startswith(hub.endpoint)
+    assert hub.is_private("me/tiny-lowrank")
+    files = hub.files("me/tiny-lowrank")
+    assert {"config.json", "model.safetensors", "lowrank_plugin.py", "README.md", "tokenizer.json"} <= set(files)
+    assert not any(name.endswith(".bin") or name.startswith("checkpoints") for name in files)
+    assert files["model.safetensors"] == (tmp_path / "compact" / "model.safetensors").read_bytes()
+
+    torch.save(ids, tmp_path / "ids.pt")
+    pull = """
+import sys, torch
+{before}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("me/tiny-lowrank"{extra})
+with torch.no_grad():
+    torch.save(model(torch.load("ids.pt")).logits, "{out}")
+"""
+    online("-c", pull.format(before="import lowrank_ft", extra="", out="a.pt"))
+    online("-c", pull.format(before="", extra=", trust_remote_code=True", out="b.pt"))
+    assert torch.equal(torch.load(tmp_path / "a.pt"), logits)
+    assert torch.equal(torch.load(tmp_path / "b.pt"), logits)
+
+
+def test_plan_and_convert_a_model_on_the_hub(hub, command, tmp_path):
+    hub.add_folder("me/dense", DEMO_MODEL)
+    out = command("plan", "me/dense", "--param-ratio", "0.6").stdout
+    assert "param ratio 0.59" in out or "param ratio 0.60" in out
+    served = [r for r in hub.requests if r.path.endswith("model.safetensors") and r.method == "GET"]
+    size = (DEMO_MODEL / "model.safetensors").stat().st_size
+    assert served
+    assert sum(r.body_bytes for r in served) < size / 10  # headers only
+
+    command(
+        "convert", "me/dense", "--param-ratio", "0.6", "--output-dir", "compact", "--push-to-hub", "--hub-model-id",
+        "me/compact",
+    )  # fmt: skip
+    entry = json.loads(hub.files("me/compact")["config.json"])["quantization_config"]
+    assert entry["base_model"] == "me/dense"
+    assert b"base_model: me/dense" in hub.files("me/compact")["README.md"]
+
+
+def test_what_the_hub_does_not_have(hub, command, tmp_path):
+    cases = [
+        (["plan", "me/none", "--rank", "8"], "me/none is neither a folder here nor a model on the Hub"),
+        (["plan", "me/dense", "--rank", "8", "--revision", "v9"], "me/dense has no revision 'v9' on the Hub"),
+        (["convert", "me/pickles", "--rank", "8", "--output-dir", "o"], "me/pickles holds its weights as pickle only"),
+        (["plan", "me/data", "--rank", "8"], "me/data has no config.json; it is not a transformers model"),
+    ]
+    hub.add_folder("me/dense", DEMO_MODEL)
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles" / "config.json").write_bytes((DEMO_MODEL / "config.json").read_bytes())
+    (tmp_path / "pickles" / "pytorch_model.bin").write_bytes(b"x")
+    hub.add_folder("me/pickles", tmp_path / "pickles")
+    (tmp_path / "data").mkdir()
+    save_file({"x": torch.ones(1)}, tmp_path / "data" / "model.safetensors")
+    hub.add_folder("me/data", tmp_path / "data")
+    for arguments, message in cases:
+        done = command(*arguments, check=False)
+        assert done.returncode == 1
+        assert [line for line in done.stderr.splitlines() if line.startswith("error: ")][0].startswith(f"error: {message}")
+        assert not (tmp_path / "o").exists()
+    assert not any(r.path.endswith(".bin") and r.method == "GET" for r in hub.requests)
+
+
+def test_pushing_needs_a_whole_checkpoint_and_a_token(hub, command, tmp_path):
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=8)
+    save_compact(model, tmp_path / "compact")
+    done = command("push", tmp_path / "compact", "--repo-id", "me/x", token="", check=False)
+    assert done.returncode == 1
+    assert "error: pushing to me/x failed" in done.stderr
+    assert "run hf auth login" in done.stderr
+    data = (tmp_path / "compact" / "model.safetensors").read_bytes()
+    (tmp_path / "compact" / "model.safetensors").write_bytes(data[:1000])
+    done = command("push", tmp_path / "compact", "--repo-id", "me/x", check=False)
+    assert "truncated or corrupt" in done.stderr
+    assert not [r for r in hub.requests if "/commit/" in r.path]

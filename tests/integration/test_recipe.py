@@ -1,0 +1,124 @@
+"""The recipe and ``lowrank-ft finetune`` as a user starts them, and ``lowrank-ft export`` on what they leave."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lowrank_ft  # noqa: F401 (registers the loader)
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.training.arguments import as_rank, parse_args
+from lowrank_ft.training.records import read_metrics
+from tests.conftest import DEMO_MODEL, ROOT
+
+SHORT = {
+    "block_size": 32, "max_steps": 6, "guided_ratio": 0.5, "per_device_train_batch_size": 2, "learning_rate": "1e-3",
+    "eval_steps": 3, "save_steps": 2, "logging_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture()
+def text(tmp_path):
+    (tmp_path / "plays.txt").write_text("Enter HAMLET. To be, or not to be, that is the question.\n" * 120)
+    return tmp_path / "plays.txt"
+
+
+def write_config(tmp_path, **options):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**SHORT, **options}))
+    return str(path)
+
+
+def test_convert_finetune_export_in_three_commands(cli, text, tmp_path):
+    compact, tuned = tmp_path / "compact", tmp_path / "tuned"
+    cli("convert", DEMO_MODEL, "--param-ratio", "0.5", "--output-dir", compact)
+    config = write_config(tmp_path, model=str(compact), dataset=str(text), output_dir=str(tuned))
+    done = cli("finetune", "--config", config, "--seed", "3", "--", "--num_processes", "1", ACCELERATE_USE_CPU="true")
+    assert done.stdout.splitlines()[-1] == str(tuned)
+    assert "values were not passed" not in done.stderr
+
+    dense, start = (AutoModelForCausalLM.from_pretrained(p) for p in (DEMO_MODEL, compact))
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    assert model.num_parameters() == start.num_parameters() < dense.num_parameters()
+    assert model.dtype == torch.bfloat16  # that of the checkpoint, though it was trained in float32
+    assert model.config.quantization_config.base_model == str(DEMO_MODEL)
+    prompt = AutoTokenizer.from_pretrained(tuned)("Enter HAMLET.", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+    entries = [e for e in read_metrics(tuned / "metrics.jsonl") if "loss" in e]
+    assert [e["alpha"] > 0 for e in entries] == [True] * 3 + [False] * 3
+    card = (tuned / "README.md").read_text()
+    assert "recipes/finetune.py" in card
+    assert "held-out loss" in card
+
+    checkpoint = tuned / "checkpoints" / "step-00000006"
+    cli("export", checkpoint, "--output-dir", tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert {n: layer.rank for n, layer in lowrank_layers(exported)} == {n: m.rank for n, m in lowrank_layers(model)}
+    AutoTokenizer.from_pretrained(tmp_path / "exported")
+
+
+def test_a_dense_model_without_a_guide_and_a_guided_checkpoint(python, cli, text, tmp_path):
+    tuned = tmp_path / "tuned"
+    recipe = str(ROOT / "recipes" / "finetune.py")
+    config = write_config(tmp_path, model=str(DEMO_MODEL), param_ratio=0.5, dataset=str(text), output_dir=str(tuned))
+    python(recipe, "--config", config, "--guided_ratio", "1.0", "--rank_pattern", "{q_proj: 8}")
+    cli("export", tuned / "checkpoints" / "step-00000004", "--output-dir", tmp_path / "exported", "--dtype", "float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert dict(lowrank_layers(model))["model.layers.0.self_attn.q_proj"].rank == 8
+    assert model.dtype == torch.float32
+    assert not any("guide" in n for n, _ in model.named_parameters())
+
+
+def test_the_recipe_reports_errors_in_one_line(python, tmp_path):
+    recipe = str(ROOT / "recipes" / "finetune.py")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
+    cases = [
+        (["--model", str(DEMO_MODEL), "--rank", "8", "--dataset", "x.jsonl"], "no column 'text' and no column 'messages'"),
+        (["--model", str(DEMO_MODEL), "--rank", "8"], "no dataset is named"),
+        ([], "no model is named"),
+    ]
+    for flags, message in cases:
+        done = python(recipe, *flags, check=False)
+        assert done.returncode == 1
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, done.stderr
+        assert message in errors[0]
+        assert "Traceback" not in done.stderr
+
+
+def test_yaml_and_flags(tmp_path):
+    config = write_config(tmp_path, model="m", rank=64, target_modules=["q_proj"], rank_pattern={"q": 4})
+    model, data, train = parse_args(["--config", config, "--max_steps", "9", "--block-size", "16"])
+    assert (as_rank(model.rank), model.target_modules, model.rank_pattern) == (64, ["q_proj"], {"q": 4})
+    assert (data.block_size, train.max_steps, train.learning_rate) == (16, 9, 1e-3)
+    assert as_rank(0.5) == 0.5
+    assert as_rank(None) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lerning_rate": 1}, "there is no option 'lerning_rate'; did you mean learning_rate"),
+        ({"guide": "teacher"}, "guide 'teacher' is unknown; choose one of residual, frozen, dense, none"),
+        ({"eval_ratio": 2}, "eval_ratio is 2"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_args(["--config", write_config(tmp_path, model="m", **options)])
+
+
+def test_unreadable_configs(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read --config"):
+        parse_args(["--config", str(tmp_path / "none.yaml")])
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        parse_args(["--config", str(tmp_path / "bad.yaml")])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path):
+    parse_args(["--config", str(path), "--model", "m"])

@@ -1,0 +1,62 @@
+"""A short training run for tests that kill it: ``python -m tests.training_driver OUTPUT GUIDE [options]``.
+
+A random Llama with dropout, 12 steps of which 6 are guided, a checkpoint after each. ``--kill-at STEP`` sends SIGKILL
+to itself when that step is complete, ``--kill-in-save STEP`` while its checkpoint is half written.
+"""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from lowrank_ft.conversion import convert
+from lowrank_ft.training import TrainArguments, Trainer, checkpoints
+from lowrank_ft.training.data import pack
+from tests.conftest import tiny_llama
+
+STEPS, GUIDED = 12, 6
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("guide")
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--kill-in-save", type=int)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    model = tiny_llama(attention_dropout=0.2)
+    convert(model, rank=8, guide=options.guide)
+    ids = np.random.default_rng(0).integers(3, 97, 40 * 16).astype(np.int32)
+    train, held_out = pack(ids, 16).split(8)
+    args = TrainArguments(
+        output_dir=str(options.output), max_steps=STEPS, guided_ratio=GUIDED / STEPS, per_device_train_batch_size=3,
+        gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=1, eval_steps=4, save_steps=1, seed=5,
+        resume_from_checkpoint="auto" if options.resume else None, load_best_model_at_end=False,
+    )  # fmt: skip
+    if options.kill_in_save is not None:
+        commit = checkpoints.commit
+
+        def commit_or_die(draft: Path, final: Path, keep: int) -> None:
+            if final.name == f"step-{options.kill_in_save:08d}":
+                kill()
+            commit(draft, final, keep)
+
+        checkpoints.commit = commit_or_die
+    torch.manual_seed(7)
+    Trainer(
+        model, args, train, held_out, on_step_end=lambda step, _: kill() if step == options.kill_at else None
+    ).train()
+    save_file(checkpoints.unique_tensors(model.state_dict()), options.output / "final.safetensors")
+
+
+if __name__ == "__main__":
+    main()
