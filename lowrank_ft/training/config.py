@@ -23,7 +23,7 @@ class ModelArguments:
     trust_remote_code: bool = _opt(False, "run Python code that the checkpoint brings")
     rank: float | None = _opt(None, "rank for a dense model: a whole number, or a fraction of full rank below 1")
     param_ratio: float | None = _opt(None, "share of the targeted linears' parameters to keep, for a dense model")
-    rank_pattern: dict | None = _opt(None, "pattern to rank, for linears that differ, as in PEFT")
+    rank_pattern: dict | str | None = _opt(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")
     target_modules: list[str] | None = _opt(None, "names or suffixes of the linears to factorize, as in PEFT")
     exclude_modules: list[str] | None = _opt(None, "names or suffixes to leave dense, as in PEFT")
     guide: str = _opt("residual", f"dense branch that is phased out: {', '.join(GUIDES)}, or none")

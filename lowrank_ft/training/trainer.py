@@ -230,9 +230,8 @@ class Trainer:
         if needs_rewrap and self.accelerator.distributed_type != DistributedType.NO:
             # DDP keeps waiting for the gradients of parameters that it was made with.
             self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.accelerator._models.remove(self.model)
             del self.model
-            gc.collect()
+            gc.collect()  # the old reducer's hooks go with it
             self.model = self.accelerator.prepare_model(self._bare)
         gc.collect()
         if torch.cuda.is_available():
