@@ -5,6 +5,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from lowrank_ft_cli.options import device_of, dtype_of, hub_target, size_options, source_of
+from lowrank_ft_cli.plan import print_plan, refuse_compact
+
 from lowrank_ft.conversion import METHODS, convert, spectrum_of
 from lowrank_ft.errors import RankError
 from lowrank_ft.hub.export import save_compact
@@ -13,8 +16,6 @@ from lowrank_ft.hub.push import push
 from lowrank_ft.hub.source import check_finite, load_model, skeleton
 from lowrank_ft.plan import Plan, make_plan
 from lowrank_ft.schedule import require_choice
-from lowrank_ft_cli.options import device_of, dtype_of, hub_target, size_options, source_of
-from lowrank_ft_cli.plan import print_plan, refuse_compact
 
 
 def run(options: argparse.Namespace) -> None:

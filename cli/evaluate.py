@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import torch
+from lowrank_ft_cli.options import device_of, dtype_of, folder_bytes, source_of
 from transformers import AutoTokenizer
 
 from lowrank_ft.console import human_bytes, human_count, print_table
@@ -13,7 +14,6 @@ from lowrank_ft.evaluation import evaluate_blocks, to_blocks
 from lowrank_ft.hub.source import Source, check_causal_lm, load_model
 from lowrank_ft.plan import count_parameters
 from lowrank_ft.training.data import read_rows, token_ids
-from lowrank_ft_cli.options import device_of, dtype_of, folder_bytes, source_of
 
 
 def run(options: argparse.Namespace) -> None:

@@ -5,12 +5,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from lowrank_ft_cli.options import dtype_of, hub_target
+
 from lowrank_ft.errors import CheckpointNotFoundError
 from lowrank_ft.hub.export import save_compact
 from lowrank_ft.hub.output import check_output_dir
 from lowrank_ft.hub.push import push
 from lowrank_ft.hub.trained import load_adapter, load_training_checkpoint
-from lowrank_ft_cli.options import dtype_of, hub_target
 
 
 def run(options: argparse.Namespace) -> None:

@@ -56,9 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
 
-    def add(name: str, help: str, module: str | None = None, **kwargs: Any) -> argparse.ArgumentParser:  # noqa: A002
+    def add(name: str, help: str, module: str | None = None, **kwargs: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            name, help=help, description=help[0].upper() + help[1:] + ".", parents=[common], allow_abbrev=False, **kwargs
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            parents=[common],
+            allow_abbrev=False,
+            **kwargs,
         )
         command.set_defaults(module=module or name)
         return command
@@ -131,7 +136,9 @@ def _model(parser: argparse.ArgumentParser) -> None:
 def _size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("how much is kept (one of)")
     size.add_argument("--rank", type=_number, metavar="N", help="the same rank for all, or a fraction of full rank")
-    size.add_argument("--param-ratio", type=float, metavar="F", help="factored over dense parameters: 0.6 removes 40 %%")
+    size.add_argument(
+        "--param-ratio", type=float, metavar="F", help="factored over dense parameters: 0.6 removes 40 %%"
+    )
     size.add_argument("--energy", type=float, metavar="F", help="share of the squared singular values; reads weights")
     which = parser.add_argument_group("which linears (default: all of the repeated blocks)")
     which.add_argument(

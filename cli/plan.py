@@ -7,13 +7,14 @@ import sys
 from collections import defaultdict
 from math import prod
 
+from lowrank_ft_cli.options import size_options, source_of
+
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion import spectrum_of
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.hub.source import Source, is_compact, load_model, skeleton
 from lowrank_ft.plan import LinearPlan, Plan, make_plan
 from lowrank_ft.ranks import break_even_rank
-from lowrank_ft_cli.options import size_options, source_of
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I64": 8, "I32": 4}
 
@@ -78,4 +79,6 @@ def print_plan(plan: Plan, to_stderr: bool = False) -> None:
     print(f"model     {human_count(before)} -> {human_count(after)} parameters ({after / before:.1%})", file=stream)
     dense = [p for p in plan.linears if p.rank is None]
     if dense:
-        print(f"note      {len(dense)} of {len(plan.linears)} stay dense: {dense[0].name}: {dense[0].note}", file=stream)
+        print(
+            f"note      {len(dense)} of {len(plan.linears)} stay dense: {dense[0].name}: {dense[0].note}", file=stream
+        )

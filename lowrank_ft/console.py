@@ -26,7 +26,9 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", to_stderr: bool = False) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", to_stderr: bool = False
+) -> None:
     """A table whose first column is text and whose other columns are numbers, right-aligned."""
     from rich import box
     from rich.console import Console

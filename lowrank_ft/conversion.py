@@ -8,6 +8,7 @@ All work in place, linear by linear, so memory grows by one linear at a time; al
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     for name, layer in list(lowrank_layers(model)):
         _swap(model, name, merged(layer))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return model
@@ -111,7 +112,7 @@ def merged(layer: LowRankLinear) -> nn.Module:
     if layer.transposed:
         from transformers.pytorch_utils import Conv1D
 
-        dense: nn.Module = Conv1D(1, 1)
+        dense: Any = Conv1D(1, 1)
         dense.nf, dense.nx = layer.out_features, layer.in_features
         dense.weight = nn.Parameter(weight.T.contiguous())
     else:
@@ -121,7 +122,7 @@ def merged(layer: LowRankLinear) -> nn.Module:
     return dense.train(layer.training)
 
 
-def factorized(dense: nn.Module, factors: Factors) -> LowRankLinear:
+def factorized(dense: Any, factors: Factors) -> LowRankLinear:
     """The factored layer that takes the place of ``dense``: its dtype, device, bias and training mode."""
     layer = LowRankLinear.like(dense, factors.U.shape[1], device="meta")
     layer.U.weight = nn.Parameter(factors.U.to(dense.weight))
@@ -131,14 +132,14 @@ def factorized(dense: nn.Module, factors: Factors) -> LowRankLinear:
     return layer.train(dense.training)
 
 
-def dense_weight(module: nn.Module) -> Tensor:
+def dense_weight(module: Any) -> Tensor:
     """``W`` as ``(out, in)``, however the module stores it."""
     return module.weight.detach().T if type(module).__name__ == "Conv1D" else module.weight.detach()
 
 
 def spectrum_of(model: nn.Module) -> Callable[[LinearSpec], Tensor]:
     """For plans by energy: the singular values of a linear of ``model``."""
-    return lambda spec: singular_values(model.get_submodule(spec.name).weight, f"{spec.name}.weight")
+    return lambda spec: singular_values(dense_weight(model.get_submodule(spec.name)), f"{spec.name}.weight")
 
 
 def check_fits(plan: Plan, model: nn.Module) -> None:

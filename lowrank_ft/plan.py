@@ -177,7 +177,9 @@ def make_plan(
     if rank is not None:
         ranks |= {s.name: resolve_rank(rank, s.shape, s.name) for s in free}
     elif param_ratio is not None:
-        ranks |= dict(zip([s.name for s in free], ranks_for_param_ratio([s.shape for s in free], param_ratio)))
+        ranks |= dict(
+            zip([s.name for s in free], ranks_for_param_ratio([s.shape for s in free], param_ratio), strict=True)
+        )
     else:
         assert energy is not None
         check_fraction("energy", energy)

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -45,7 +46,7 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def linear_spec(name: str, module: nn.Module) -> LinearSpec:
+def linear_spec(name: str, module: Any) -> LinearSpec:
     transposed = type(module).__name__ == "Conv1D"
     rows, columns = module.weight.shape
     shape = (columns, rows) if transposed else (rows, columns)

@@ -63,7 +63,9 @@ def prepare_model(args: ModelArguments, source: Source) -> tuple[PreTrainedModel
     sizes = (args.rank, args.param_ratio)
     compact = is_compact(source.load_config())
     if compact and any(s is not None for s in sizes):
-        raise ConfigError(f"{source.name} is compact already; leave --rank and --param_ratio out, or name a dense model")
+        raise ConfigError(
+            f"{source.name} is compact already; leave --rank and --param_ratio out, or name a dense model"
+        )
     if not compact and all(s is None for s in sizes):
         raise ConfigError(f"{source.name} is dense; say how small it should become with --rank or --param_ratio")
 

@@ -39,7 +39,7 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-@pytest.fixture()
+@pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(3, 97, (2, 13), generator=torch.Generator().manual_seed(0))
 
@@ -69,7 +69,7 @@ def minilm() -> Path:
 Run = Callable[..., subprocess.CompletedProcess]
 
 
-@pytest.fixture()
+@pytest.fixture
 def python(tmp_path: Path) -> Run:
     """Run Python code or ``-m module`` in a fresh process, in a folder outside of the checkout."""
 
@@ -84,7 +84,7 @@ def python(tmp_path: Path) -> Run:
     return run
 
 
-@pytest.fixture()
+@pytest.fixture
 def cli(python: Run) -> Run:
     """Run ``lowrank-ft`` in a fresh process."""
 

@@ -61,7 +61,9 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
     train_data = pack(token_ids(train_text, tokenizer), BLOCK_SIZE)
     held_out = to_blocks(torch.from_numpy(token_ids(held_out_text, tokenizer)).long(), BLOCK_SIZE)
     eval_data = pack(held_out[: len(held_out) // 2].flatten().int().numpy(), BLOCK_SIZE)
-    _say(f"model: {MODEL.name}, trained on Python source code; text: Python's help topics, {train_data.ids.size:,} tokens")
+    _say(
+        f"model: {MODEL.name}, trained on Python source code; text: Python's help topics, {train_data.ids.size:,} tokens"
+    )
 
     dense = _dense()
     rows = [_row("dense, as it comes", dense, MODEL, held_out)]
@@ -87,7 +89,7 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
     text = _reload_in_fresh_process(final, held_out, rows[-1])
 
     _say(f"4. for comparison, LoRA r={LORA_RANK} on the dense model, same steps and data")
-    lora = get_peft_model(dense, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"))
+    lora: Any = get_peft_model(dense, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"))
     _train(lora, train_data, None, output_dir / "run-lora", max_steps, LEARNING_RATES["LoRA"])
     merged = lora.merge_and_unload()
     with whole_folder(output_dir / "lora-merged", overwrite=True) as folder:
@@ -100,7 +102,7 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
     return rows
 
 
-def _dense() -> PreTrainedModel:
+def _dense() -> Any:
     return AutoModelForCausalLM.from_pretrained(str(MODEL), dtype=torch.float32)
 
 
@@ -115,7 +117,7 @@ def _train(
     Trainer(model, args, train_data, eval_data).train()
 
 
-def _save(model: PreTrainedModel, folder: Path) -> None:
+def _save(model: Any, folder: Path) -> None:
     save_compact(model.to(torch.bfloat16), folder, companions_from=MODEL, base_model="lowrank-ft demo", overwrite=True)
     model.float()
 

@@ -7,6 +7,7 @@ prints the loss on the blocks in ``IDS.pt`` and a continuation, as JSON.
 
 import json
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,7 @@ PROMPT = "The for statement is used to"
 
 
 def main(folder: str, ids_file: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     result = evaluate_blocks(model, torch.load(ids_file, weights_only=True))
     prompt = tokenizer(PROMPT, return_tensors="pt")

@@ -7,7 +7,6 @@ every exported checkpoint, where ``trust_remote_code=True`` finds it: hence no i
 
 from typing import Any
 
-
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto as transformers_registry
 from transformers.quantizers.base import HfQuantizer
@@ -43,7 +42,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
                 f"this checkpoint has lowrank format version {format_version}, and this code reads up to "
                 f"{NEWEST_READABLE_FORMAT}; run pip install --upgrade lowrank-ft"
             )
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # a closed enum there
         self.ranks = dict(ranks or {})
         self.format_version = format_version
         self.base_model = base_model
@@ -111,7 +110,7 @@ class LowRankAutoConfig(PreTrainedConfig):
     """What ``auto_map`` of a checkpoint points to: registers the loader, then returns the stock config."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:  # type: ignore[override]
         register(replace=False)
         kwargs["trust_remote_code"] = False
         return AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)

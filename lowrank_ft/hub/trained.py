@@ -30,9 +30,7 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
     tensors = {k: v for k, v in tensors.items() if not k.endswith(_GUIDE)}
     cls = model_class(config, str(folder), trust_remote_code)
     dtype = next(v.dtype for v in tensors.values() if v.is_floating_point())
-    model, info = cls.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-    )
+    model, info = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise CheckpointError(f"{folder} lacks {sorted(info['missing_keys'])[0]}; it is not a whole checkpoint")
     entry = model.config.quantization_config
@@ -58,5 +56,5 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrai
     if not name:
         raise CheckpointNotFoundError(f"{folder}/adapter_config.json names no base model; add base_model_name_or_path")
     source = Source(name, entry.get("revision"), trust_remote_code)
-    model = PeftModel.from_pretrained(load_model(source), str(folder))
+    model: Any = PeftModel.from_pretrained(load_model(source), str(folder))
     return model.base_model.compact_and_unload(), name, source.download()

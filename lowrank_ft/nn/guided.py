@@ -12,6 +12,7 @@ step. All three are exactly the compact layer at alpha = 0, and ``end_guidance``
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class GuidedLowRankLinear(LowRankLinear):
 
     alpha: Tensor
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.guide: GuideLinear | None = None
         self.kind = "residual"
@@ -113,7 +114,7 @@ class GuidedLowRankLinear(LowRankLinear):
         return self
 
 
-def guided_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def guided_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Layers that still carry a guide: anything with ``set_alpha`` and ``drop_guide`` whose ``guide`` is not None."""
     for name, module in model.named_modules():
         if hasattr(module, "drop_guide") and getattr(module, "guide", None) is not None:

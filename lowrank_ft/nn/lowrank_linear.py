@@ -5,6 +5,7 @@ This file needs torch alone and imports nothing of the package: its text travels
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class LowRankLinear(nn.Module):
         self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
 
     @classmethod
-    def like(cls, dense: nn.Module, rank: int, device: torch.device | str | None = None) -> "LowRankLinear":
+    def like(cls, dense: Any, rank: int, device: torch.device | str | None = None) -> "LowRankLinear":
         """A fresh layer with the shape, bias and dtype of a dense ``nn.Linear`` or ``Conv1D``; its device, too."""
         transposed = type(dense).__name__ == "Conv1D"
         rows, columns = dense.weight.shape

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments, option_names
 
-_GROUPS = (ModelArguments, DataArguments, TrainArguments)
+_GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, TrainArguments)
 
 
 def parse_args(
@@ -23,7 +23,7 @@ def parse_args(
     Raises:
         ConfigError: the file cannot be read, holds an unknown option, or a value is out of range.
     """
-    parser = HfArgumentParser(_GROUPS, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(list(_GROUPS), description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="options, one `name: value` a line; flags override it")
     arguments = list(sys.argv[1:] if argv is None else argv)
     config, _ = _config_parser().parse_known_args(arguments)
@@ -32,9 +32,7 @@ def parse_args(
     namespace = vars(parser.parse_args(arguments))
     if isinstance(namespace.get("rank_pattern"), str):
         namespace["rank_pattern"] = _mapping(namespace["rank_pattern"])
-    model, data, train = (
-        group(**{name: namespace[name] for name in option_names(group)}) for group in _GROUPS
-    )
+    model, data, train = (group(**{name: namespace[name] for name in option_names(group)}) for group in _GROUPS)
     if not model.model:
         raise ConfigError("no model is named; give --model a folder or a Hub id, or --config a file that says it")
     return model, data, train

@@ -71,7 +71,9 @@ def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
     if wanted == "auto":
         found = find_checkpoints(output_dir)
         if not found:
-            raise TrainingStateError(f"{output_dir / FOLDER} holds no checkpoint to resume from; start without resuming")
+            raise TrainingStateError(
+                f"{output_dir / FOLDER} holds no checkpoint to resume from; start without resuming"
+            )
         return found[-1]
     path = Path(wanted)
     if not (path / STATE_FILE).is_file():
@@ -94,7 +96,7 @@ def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state, ``<key>.<parameter name>`` to tensor."""
-    names = {p: n for n, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     return {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 

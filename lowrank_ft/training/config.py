@@ -8,7 +8,7 @@ from lowrank_ft.nn import GUIDES
 from lowrank_ft.schedule import ALPHA_SCHEDULES, LR_SCHEDULES, require_choice
 
 
-def _opt(default: Any, help: str) -> Any:  # noqa: A002 (argparse's word)
+def _opt(default: Any, help: str) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})

@@ -65,7 +65,7 @@ def plot_run(metrics: Path, picture: Path, title: str = "") -> bool:
     if dropped is not None:
         axis.axvline(dropped, color="#718096", ls=":", lw=1.2, label="guide dropped")
     lines = [*axis.get_legend_handles_labels()[0], *share.get_legend_handles_labels()[0]]
-    axis.legend(lines, [line.get_label() for line in lines], loc="upper right", framealpha=0.9)
+    axis.legend(lines, [str(line.get_label()) for line in lines], loc="upper right", framealpha=0.9)
     figure.savefig(picture, dpi=150)
     plt.close(figure)
     return True

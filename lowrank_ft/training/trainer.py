@@ -85,12 +85,13 @@ class Trainer:
         self.step = 0
         self.best_loss: float | None = None
         self.best_step: int | None = None
-        self._bare = model
+        self._bare: Any = model
         if args.gradient_checkpointing:
             if not hasattr(model, "gradient_checkpointing_enable"):
                 raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing")
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.config.use_cache = False
+            bare: Any = model
+            bare.gradient_checkpointing_enable({"use_reentrant": False})
+            bare.config.use_cache = False
 
     def train(self) -> nn.Module:
         """Run to the end; returns the bare model without guides, with the best weights if asked for.

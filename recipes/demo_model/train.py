@@ -64,7 +64,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], block_size: int) -> torch.Tensor:
     """Concatenate the texts, an end-of-text token after each, and cut them into ``(blocks, block_size)``."""
-    ids = np.concatenate([np.array(tokenizer(t).input_ids + [tokenizer.eos_token_id]) for t in texts])
+    ids = np.concatenate([np.array([*tokenizer(t).input_ids, tokenizer.eos_token_id]) for t in texts])
     blocks = len(ids) // block_size
     return torch.from_numpy(ids[: blocks * block_size].reshape(blocks, block_size))
 

@@ -21,7 +21,13 @@ OPTIONS = {
 
 def launch(tmp_path, name, processes, batch, guide, *flags):
     (tmp_path / "plays.txt").write_text("Enter HAMLET. To be, or not to be, that is the question.\n" * 150)
-    config = {**OPTIONS, "dataset": "plays.txt", "output_dir": name, "per_device_train_batch_size": batch, "guide": guide}
+    config = {
+        **OPTIONS,
+        "dataset": "plays.txt",
+        "output_dir": name,
+        "per_device_train_batch_size": batch,
+        "guide": guide,
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     shape = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1"]
     command = [

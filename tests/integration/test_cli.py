@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lowrank_ft_cli.main import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lowrank_ft
-from lowrank_ft_cli.main import main
 from tests.conftest import DEMO_MODEL
 
 
-@pytest.fixture()
+@pytest.fixture
 def command(capsys):
     """``lowrank-ft`` in this process; looks like what ``subprocess.run`` returns."""
 
@@ -33,7 +33,7 @@ def command(capsys):
     return run
 
 
-@pytest.fixture()
+@pytest.fixture
 def dense(tmp_path):
     """A copy of the embedded model that a test may damage."""
     return shutil.copytree(DEMO_MODEL, tmp_path / "dense")
@@ -89,7 +89,10 @@ DAMAGE = [
     (lambda f: (f / "config.json").write_text('{"model_type": "zebra"}'), "model type `zebra`"),
     (truncate, "model.safetensors is truncated or corrupt"),
     (corrupt_header, "model.safetensors is truncated or corrupt"),
-    (pickle_only, "pickle only (pytorch_model.bin), which can run code when it is opened; it is refused. To convert it"),
+    (
+        pickle_only,
+        "pickle only (pytorch_model.bin), which can run code when it is opened; it is refused. To convert it",
+    ),
     (with_nan, "model.layers.3.mlp.up_proj.weight (384, 128) holds 1 NaN or infinite values"),
     (with_infinite_norm, "model.norm.weight (128,) holds 1 NaN or infinite values"),
     (without_a_tensor, "lacks 1 weights of LlamaForCausalLM, the first being model.layers.1.self_attn.k_proj.weight"),

@@ -15,13 +15,13 @@ from tests.conftest import DEMO_MODEL, tiny_llama
 from tests.fake_hub import FakeHub
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub():
     with FakeHub() as hub:
         yield hub
 
 
-@pytest.fixture()
+@pytest.fixture
 def online(hub, tmp_path):
     """Run Python in a fresh process that knows no Hub but this one."""
 
@@ -35,7 +35,7 @@ def online(hub, tmp_path):
     return run
 
 
-@pytest.fixture()
+@pytest.fixture
 def command(online):
     return lambda *arguments, **kwargs: online("-m", "lowrank_ft_cli.main", *arguments, **kwargs)
 
@@ -109,7 +109,9 @@ def test_what_the_hub_does_not_have(hub, command, tmp_path):
     for arguments, message in cases:
         done = command(*arguments, check=False)
         assert done.returncode == 1
-        assert [line for line in done.stderr.splitlines() if line.startswith("error: ")][0].startswith(f"error: {message}")
+        assert next(line for line in done.stderr.splitlines() if line.startswith("error: ")).startswith(
+            f"error: {message}"
+        )
         assert not (tmp_path / "o").exists()
     assert not any(r.path.endswith(".bin") and r.method == "GET" for r in hub.requests)
 

@@ -28,7 +28,7 @@ model.half(); model.float().train(); model.requires_grad_(True)
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def checkpoint(tmp_path, ids):
     """The folder, the in-memory model, and its logits."""
     model = tiny_llama()
@@ -99,7 +99,7 @@ def test_the_folder_holds_safetensors_and_no_pickle(checkpoint):
 
 
 def test_what_is_loaded_is_an_ordinary_model(checkpoint, ids):
-    folder, _, logits = checkpoint
+    folder, _, _logits = checkpoint
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert not hasattr(model, "hf_quantizer")
     assert not getattr(model, "is_quantized", False)
@@ -151,7 +151,9 @@ def test_a_bare_checkpoint_loads_under_a_head(tmp_path, ids):
 
 def test_device_map_with_offload(checkpoint, tmp_path, ids):
     folder, _, logits = checkpoint
-    device_map = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    device_map = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
     device_map["model.layers.1"] = "disk"
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=str(tmp_path / "off"))
     with torch.no_grad():

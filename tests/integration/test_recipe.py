@@ -20,7 +20,7 @@ SHORT = {
 }  # fmt: skip
 
 
-@pytest.fixture()
+@pytest.fixture
 def text(tmp_path):
     (tmp_path / "plays.txt").write_text("Enter HAMLET. To be, or not to be, that is the question.\n" * 120)
     return tmp_path / "plays.txt"
@@ -76,7 +76,10 @@ def test_the_recipe_reports_errors_in_one_line(python, tmp_path):
     recipe = str(ROOT / "recipes" / "finetune.py")
     (tmp_path / "x.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
     cases = [
-        (["--model", str(DEMO_MODEL), "--rank", "8", "--dataset", "x.jsonl"], "no column 'text' and no column 'messages'"),
+        (
+            ["--model", str(DEMO_MODEL), "--rank", "8", "--dataset", "x.jsonl"],
+            "no column 'text' and no column 'messages'",
+        ),
         (["--model", str(DEMO_MODEL), "--rank", "8"], "no dataset is named"),
         ([], "no model is named"),
     ]

@@ -24,7 +24,9 @@ def drive(python: Run, folder: Path, guide: str, *flags: str, check: bool = True
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(e["step"], e.get("loss", e.get("eval_loss"))) for e in read_metrics(folder / "metrics.jsonl") if len(e) > 2]
+    return [
+        (e["step"], e.get("loss", e.get("eval_loss"))) for e in read_metrics(folder / "metrics.jsonl") if len(e) > 2
+    ]
 
 
 @pytest.mark.parametrize(

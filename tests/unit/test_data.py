@@ -86,7 +86,9 @@ def test_collate_masks_padding_and_only_then():
 def test_chat_loss_is_on_the_replies_only(tokenizer, template):
     tokenizer.chat_template = template
     tokens, counted = encode_chat(CHAT, tokenizer)
-    assert tokenizer.decode(tokens).replace(" ", "") == "".join(f"<{m['role']}>{m['content']}\n" for m in CHAT).replace(" ", "")
+    assert tokenizer.decode(tokens).replace(" ", "") == "".join(f"<{m['role']}>{m['content']}\n" for m in CHAT).replace(
+        " ", ""
+    )
     learned = tokenizer.decode([t for t, c in zip(tokens, counted, strict=True) if c])
     assert learned.split() == ["Four.", "Seven."]
 

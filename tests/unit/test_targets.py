@@ -18,7 +18,16 @@ NAMES = [
 
 @pytest.mark.parametrize(
     "patterns",
-    [["q_proj"], ["up_proj", "lm_head"], ["mlp.up_proj"], ["1.mlp.up_proj"], ".*mlp.*", r".*\.0\..*", "q_proj", ["proj"]],
+    [
+        ["q_proj"],
+        ["up_proj", "lm_head"],
+        ["mlp.up_proj"],
+        ["1.mlp.up_proj"],
+        ".*mlp.*",
+        r".*\.0\..*",
+        "q_proj",
+        ["proj"],
+    ],
 )
 def test_matching_is_that_of_peft(patterns):
     for name in NAMES:
@@ -26,7 +35,9 @@ def test_matching_is_that_of_peft(patterns):
         assert matches(name, patterns) is expected, name
 
 
-@pytest.mark.parametrize("table", [{"q_proj": 1}, {"mlp.*": 1}, {"layers.1.mlp.up_proj": 1}, {"up_proj": 1, ".*1.*": 2}])
+@pytest.mark.parametrize(
+    "table", [{"q_proj": 1}, {"mlp.*": 1}, {"layers.1.mlp.up_proj": 1}, {"up_proj": 1, ".*1.*": 2}]
+)
 def test_rank_pattern_is_that_of_peft(table):
     for name in NAMES:
         assert pattern_value(name, table) == table.get(get_pattern_key(table.keys(), name)), name
@@ -34,7 +45,10 @@ def test_rank_pattern_is_that_of_peft(table):
 
 def test_default_is_every_linear_of_the_blocks():
     assert len(select_targets(tiny_llama())) == 14
-    assert [s.name for s in select_targets(tiny_gpt2())][:2] == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+    assert [s.name for s in select_targets(tiny_gpt2())][:2] == [
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.0.attn.c_proj",
+    ]
     bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48))
     names = [s.name for s in select_targets(bert)]
     assert len(names) == 12

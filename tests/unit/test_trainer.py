@@ -28,7 +28,7 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture()
+@pytest.fixture
 def data():
     # A pattern that can be learned: each token is followed by its successor.
     return pack((np.arange(40 * BLOCK) % 90 + 3).astype(np.int32), BLOCK)
@@ -154,7 +154,13 @@ def test_only_the_newest_checkpoints_stay(tmp_path, data):
     Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=2), data).train()
     assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000006", "step-00000008"]
     files = {p.name for p in find_checkpoints(tmp_path / "run")[0].iterdir()}
-    assert files == {"model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "config.json", "trainer_state.json"}
+    assert files == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "rng-0.safetensors",
+        "config.json",
+        "trainer_state.json",
+    }
 
 
 def test_optimizer_state_goes_by_name():
