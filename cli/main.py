@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from typing import Any, NoReturn
 
 _DESCRIPTION = """\
@@ -30,7 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         build_parser().error(f"unknown arguments: {' '.join(passed_on)}; see lowrank-ft {options.command} --help")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable Hub is reported once, by us
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not options.debug:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     signal.signal(signal.SIGTERM, _interrupt)  # so that half-written output is cleaned up
     try:
         command = importlib.import_module(f"lowrank_ft_cli.{options.module}")
