@@ -54,8 +54,7 @@ def save_compact(
     check_finite(model)
     describe_in_config(model, base_model)
     with whole_folder(output_dir, overwrite, keep_existing) as folder:
-        _save(model, folder, compact_state_dict(model), max_shard_size, shipped_code=True)
-        (folder / PLUGIN_FILE).write_text(plugin_source(), encoding="utf-8")
+        _save(model, folder, compact_state_dict(model), max_shard_size)
         copy_companions(companions_from, folder)
         card = model_card(model, base_model=base_model, results=results, command=command)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -90,19 +89,18 @@ def copy_companions(source: Path | None, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def _save(
-    model: PreTrainedModel, folder: Path, state: dict[str, Tensor], max_shard_size: str, shipped_code: bool
-) -> None:
+def _save(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], max_shard_size: str) -> None:
     config = model.config
-    if shipped_code:
-        config.auto_map = {**(getattr(config, "auto_map", None) or {}), **AUTO_MAP}
+    before = getattr(config, "auto_map", None)
+    # A model with code of its own already uses this place; its checkpoint needs the package to load.
+    if "AutoConfig" not in (before or {}):
+        config.auto_map = {**(before or {}), **AUTO_MAP}
+        (folder / PLUGIN_FILE).write_text(plugin_source(), encoding="utf-8")
     try:
         # Stock name conversions on save know nothing of factors and would scatter them.
         model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, save_original_format=False)
     finally:
-        if shipped_code:
-            kept = {k: v for k, v in config.auto_map.items() if k not in AUTO_MAP}
-            if kept:
-                config.auto_map = kept
-            else:
-                del config.auto_map
+        if before is not None:
+            config.auto_map = before
+        elif hasattr(config, "auto_map"):
+            del config.auto_map

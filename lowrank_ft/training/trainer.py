@@ -91,7 +91,6 @@ class Trainer:
                 raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing")
             bare: Any = model
             bare.gradient_checkpointing_enable({"use_reentrant": False})
-            bare.config.use_cache = False
 
     def train(self) -> nn.Module:
         """Run to the end; returns the bare model without guides, with the best weights if asked for.
@@ -193,7 +192,7 @@ class Trainer:
             batch = send_to_device(batch, accelerator.device)
             labels = batch.pop("labels")
             with nullcontext() if i == accumulation - 1 else accelerator.no_sync(self.model):
-                loss = summed_loss(self.model(**batch).logits, labels) / tokens
+                loss = summed_loss(self.model(**batch, use_cache=False).logits, labels) / tokens
                 # DDP averages gradients over processes, and the loss is a sum over all of them.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
@@ -350,11 +349,14 @@ class Trainer:
 
 def make_accelerator(args: TrainArguments) -> Accelerator:
     """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens."""
-    return Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to or None,
-        project_dir=args.output_dir,
-    )
+    try:
+        return Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to or None,
+            project_dir=args.output_dir,
+        )
+    except ValueError as error:  # an unknown tracker, or a precision that the device lacks
+        raise ConfigError(f"accelerate refuses these settings: {str(error).splitlines()[0]}") from error
 
 
 def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:

@@ -196,7 +196,9 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path):
 def test_an_interrupt_leaves_nothing(dense, tmp_path, number):
     """Interrupted while the weights are being written."""
     code = (
-        "import sys, time, transformers; from lowrank_ft_cli.main import main;"
+        # A shell starts background jobs with SIGINT ignored, and tests may be one.
+        "import signal, sys, time, transformers; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from lowrank_ft_cli.main import main;"
         "save = transformers.PreTrainedModel.save_pretrained;"
         "transformers.PreTrainedModel.save_pretrained = "
         "lambda self, folder, **k: (save(self, folder, **k), print('halfway', flush=True), time.sleep(60));"
