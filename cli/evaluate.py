@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from lowrank_ft_cli.options import device_of, dtype_of, folder_bytes, source_of
-from transformers import AutoTokenizer
 
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.errors import ConfigError, DataError
-from lowrank_ft.evaluation import evaluate_blocks, to_blocks
+from lowrank_ft.evaluation import context_length, evaluate_blocks, to_blocks
 from lowrank_ft.hub.source import Source, check_causal_lm, load_model
 from lowrank_ft.plan import count_parameters
 from lowrank_ft.training.data import read_rows, token_ids
@@ -18,8 +17,6 @@ from lowrank_ft.training.data import read_rows, token_ids
 
 def run(options: argparse.Namespace) -> None:
     device = device_of(options)
-    if options.block_size is not None and options.block_size < 2:
-        raise ConfigError(f"--block-size is {options.block_size}; it must be 2 or more")
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}; it must be 1 or more")
     sources = [source_of(options)]
@@ -57,12 +54,9 @@ def run(options: argparse.Namespace) -> None:
 def measure(source: Source, texts: Any, options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Numbers of one model, under its own tokenizer."""
     folder = source.download()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=source.trust_remote_code)
+    tokenizer = source.load_tokenizer()
     model = load_model(source, dtype_of(options), device)
-    allowed = getattr(model.config, "max_position_embeddings", 1024) or 1024
-    block_size = options.block_size or min(1024, allowed)
-    if block_size > allowed:
-        raise ConfigError(f"--block-size {block_size} exceeds the {allowed} positions of {source.name}")
+    block_size = context_length(options.block_size, getattr(model.config, "max_position_embeddings", None), source.name)
     ids = torch.from_numpy(token_ids(texts, tokenizer)).long()
     result = evaluate_blocks(model, to_blocks(ids, block_size), options.batch_size, progress=True)
     return {

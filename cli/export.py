@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from lowrank_ft_cli.options import dtype_of, hub_target
+from lowrank_ft_cli.options import dtype_of, hub_target, shard_size
 
 from lowrank_ft.errors import CheckpointNotFoundError
 from lowrank_ft.hub.export import save_compact
@@ -16,6 +16,7 @@ from lowrank_ft.hub.trained import load_adapter, load_training_checkpoint
 
 def run(options: argparse.Namespace) -> None:
     folder = Path(options.checkpoint)
+    shard_size(options)
     check_output_dir(options.output_dir, options.overwrite, keep=folder)
     repo_id = hub_target(options)
     if (folder / "adapter_config.json").is_file():
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     dtype = dtype_of(options)
     save_compact(
         model if dtype == "auto" else model.to(dtype), options.output_dir, companions_from=companions,
-        base_model=base_model, overwrite=options.overwrite, max_shard_size=options.max_shard_size,
+        base_model=base_model, overwrite=options.overwrite, max_shard_size=shard_size(options),
         command=shlex.join(["lowrank-ft", *sys.argv[1:]]),
     )  # fmt: skip
     print(Path(options.output_dir))

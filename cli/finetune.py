@@ -2,9 +2,14 @@
 
 import argparse
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+_GRACE_SECONDS = 15
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -14,11 +19,28 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         cut = arguments.index("--")
         mine, launch = arguments[:cut], arguments[cut + 1 :]
     recipe = _recipe()
-    mine = [a for a in mine if a != "--debug"]
     if "--help" in mine or "-h" in mine:
         return subprocess.call([sys.executable, recipe, "--help"])
+    if "--debug" in mine:
+        os.environ["LOWRANK_FT_DEBUG"] = "1"
+        mine = [a for a in mine if a != "--debug"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *_quiet_defaults(launch), *launch, recipe, *mine]
-    return min(1, subprocess.call(command))
+    return _run_group(command)
+
+
+def _run_group(command: list[str]) -> int:
+    """Run to the end; an interrupt reaches every process that the launcher started, and none is left behind."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return min(2, abs(process.wait()))
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+        with suppress(ProcessLookupError):  # all gone by themselves
+            os.killpg(process.pid, signal.SIGKILL)
+        print("error: interrupted; go on with --resume_from_checkpoint auto", file=sys.stderr)
+        return 1
 
 
 def _recipe() -> str:
@@ -29,23 +51,22 @@ def _recipe() -> str:
 
 
 def _quiet_defaults(launch: list[str]) -> list[str]:
-    """What accelerate would assume anyway, said aloud so that it does not warn; left out where the user configured it."""
+    """What accelerate would assume anyway, said aloud so that it does not warn; nothing where the user configured it."""
     from accelerate.commands.config.config_args import default_config_file
 
     if Path(default_config_file).is_file() or "--config_file" in launch:
         return []
     import torch
 
+    devices = torch.cuda.device_count()
     wanted = {
-        "--num_processes": str(max(1, torch.cuda.device_count())),
+        "--num_processes": str(max(1, devices)),
         "--num_machines": "1",
         "--mixed_precision": "no",
         "--dynamo_backend": "no",
     }
-    if torch.cuda.device_count() > 1 and not any(a.startswith(("--multi_gpu", "--use_")) for a in launch):
-        return ["--multi_gpu", *_missing(wanted, launch)]
-    return _missing(wanted, launch)
-
-
-def _missing(wanted: dict[str, str], launch: list[str]) -> list[str]:
-    return [part for flag, value in wanted.items() if flag not in launch for part in (flag, value)]
+    flags = [part for flag, value in wanted.items() if flag not in launch for part in (flag, value)]
+    if devices > 1 and not any(a.startswith(("--multi_gpu", "--use_", "--cpu")) for a in launch):
+        flags.append("--multi_gpu")
+    # The recipe has printed its error by the time that the launcher would add a traceback of its own.
+    return flags if "--quiet" in launch else [*flags, "--quiet"]

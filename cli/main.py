@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = importlib.import_module(f"lowrank_ft_cli.{options.module}")
         if options.command == "finetune":
-            return int(command.run(options, [a for a in arguments if a != "finetune"]))
+            return int(command.run(options, arguments[arguments.index("finetune") + 1 :]))
         return int(command.run(options) or 0)
     except KeyboardInterrupt:
         print("error: interrupted; nothing was left behind", file=sys.stderr)

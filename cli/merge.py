@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lowrank_ft_cli.options import dtype_of, source_of
+from lowrank_ft_cli.options import dtype_of, shard_size, source_of
 
 import lowrank_ft
 from lowrank_ft.errors import CheckpointError
@@ -14,12 +14,13 @@ from lowrank_ft.hub.source import is_compact, load_model
 
 def run(options: argparse.Namespace) -> None:
     source = source_of(options)
+    shard_size(options)
     check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     if not is_compact(source.load_config()):
         raise CheckpointError(f"{source.name} is dense already; merge takes what convert or finetune wrote")
     model = lowrank_ft.merge(load_model(source, dtype_of(options)))
     save_dense(
         model, options.output_dir, companions_from=source.download(), overwrite=options.overwrite,
-        max_shard_size=options.max_shard_size,
+        max_shard_size=shard_size(options),
     )  # fmt: skip
     print(Path(options.output_dir))

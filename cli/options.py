@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from lowrank_ft.errors import ConfigError, RankError
-from lowrank_ft.hub.source import Source
-from lowrank_ft.targets import ALL_LINEAR, Patterns
+from lowrank_ft.hub.source import Source, first_line
+from lowrank_ft.targets import as_patterns
 
 
 def source_of(options: argparse.Namespace, name: str | None = None) -> Source:
@@ -26,19 +28,10 @@ def size_options(options: argparse.Namespace) -> dict[str, Any]:
         "param_ratio": options.param_ratio,
         "energy": options.energy,
         "rank_pattern": rank_pattern(options.rank_pattern),
-        "target_modules": patterns(options.target_modules),
-        "exclude_modules": patterns(options.exclude_modules),
+        "target_modules": as_patterns(options.target_modules),
+        "exclude_modules": as_patterns(options.exclude_modules),
         "allow_past_break_even": options.allow_past_break_even,
     }
-
-
-def patterns(values: list[str] | None) -> Patterns | None:
-    """One value with a regular expression's characters is an expression for whole names, as a string is in PEFT."""
-    if values is None:
-        return None
-    if len(values) == 1 and (values[0] == ALL_LINEAR or re.search(r"[*+?|()\[\]^$\\]", values[0])):
-        return values[0]
-    return values
 
 
 def rank_pattern(values: list[str] | None) -> dict[str, int | float]:
@@ -89,4 +82,15 @@ def hub_target(options: argparse.Namespace) -> str | None:
         return None
     if not options.hub_model_id:
         raise ConfigError("--push-to-hub needs --hub-model-id, such as me/llama-lowrank")
+    try:
+        validate_repo_id(options.hub_model_id)
+    except HFValidationError as error:
+        raise ConfigError(f"--hub-model-id {options.hub_model_id!r}: {first_line(error)}") from None
     return str(options.hub_model_id)
+
+
+def shard_size(options: argparse.Namespace) -> str:
+    """The largest weight file, checked before any work is done."""
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGTkmgt]?i?B", options.max_shard_size):
+        raise ConfigError(f"--max-shard-size {options.max_shard_size!r} is no size; write it as 5GB or 500MB")
+    return str(options.max_shard_size)

@@ -20,7 +20,7 @@ from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers
 from lowrank_ft.plan import Plan, make_plan
 from lowrank_ft.schedule import require_choice
 from lowrank_ft.solvers import Factors, singular_values, truncated_svd
-from lowrank_ft.targets import LinearSpec, Patterns, is_linear
+from lowrank_ft.targets import LinearSpec, Patterns, is_linear, is_transposed, refuse_tied
 
 Solver = Callable[[Tensor, int, str], Factors]
 METHODS: dict[str, Solver] = {"svd": truncated_svd}
@@ -57,6 +57,8 @@ def convert(
         NonFiniteError: a weight holds NaN or infinity; the message names it. Modules before it are converted already.
     """
     require_choice("method", method, tuple(METHODS))
+    if any(lowrank_layers(model)):
+        raise PlanError("the model has factored linears already; convert the dense model, or merge this one first")
     if plan is None:
         plan = make_plan(
             model,
@@ -85,10 +87,12 @@ def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str) -> None:
     """Put a guide beside every factored linear of ``model``, from the linear of the same name in ``dense_model``.
 
     Raises:
-        PlanError: the dense model lacks one of the linears, or has it in another shape.
+        PlanError: the dense model lacks one of the linears, has it in another shape, or is another model.
     """
+    weights = {name: _matching_dense_weight(dense_model, name, layer) for name, layer in lowrank_layers(model)}
+    _require_kinship(model, weights)
     for name, layer in list(lowrank_layers(model)):
-        weight = _matching_dense_weight(dense_model, name, layer)
+        weight = weights[name]
         _swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, guide))
 
 
@@ -134,7 +138,7 @@ def factorized(dense: Any, factors: Factors) -> LowRankLinear:
 
 def dense_weight(module: Any) -> Tensor:
     """``W`` as ``(out, in)``, however the module stores it."""
-    return module.weight.detach().T if type(module).__name__ == "Conv1D" else module.weight.detach()
+    return module.weight.detach().T if is_transposed(module) else module.weight.detach()
 
 
 def spectrum_of(model: nn.Module) -> Callable[[LinearSpec], Tensor]:
@@ -152,15 +156,42 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
             raise PlanError(f"the plan names {p.name}, but the model has {found} there; make the plan from this model")
         if tuple(dense_weight(module).shape) != p.shape:
             raise PlanError(f"{p.name} is {tuple(dense_weight(module).shape)} in the model and {p.shape} in the plan")
+    refuse_tied(model, list(plan.ranks))
 
 
 def describe_in_config(model: nn.Module, base_model: str | None = None) -> None:
-    """Write the ranks into ``model.config``, so that a plain ``save_pretrained`` makes a checkpoint that loads."""
-    config = getattr(model, "config", None)
-    if config is not None:
-        base_model = base_model or getattr(config, "_name_or_path", None) or None
-        ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
-        config.quantization_config = checkpoint_format.quantization_config(ranks, base_model)
+    """Write the ranks into ``model.config``, so that a plain ``save_pretrained`` makes a checkpoint that loads.
+
+    Where the dense weights came from is kept from an earlier entry; a dense model is its own origin.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return
+    entry = getattr(config, "quantization_config", None)
+    if entry is None:
+        known, revision = getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
+    else:
+        old = entry if isinstance(entry, dict) else entry.to_dict()
+        known, revision = old.get("base_model"), old.get("base_revision")
+    if base_model is not None and base_model != known:
+        known, revision = base_model, None
+    ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
+    config.quantization_config = checkpoint_format.quantization_config(ranks, known, revision)
+
+
+def _require_kinship(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Factors of a matrix come nearer to it than nothing does; factors of an unrelated one do not."""
+    distance = size = 0.0
+    for name, layer in lowrank_layers(model):
+        weight = weights[name].float()
+        product = layer.U.weight.detach().float() @ layer.V.weight.detach().float()
+        distance += (weight - product.to(weight.device)).square().sum().item()
+        size += weight.square().sum().item()
+    if distance >= size > 0:
+        raise PlanError(
+            "the guide model is not the one that the checkpoint was made from: its weights are no nearer to the "
+            "factors than zero is; name the right dense model and revision"
+        )
 
 
 def _swap(model: nn.Module, name: str, module: nn.Module) -> None:

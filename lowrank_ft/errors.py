@@ -50,5 +50,5 @@ class TrainingStateError(LowRankError, RuntimeError):
     """A training checkpoint that does not fit the run that wants to resume from it."""
 
 
-class MissingDependencyError(LowRankError, ImportError):
-    """An optional package that the requested feature needs."""
+class DivergedError(LowRankError, ArithmeticError):
+    """A training whose loss is no longer a number."""

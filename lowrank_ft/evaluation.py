@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from lowrank_ft.errors import DataError
+from lowrank_ft.errors import ConfigError, DataError
 
+DEFAULT_BLOCK_SIZE = 1024
 IGNORED = -100
 """Label of a position that does not count, as everywhere in transformers."""
 
@@ -26,6 +27,21 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))  # exp(710) overflows a float
+
+
+def context_length(wanted: int | None, positions: int | None, name: str) -> int:
+    """Tokens per block: what was asked for, or 1024, or all ``positions`` of the model if those are fewer.
+
+    Raises:
+        ConfigError: more than the model has positions for, or fewer than 2.
+    """
+    if wanted is None:
+        return min(DEFAULT_BLOCK_SIZE, positions or DEFAULT_BLOCK_SIZE)
+    if wanted < 2:
+        raise ConfigError(f"block size {wanted} is too small; it must be 2 or more")
+    if positions is not None and wanted > positions:
+        raise ConfigError(f"block size {wanted} exceeds the {positions} positions of {name}; lower --block-size")
+    return wanted
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:

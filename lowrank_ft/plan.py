@@ -107,6 +107,8 @@ class Plan:
         Raises:
             PlanError: not a plan, of a newer version, or an entry with a rank that its shape does not allow.
         """
+        if not isinstance(data, Mapping):
+            raise PlanError("this is not a plan; make one with lowrank-ft plan --json")
         if data.get("plan_version") != PLAN_VERSION:
             raise PlanError(f"plan_version is {data.get('plan_version')!r}; this release reads version {PLAN_VERSION}")
         try:
@@ -118,6 +120,10 @@ class Plan:
         except (KeyError, IndexError, TypeError) as error:
             raise PlanError(f"the plan lacks or garbles {error}; make it anew with lowrank-ft plan --json") from None
         for p in plan.linears:
+            if p.rank is not None and not isinstance(p.rank, int):
+                raise PlanError(
+                    f"{p.name} has rank {p.rank!r} in the plan; a rank there is a whole number, or null for dense"
+                )
             if p.rank is not None:
                 resolve_rank(p.rank, p.shape, p.name)
         return plan

@@ -21,7 +21,7 @@ ALL_LINEAR = "all-linear"
 Patterns = str | Sequence[str]
 
 # A router or gate with a handful of outputs has nothing to factorize; it is a target only when it is named.
-_NARROWEST_DEFAULT_TARGET = 8
+_NARROWEST_DEFAULT_TARGET = 16
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,16 @@ class LinearSpec:
 
 def is_linear(module: nn.Module) -> bool:
     # Exact classes only: subclasses (quantized, parametrized, masked linears) own their weights' meaning.
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    return type(module) is nn.Linear or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear stores its weight ``(in, out)``: GPT-2's ``Conv1D``, known by name to need torch alone."""
+    return type(module).__name__ == "Conv1D"
 
 
 def linear_spec(name: str, module: Any) -> LinearSpec:
-    transposed = type(module).__name__ == "Conv1D"
+    transposed = is_transposed(module)
     rows, columns = module.weight.shape
     shape = (columns, rows) if transposed else (rows, columns)
     return LinearSpec(name, shape, module.bias is not None, transposed)
@@ -65,11 +70,23 @@ def matches(name: str, patterns: Patterns) -> bool:
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
+def as_patterns(values: Sequence[str] | None) -> Patterns | None:
+    """Patterns from a command line: one value with a regular expression's characters is an expression for whole names."""
+    if values is None or isinstance(values, str):
+        return values
+    if len(values) == 1 and (values[0] == ALL_LINEAR or re.search(r"[*+?|()\[\]^$\\]", values[0])):
+        return values[0]
+    return list(values)
+
+
 def pattern_value(name: str, table: dict[str, int | float]) -> int | float | None:
     """The value of the first key of a ``rank_pattern`` that matches ``name``: a regular expression for its tail."""
     for pattern, value in table.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise TargetError(f"rank_pattern {pattern!r} is no valid regular expression: {error}") from None
     return None
 
 
@@ -102,7 +119,7 @@ def select_targets(
         chosen = [s for s in chosen if not matches(s.name, exclude_modules)]
         if not chosen:
             raise TargetError(f"exclude_modules {_show(exclude_modules)} removes every target; nothing is left")
-    _refuse_tied(model, chosen)
+    refuse_tied(model, [s.name for s in chosen])
     return chosen
 
 
@@ -123,20 +140,21 @@ def _is_output_head(model: nn.Module, spec: LinearSpec) -> bool:
     return head is not None and model.get_submodule(spec.name) is head
 
 
-def _refuse_tied(model: nn.Module, chosen: list[LinearSpec]) -> None:
+def refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise a TargetError if one of the named linears shares its weight with another module."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     # transformers carries tying out once weights are loaded, so on the meta device it has to be read as declared.
     tied_keys = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for spec in chosen:
-        key = f"{spec.name}.weight"
-        others = [n for n in owners.get(id(model.get_submodule(spec.name).weight), []) if n != key]
+    for name in names:
+        key = f"{name}.weight"
+        others = [n for n in owners.get(id(model.get_submodule(name).weight), []) if n != key]
         if others or key in tied_keys:
             partner = others[0].removesuffix(".weight") if others else "the input embedding"
             raise TargetError(
-                f"{spec.name} shares its weight with {partner}, so it cannot be factorized alone; "
-                f"take it out with exclude_modules {spec.name.rpartition('.')[2]}, or untie the model first"
+                f"{name} shares its weight with {partner}, so it cannot be factorized alone; "
+                f"take it out with exclude_modules {name.rpartition('.')[2]}, or untie the model first"
             )
 
 

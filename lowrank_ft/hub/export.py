@@ -4,10 +4,13 @@ The folder loads with ``AutoModel`` after ``import lowrank_ft``, or with ``trust
 is not installed. Without either, loading stops with an error.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,15 +18,16 @@ from lowrank_ft.conversion import describe_in_config
 from lowrank_ft.hub.model_card import model_card
 from lowrank_ft.hub.output import whole_folder
 from lowrank_ft.hub.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
-from lowrank_ft.hub.source import check_finite
+from lowrank_ft.hub.source import RUN_FILE, check_finite
 from lowrank_ft.nn import compact_state_dict
 
-# What makes a tokenizer or processor; taken along as it is, byte for byte.
-_COMPANIONS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "preprocessor_config.json", "processor_config.json", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "1_Pooling", "LICENSE*", "NOTICE*",
+# Of a source folder, everything is taken along but its weights, what describes them, and what a run left there.
+_NOT_COMPANIONS = (
+    ".*", "config.json", "README.md", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
+    "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py", "metrics.jsonl", "training.png",
+    RUN_FILE, "trainer_state.json", "adapter_config.json",
 )  # fmt: skip
+_COMPANION_FOLDERS = ("additional_chat_templates",)
 
 
 def save_compact(
@@ -75,18 +79,37 @@ def save_dense(
         copy_companions(companions_from, folder)
 
 
+def begin_run(output_dir: str | Path, source: Path, export_dtype: torch.dtype) -> None:
+    """Put what an export of any checkpoint of a run will need into its folder, before the run starts."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_companions(source, folder)
+    run = {"export_dtype": str(export_dtype).removeprefix("torch.")}
+    (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
 def copy_companions(source: Path | None, target: Path) -> None:
-    """Copy tokenizer, processor and licence files that ``target`` does not have yet."""
+    """Copy tokenizer, processor, generation and licence files that ``target`` does not have yet.
+
+    The folders that sentence-transformers names in ``modules.json`` come whole, small weights of theirs included.
+    """
     if source is None:
         return
-    for pattern in _COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if (target / path.name).exists():
-                continue
-            if path.is_dir():
-                shutil.copytree(path, target / path.name)
-            else:
-                shutil.copyfile(path, target / path.name)
+    for path in sorted(source.iterdir()):
+        wanted = path.is_file() and not any(fnmatch(path.name, p) for p in _NOT_COMPANIONS)
+        if wanted and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+    for name in [*_COMPANION_FOLDERS, *_sentence_transformers_folders(source)]:
+        if (source / name).is_dir() and not (target / name).exists():
+            shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("*.bin", "*.py", ".*"))
+
+
+def _sentence_transformers_folders(source: Path) -> list[str]:
+    try:
+        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        return [m["path"] for m in modules if m.get("path") and "/" not in m["path"] and ".." not in m["path"]]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
 
 
 def _save(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], max_shard_size: str) -> None:

@@ -25,6 +25,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
         ranks: module name to rank of every factored linear.
         format_version: version of the checkpoint format.
         base_model: where the dense weights came from.
+        base_revision: the commit that they were read from, if that was on the Hub.
 
     Raises:
         ValueError: the checkpoint is of a newer format than this code reads.
@@ -35,6 +36,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
         ranks: dict[str, int] | None = None,
         format_version: int = NEWEST_READABLE_FORMAT,
         base_model: str | None = None,
+        base_revision: str | None = None,
         **kwargs: Any,
     ) -> None:
         if format_version > NEWEST_READABLE_FORMAT:
@@ -46,6 +48,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
         self.ranks = dict(ranks or {})
         self.format_version = format_version
         self.base_model = base_model
+        self.base_revision = base_revision
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if v is not None}
@@ -66,17 +69,23 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         modules = dict(model.named_modules())
         prefix = model.base_model_prefix
+        swapped = 0
         for name, rank in self.quantization_config.ranks.items():
             # A bare AutoModel reads a ForCausalLM checkpoint and the other way round: the prefix comes or goes.
             candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
             found = next((c for c in candidates if c in modules), None)
             if found is None:
-                if "." in name:  # a head that this class lacks, such as lm_head, is no error; a block's linear is
-                    raise ValueError(f"{type(model).__name__} has no module {name}, which the checkpoint has factored")
+                # A part that this class lacks, such as a head, or the decoder of an encoder-only class. A linear that
+                # is there and missed would meet its tripwire when weights are read.
                 continue
             parent, _, leaf = found.rpartition(".")
-            layer = LowRankLinear.like(modules[found], rank, device="meta")
-            setattr(model.get_submodule(parent), leaf, layer)
+            setattr(model.get_submodule(parent), leaf, LowRankLinear.like(modules[found], rank, device="meta"))
+            swapped += 1
+        if self.quantization_config.ranks and not swapped:
+            first = next(iter(self.quantization_config.ranks))
+            raise ValueError(
+                f"{type(model).__name__} has none of the factored linears of the checkpoint, such as {first}"
+            )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # From here on this is an ordinary model: with these marks on it, transformers refuses .half(), .to() and

@@ -1,12 +1,21 @@
 """The README.md of an exported checkpoint."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from lowrank_ft.hub.source import is_hub_id
 from lowrank_ft.nn import lowrank_layers
 from lowrank_ft.plan import count_parameters
+
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "AutoModelForImageClassification",
+    "AutoModelForSpeechSeq2Seq",
+)  # fmt: skip
 
 _TEMPLATE = """---
 {card_data}
@@ -46,8 +55,7 @@ def model_card(
     layers = [layer for _, layer in lowrank_layers(model)]
     dense = sum(layer.in_features * layer.out_features for layer in layers)
     factored = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)
-    # A local path means nothing to a reader elsewhere, and the Hub takes only ids.
-    hub_id = base_model if base_model and base_model.count("/") <= 1 and not base_model.startswith((".", "/")) else None
+    hub_id = base_model if is_hub_id(base_model) else None
     parameters = count_parameters(model)
     rows: dict[str, object] = {
         "parameters": f"{parameters:,}",
@@ -56,7 +64,7 @@ def model_card(
         **(results or {}),
     }
     data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["lowrank-ft", "low-rank", "compressed"])
-    auto_class = "AutoModelForCausalLM" if type(model).__name__.endswith("ForCausalLM") else "AutoModel"
+    auto_class = next((a for a in _AUTO_CLASSES if _loads(getattr(transformers, a), model)), "AutoModel")
     text = _TEMPLATE.format(
         card_data=data.to_yaml(),
         title=f"{(hub_id or 'model').split('/')[-1]}, low-rank",
@@ -67,6 +75,11 @@ def model_card(
         command=f"\n## How it was made\n\n```\n{command}\n```\n" if command else "",
     )
     return ModelCard(text, ignore_metadata_errors=False).content
+
+
+def _loads(auto_class: Any, model: PreTrainedModel) -> bool:
+    mapping = auto_class._model_mapping
+    return type(model.config) in mapping and mapping[type(model.config)] is type(model)
 
 
 def _span(ranks: list[int]) -> str:

@@ -6,14 +6,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from lowrank_ft.errors import OutputError
 
-# What an output folder of this package holds; --overwrite replaces nothing else.
-_OWN_FILES = ("config.json", "adapter_config.json", "trainer_state.json", "metrics.jsonl", "config.yaml")
+# --overwrite replaces a folder only where each entry looks like a part of a checkpoint.
+_CHECKPOINT_PARTS = (
+    "*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt", "README.md",
+    "lowrank_plugin.py", "LICENSE*", "NOTICE*", "checkpoints", "metrics.jsonl", "training.png", "[0-9]_*",
+    "additional_chat_templates",
+)  # fmt: skip
 
 
 def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path | None = None) -> None:
@@ -31,12 +36,16 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
         raise OutputError(f"--output-dir {path} is a file; name a folder")
     if keep is not None and Path(keep).exists() and Path(keep).resolve().is_relative_to(path.resolve()):
         raise OutputError(f"--output-dir {path} holds the source {keep}; write somewhere else")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise OutputError(f"--output-dir {path} is the folder that you are in, or above it; name a new one")
     if not path.exists() or not any(path.iterdir()):
         return
     if not overwrite:
         raise OutputError(f"--output-dir {path} is not empty; name another folder, or add --overwrite to replace it")
-    if not any((path / name).exists() for name in _OWN_FILES):
-        raise OutputError(f"--output-dir {path} holds files but no checkpoint; --overwrite replaces checkpoints only")
+    foreign = [p.name for p in path.iterdir() if not any(fnmatch(p.name, part) for part in _CHECKPOINT_PARTS)]
+    if foreign or not (path / "config.json").is_file():
+        what = f"holds {sorted(foreign)[0]}" if foreign else "has no config.json"
+        raise OutputError(f"--output-dir {path} {what}, and --overwrite replaces nothing but checkpoints; name another")
 
 
 @contextmanager
@@ -80,7 +89,8 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
 
 
 def _move_in(draft: Path, path: Path) -> None:
-    (path / "config.json").unlink(missing_ok=True)
+    for stale in (path / "config.json", *path.glob("model*.safetensors*")):
+        stale.unlink(missing_ok=True)  # shards of an earlier export would win over a single new file
     for file in sorted(draft.iterdir(), key=lambda p: p.name == "config.json"):
         target = path / file.name
         if target.is_dir():
@@ -101,9 +111,9 @@ def _take_place(draft: Path, path: Path) -> None:
         os.replace(draft, path)
     except BaseException:
         os.replace(aside / "old", path)
+        aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_write_failure(error: Exception) -> bool:

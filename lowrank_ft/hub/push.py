@@ -1,16 +1,18 @@
 """Push a finished folder to the Hub."""
 
 import json
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, OutputError
-from lowrank_ft.hub.source import Source, first_line
+from lowrank_ft.hub.source import RUN_FILE, Source, first_line, is_hub_id
 
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-_NOT_FOR_THE_HUB = [*_UNSAFE, "checkpoints/*", "checkpoints/**", ".*"]
+_NOT_FOR_THE_HUB = [*_UNSAFE, ".*", "*/.*"]
+_OF_THE_RUN = ("checkpoints", RUN_FILE, "metrics.jsonl")
 
 
 def push(
@@ -50,15 +52,30 @@ def push(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or "Upload low-rank model",
-            ignore_patterns=_NOT_FOR_THE_HUB,
-        )
+        with tempfile.TemporaryDirectory() as staged:
+            _stage(folder, Path(staged))
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=staged,
+                revision=revision,
+                commit_message=commit_message or "Upload low-rank model",
+                ignore_patterns=_NOT_FOR_THE_HUB,
+            )
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
         raise OutputError(
             f"pushing to {repo_id} failed: {first_line(error)}; run hf auth login with a token that may write there"
         ) from error
     return str(commit.commit_url)
+
+
+def _stage(folder: Path, staged: Path) -> None:
+    """Links to what is to be published; ``config.json`` is rewritten without a path of this machine."""
+    for path in folder.iterdir():
+        if path.name not in (*_OF_THE_RUN, "config.json"):
+            (staged / path.name).symlink_to(path.resolve())
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        entry = config.get("quantization_config")
+        if isinstance(entry, dict) and not is_hub_id(entry.get("base_model")):
+            entry.pop("base_model", None)
+        (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

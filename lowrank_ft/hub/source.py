@@ -4,6 +4,7 @@ Safetensors only. Remote code only where the caller says so.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import transformers
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from lowrank_ft.checkpoint_format import QUANT_METHOD
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, NonFiniteError
 
 INDEX_FILE = "model.safetensors.index.json"
+RUN_FILE = "run.json"
+"""Beside the records of a training run: what an export of one of its checkpoints has to know."""
 _DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HOW_TO_CONVERT_PICKLE = (
@@ -107,6 +110,20 @@ class Source:
             )
         )
 
+    def load_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            CheckpointError: it has none, or one that transformers cannot read.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(str(self.download()), trust_remote_code=self.trust_remote_code)
+        except (ValueError, OSError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.name} has no tokenizer that loads ({first_line(error)}); copy tokenizer.json and "
+                "tokenizer_config.json of its base model into the folder"
+            ) from error
+
     def _require_config_file(self) -> None:
         if self.folder is not None:
             path = self.folder / "config.json"
@@ -164,6 +181,11 @@ class Source:
             raise
         except (OSError, hub_errors.HfHubHTTPError) as error:
             raise CheckpointNotFoundError(f"{self.name}: the Hub cannot be read ({first_line(error)})") from error
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name can be one on the Hub, and is no folder here, which would mean nothing to anybody else."""
+    return bool(name) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name or "") is not None and not Path(name or "").exists()
 
 
 @dataclass(frozen=True)
@@ -263,6 +285,17 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str | 
         )
     model.config._name_or_path = source.name
     return model.to(device) if device else model
+
+
+def check_runs(model: PreTrainedModel) -> Exception | None:
+    """The error that a forward pass on a few made-up inputs ends in, or None."""
+    inputs = {k: v.to(model.device) for k, v in model.dummy_inputs.items() if isinstance(v, torch.Tensor)}
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:  # whatever a model's forward may raise
+        return error
+    return None
 
 
 def check_finite(model: torch.nn.Module) -> None:

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
-from lowrank_ft.hub.source import Source, first_line, load_model, model_class
+from lowrank_ft.hub.source import RUN_FILE, Source, first_line, load_model, model_class
 
 _GUIDE = ".guide.weight"
 
@@ -28,13 +29,17 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {first_line(error)}") from error
     tensors = {k: v for k, v in tensors.items() if not k.endswith(_GUIDE)}
-    cls = model_class(config, str(folder), trust_remote_code)
+    cls: Any = model_class(config, str(folder), trust_remote_code)
     dtype = next(v.dtype for v in tensors.values() if v.is_floating_point())
     model, info = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise CheckpointError(f"{folder} lacks {sorted(info['missing_keys'])[0]}; it is not a whole checkpoint")
-    entry = model.config.quantization_config
-    return model, entry.base_model, folder.resolve().parent.parent
+    run = folder.resolve().parent.parent
+    if (run / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(str(run))
+    if (run / RUN_FILE).is_file():
+        model.to(getattr(torch, json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["export_dtype"]))
+    return model, model.config.quantization_config.base_model, run
 
 
 def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, str, Path]:

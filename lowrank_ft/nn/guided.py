@@ -55,6 +55,7 @@ class GuidedLowRankLinear(LowRankLinear):
     """
 
     alpha: Tensor
+    guide_state = ("guide",)  # names under which a state dict holds what goes with the guide
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,7 +96,7 @@ class GuidedLowRankLinear(LowRankLinear):
             y = y + self.alpha * guided
         else:
             y = self.alpha * guided + (1 - self.alpha) * y
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def set_alpha(self, alpha: float) -> None:
         self.alpha.fill_(alpha)
@@ -161,5 +162,5 @@ def compact_view(model: nn.Module) -> Iterator[None]:
 
 def compact_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without guides: what the deployed model holds."""
-    guides = tuple(f"{name}.guide." for name, _ in guided_layers(model))
+    guides = tuple(f"{name}.{part}." for name, layer in guided_layers(model) for part in layer.guide_state)
     return {k: v for k, v in model.state_dict().items() if not (guides and k.startswith(guides))}

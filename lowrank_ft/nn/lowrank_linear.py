@@ -58,7 +58,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.U(self.V(x))
-        return y if self.bias is None else y + self.bias
+        # Under autocast y is of lower precision than the bias, and a plain sum would be promoted.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

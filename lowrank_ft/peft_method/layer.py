@@ -42,6 +42,8 @@ class LowRankLayer(BaseTunerLayer):
         guide_enabled: False skips the guides without forgetting alpha (:func:`lowrank_ft.nn.compact_view`).
     """
 
+    guide_state = ("lowrank_U0", "lowrank_V0")
+
     adapter_layer_names: tuple[str, ...] = ("lowrank_U", "lowrank_V")
     other_param_names: tuple[str, ...] = ("lowrank_U0", "lowrank_V0", "lowrank_guide", "lowrank_share")
 

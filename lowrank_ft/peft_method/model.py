@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.conversion import describe_in_config, factorized
 from lowrank_ft.errors import ConfigError, TargetError
+from lowrank_ft.nn import lowrank_layers
 from lowrank_ft.peft_method.config import LowRankConfig
 from lowrank_ft.peft_method.layer import LowRankAdapterLinear, LowRankLayer
 from lowrank_ft.ranks import largest_saving_rank
@@ -35,6 +36,11 @@ class LowRankModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, LowRankConfig)
+        if any(lowrank_layers(self.model)):
+            raise TargetError(
+                "the model is compact already, so there is no dense weight to factorize; train its factors as they are, "
+                "put LoRA on them, or merge it first"
+            )
         if peft_config.target_modules is None:
             names = {spec.name.removesuffix(".base_layer") for spec in select_targets(self.model)}
             # On top of an earlier adapter the copies that modules_to_save made are linears of blocks, too.

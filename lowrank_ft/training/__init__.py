@@ -2,6 +2,14 @@
 
 from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments
 from lowrank_ft.training.data import load_data
-from lowrank_ft.training.trainer import Trainer, make_accelerator
+from lowrank_ft.training.trainer import Trainer, checkpoint_to_resume, make_accelerator
 
-__all__ = ["DataArguments", "ModelArguments", "TrainArguments", "Trainer", "load_data", "make_accelerator"]
+__all__ = [
+    "DataArguments",
+    "ModelArguments",
+    "TrainArguments",
+    "Trainer",
+    "checkpoint_to_resume",
+    "load_data",
+    "make_accelerator",
+]

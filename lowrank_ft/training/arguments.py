@@ -57,9 +57,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return options
 
 
-def as_rank(value: float | None) -> int | float | None:
-    """A whole number is a rank; anything below 1 a fraction of full rank."""
-    return int(value) if value is not None and value >= 1 and float(value).is_integer() else value
+def as_rank(value: float | str | None) -> int | float | None:
+    """``64`` is a rank, ``0.5`` or ``1.0`` a fraction of full rank; as on the command line of ``lowrank-ft convert``.
+
+    Raises:
+        ConfigError: no number.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value) if "." in value or "e" in value.lower() else int(value)
+    except ValueError:
+        raise ConfigError(f"rank {value!r} is no number; give a whole number or a fraction of full rank") from None
 
 
 def _config_parser() -> Any:

@@ -145,6 +145,7 @@ def write_model_and_optimizer(
     save_file(unique_tensors(optimizer_tensors(model, optimizer)), folder / "optimizer.safetensors")
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_json_file"):
+        config.architectures = [type(model).__name__]
         config.to_json_file(folder / "config.json", use_diff=True)
     (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 

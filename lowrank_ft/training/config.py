@@ -21,7 +21,7 @@ class ModelArguments:
     model: str = _opt("", "compact checkpoint, or a dense one with rank or param_ratio; folder or Hub id")
     revision: str | None = _opt(None, "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = _opt(False, "run Python code that the checkpoint brings")
-    rank: float | None = _opt(None, "rank for a dense model: a whole number, or a fraction of full rank below 1")
+    rank: float | str | None = _opt(None, "rank for a dense model: a whole number, or a fraction of full rank (1.0)")
     param_ratio: float | None = _opt(None, "share of the targeted linears' parameters to keep, for a dense model")
     rank_pattern: dict | str | None = _opt(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")
     target_modules: list[str] | None = _opt(None, "names or suffixes of the linears to factorize, as in PEFT")
@@ -49,11 +49,14 @@ class DataArguments:
     eval_ratio: float = _opt(0.1, "share held out for evaluation where there is no eval_dataset; 0: none")
     text_column: str = _opt("text", "column of plain text")
     messages_column: str = _opt("messages", "column of chats, a list of {role, content}; used where it exists")
-    block_size: int = _opt(1024, "tokens per packed block, or the most tokens of one chat")
+    block_size: int | None = _opt(
+        None, "tokens per packed block or at most per chat; default: 1024 or what the model has"
+    )
 
     def __post_init__(self) -> None:
         _require_range("eval_ratio", self.eval_ratio, 0, 0.9)
-        _require_range("block_size", self.block_size, 2)
+        if self.block_size is not None:
+            _require_range("block_size", self.block_size, 2)
 
 
 @dataclass

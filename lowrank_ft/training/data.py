@@ -3,6 +3,7 @@
 ``datasets`` reads every source: a name on the Hub, or a local text, json(l) or parquet file.
 """
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from datasets import Dataset, load_dataset
 from torch import Tensor
 
 from lowrank_ft.errors import DataError
-from lowrank_ft.evaluation import IGNORED
+from lowrank_ft.evaluation import DEFAULT_BLOCK_SIZE, IGNORED
 from lowrank_ft.training.config import DataArguments
 
 _BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -47,6 +48,11 @@ class TokenizedData(torch.utils.data.Dataset):
         if self.counted is not None:
             labels[torch.from_numpy(~self.counted[span])] = IGNORED
         return {"input_ids": ids, "labels": labels}
+
+    def fingerprint(self) -> str:
+        """Changes with any token of these examples; tells a resumed run that its data are not the same."""
+        first, last = self.starts[0], self.starts[-1]
+        return f"{len(self)} examples, {last - first} tokens, crc32 {zlib.crc32(self.ids[first:last].tobytes()):08x}"
 
     def split(self, held_out: int) -> "tuple[TokenizedData, TokenizedData]":
         """All but the last ``held_out`` examples, and those."""
@@ -112,7 +118,7 @@ def load_data(args: DataArguments, tokenizer: Any) -> tuple[TokenizedData, Token
     held_out = round(len(train) * args.eval_ratio)
     if args.eval_ratio > 0 and not 0 < held_out < len(train):
         raise DataError(
-            f"{args.dataset} gives {len(train)} examples of {args.block_size} tokens, too few to hold out "
+            f"{args.dataset} gives {len(train)} examples of {_block_size(args)} tokens, too few to hold out "
             f"{args.eval_ratio:.0%}; lower --block-size, give an --eval-dataset, or set --eval-ratio 0"
         )
     return train.split(held_out) if held_out else (train, None)
@@ -147,13 +153,15 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
 
 
 def token_ids(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
-    """All texts' tokens in one array, an end-of-text token after each where the tokenizer has one."""
+    """All texts' tokens in one array: each begins as the tokenizer begins a text, and ends with its end-of-text token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    bos = tokenizer.bos_token_id
+    begin = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     pieces = []
     for text in texts:
         # Long documents are meant: the blocks are cut afterwards, so the length warning would mislead.
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces.append(np.array(ids + end, dtype=np.int32))
+        pieces.append(np.array([*begin, *ids, *end], dtype=np.int32))
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
 
 
@@ -204,18 +212,22 @@ def encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[in
     return list(encoded["input_ids"]), counted
 
 
+def _block_size(args: DataArguments) -> int:
+    return args.block_size or DEFAULT_BLOCK_SIZE
+
+
 def _tokenized(args: DataArguments, name: str, split: str, tokenizer: Any) -> TokenizedData:
     rows = read_rows(name, split, args.dataset_config)
     columns = rows.column_names
     if args.messages_column in columns:
-        return _tokenized_chats(rows[args.messages_column], name, tokenizer, args.block_size)
+        return _tokenized_chats(rows[args.messages_column], name, tokenizer, _block_size(args))
     if args.text_column not in columns:
         raise DataError(
             f"{name} has no column {args.text_column!r} and no column {args.messages_column!r}; it has "
             f"{', '.join(columns)}; choose with --text-column or --messages-column"
         )
     texts = (text for text in rows[args.text_column] if text)
-    return pack(token_ids(texts, tokenizer), args.block_size, name)
+    return pack(token_ids(texts, tokenizer), _block_size(args), name)
 
 
 def _tokenized_chats(chats: Iterable[Any], name: str, tokenizer: Any, most_tokens: int) -> TokenizedData:

@@ -13,7 +13,9 @@ processes does not change the result, and a resumed run is the same run.
 
 import gc
 import math
+import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lowrank_ft.errors import ConfigError, OutputError, TrainingStateError
+from lowrank_ft.errors import ConfigError, DivergedError, OutputError, TrainingStateError
 from lowrank_ft.evaluation import Evaluation, predicted_tokens, summed_loss
 from lowrank_ft.nn import compact_state_dict, compact_view, end_guidance, guided_layers, set_alpha
 from lowrank_ft.schedule import alpha_at, lr_factor_at
@@ -86,6 +88,9 @@ class Trainer:
         self.best_loss: float | None = None
         self.best_step: int | None = None
         self._bare: Any = model
+        has_cache = hasattr(getattr(model, "config", None), "use_cache")
+        self._forward_options = {"use_cache": False} if has_cache else {}
+        self._guide_kinds = sorted({str(getattr(layer, "kind", "peft")) for _, layer in guided_layers(model)})
         if args.gradient_checkpointing:
             if not hasattr(model, "gradient_checkpointing_enable"):
                 raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing")
@@ -99,7 +104,11 @@ class Trainer:
             TrainingStateError: the checkpoint does not fit this run.
             OutputError: ``output_dir`` holds an earlier run, and neither resuming nor overwriting was asked for.
         """
-        checkpoint = self._checkpoint_to_resume()
+        checkpoint = checkpoint_to_resume(self.args)
+        if checkpoint is None and self.accelerator.is_main_process:
+            # Checkpoints of a run that is being replaced would be taken for this one's.
+            shutil.rmtree(self.output_dir / checkpoints.FOLDER, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         state = checkpoints.read_state(checkpoint) if checkpoint else None
         if state is not None:
             self._check_same_run(checkpoint, state)
@@ -117,10 +126,7 @@ class Trainer:
             self._load_best()
         if log is not None:
             plot_run(log.path, self.output_dir / "training.png")
-        self.accelerator.end_training()
-        # Mixed precision wraps forward; what is handed back is the plain model.
-        self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return self._bare
+        return self._finish()
 
     def evaluate(self) -> Evaluation:
         """Loss of the compact model, the one that would be exported, on the held-out data, over all processes."""
@@ -140,6 +146,20 @@ class Trainer:
         self._bare.train()
         loss, tokens = self.accelerator.reduce(total.to(self.accelerator.device, torch.float32), "sum").tolist()
         return Evaluation(loss / tokens, int(tokens), tokens / (time.perf_counter() - start))
+
+    def _finish(self) -> nn.Module:
+        # Mixed precision wraps forward; what is handed back is the plain model.
+        self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.args.gradient_checkpointing:
+            self._bare.gradient_checkpointing_disable()
+        self._bare.eval()
+        # DDP's reducer must be gone, on all processes, before the process group is.
+        self.accelerator.wait_for_everyone()
+        del self.model, self.optimizer
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
+        return self._bare
 
     # One step
 
@@ -192,7 +212,7 @@ class Trainer:
             batch = send_to_device(batch, accelerator.device)
             labels = batch.pop("labels")
             with nullcontext() if i == accumulation - 1 else accelerator.no_sync(self.model):
-                loss = summed_loss(self.model(**batch, use_cache=False).logits, labels) / tokens
+                loss = summed_loss(self.model(**batch, **self._forward_options).logits, labels) / tokens
                 # DDP averages gradients over processes, and the loss is a sum over all of them.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
@@ -205,7 +225,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss_value = self._sum(total.item())
         if not math.isfinite(loss_value):
-            raise TrainingStateError(
+            raise DivergedError(
                 f"the loss is {loss_value} at step {self.step}; lower --learning-rate, or train in bf16 rather than fp16"
             )
         return loss_value, float(norm), int(tokens)
@@ -225,13 +245,13 @@ class Trainer:
         return DataLoader(self.train_data, batch_sampler=sampler, collate_fn=collate, generator=generator)
 
     def _end_guidance(self) -> int:
-        needs_rewrap = any(p.requires_grad for _, layer in guided_layers(self._bare) for p in layer.guide.parameters())
         freed = end_guidance(self._bare, getattr(self.optimizer, "optimizer", self.optimizer))
-        if needs_rewrap and self.accelerator.distributed_type != DistributedType.NO:
-            # DDP keeps waiting for the gradients of parameters that it was made with.
+        if freed and self.accelerator.distributed_type != DistributedType.NO:
+            # DDP holds every parameter that it was made with, and waits for the gradients of those that had one.
             self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             del self.model
-            gc.collect()  # the old reducer's hooks go with it
+            self.accelerator._models.clear()  # accelerate keeps a reference, and has no way to drop one model
+            gc.collect()
             self.model = self.accelerator.prepare_model(self._bare)
         gc.collect()
         if torch.cuda.is_available():
@@ -268,6 +288,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.best_step is not None and self.best_step < self.max_steps:
             path = self.output_dir / checkpoints.FOLDER / _BEST_FOLDER / "model.safetensors"
+            if not path.is_file():  # resumed from a checkpoint in another folder
+                warnings.warn(f"{path} is missing; the weights of the last step are kept instead", stacklevel=2)
+                self.best_loss = self.best_step = None
+                return
             checkpoints.load_tensors(self._bare, load_file(path), path)
 
     def _save(self) -> None:
@@ -275,8 +299,9 @@ class Trainer:
         final = checkpoints.checkpoint_path(self.output_dir, self.step)
         draft = final.with_name(f".{final.name}.partial")
         if accelerator.is_main_process:
-            draft.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(draft, ignore_errors=True)  # what a killed run left
         accelerator.wait_for_everyone()
+        draft.mkdir(parents=True, exist_ok=True)
         checkpoints.write_rng(draft, accelerator.process_index)
         if accelerator.is_main_process:
             state = TrainerState(
@@ -290,18 +315,6 @@ class Trainer:
             checkpoints.commit(draft, final, self.args.save_total_limit)
         accelerator.wait_for_everyone()
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        args = self.args
-        if args.resume_from_checkpoint:
-            return checkpoints.resolve_checkpoint(self.output_dir, args.resume_from_checkpoint)
-        used = [p for p in (self.output_dir / METRICS_FILE, self.output_dir / "config.json") if p.exists()]
-        if used and not args.overwrite_output_dir:
-            raise OutputError(
-                f"{self.output_dir} holds an earlier run ({used[0].name}); add --resume-from-checkpoint auto to go on, "
-                "--overwrite-output-dir to start anew, or name another --output-dir"
-            )
-        return None
-
     def _must_match(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it resumes, to be the same run."""
         names = (
@@ -313,7 +326,10 @@ class Trainer:
             "guided_steps": self.guided_steps,
             "global_batch": self.global_batch,
             "train_examples": len(self.train_data),
-            "train_tokens": int(self.train_data.starts[-1] - self.train_data.starts[0]),
+            "train_data": self.train_data.fingerprint(),
+            "guides": self._guide_kinds,
+            "mixed_precision": str(self.accelerator.mixed_precision),
+            "dtype": str(next(self._bare.parameters()).dtype),
             **{name: getattr(self.args, name) for name in names},
         }
 
@@ -347,14 +363,36 @@ class Trainer:
         return float(self.accelerator.reduce(tensor, "sum"))
 
 
+def checkpoint_to_resume(args: TrainArguments) -> Path | None:
+    """The checkpoint that the options mean, or None for a fresh start.
+
+    Raises:
+        TrainingStateError: it does not exist.
+        OutputError: ``output_dir`` holds an earlier run, and neither resuming nor overwriting was asked for.
+    """
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint:
+        return checkpoints.resolve_checkpoint(folder, args.resume_from_checkpoint)
+    used = [p for p in (folder / METRICS_FILE, folder / "config.json") if p.exists()]
+    if used and not args.overwrite_output_dir:
+        raise OutputError(
+            f"{folder} holds an earlier run ({used[0].name}); add --resume_from_checkpoint auto to go on, "
+            "--overwrite_output_dir to start anew, or name another --output_dir"
+        )
+    return None
+
+
 def make_accelerator(args: TrainArguments) -> Accelerator:
     """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens."""
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             log_with=args.report_to or None,
             project_dir=args.output_dir,
         )
+        # The launcher's setting would divide every loss once more.
+        accelerator.gradient_accumulation_steps = 1
+        return accelerator
     except ValueError as error:  # an unknown tracker, or a precision that the device lacks
         raise ConfigError(f"accelerate refuses these settings: {str(error).splitlines()[0]}") from error
 

@@ -71,3 +71,19 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert json.loads((two / "checkpoints" / "step-00000004" / "trainer_state.json").read_text())["step"] == 4
     launch(tmp_path, "two", 1, 4, "dense", "--resume_from_checkpoint", "auto")
     assert series(two, "loss") == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize("guide", ["dense", "residual"])
+def test_the_guide_is_really_gone_on_both_processes(tmp_path, guide):
+    """Nothing holds a guide's weight after the drop: not the model, the optimizer, DDP or accelerate."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+        "-m", "tests.distributed.guide_memory_driver", str(tmp_path), guide,
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        entry = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert (entry["world"], entry["type"]) == (2, "DistributedDataParallel")
+        assert [entry["alive"][str(step)] for step in (3, 4, 8)] == [14, 0, 0]

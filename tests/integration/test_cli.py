@@ -173,7 +173,7 @@ def test_an_output_folder_that_is_taken(command, dense, tmp_path):
     done = command("convert", dense, "--rank", "16", "--output-dir", out)
     assert_one_line_error(done, "is not empty; name another folder, or add --overwrite")
     done = command("convert", dense, "--rank", "16", "--output-dir", out, "--overwrite")
-    assert_one_line_error(done, "--overwrite replaces checkpoints only")
+    assert_one_line_error(done, "holds thesis.txt, and --overwrite replaces nothing but checkpoints")
     done = command("convert", dense, "--rank", "16", "--output-dir", dense, "--overwrite")
     assert_one_line_error(done, "holds the source")
     assert (out / "thesis.txt").exists()
@@ -262,6 +262,26 @@ def test_plan_reads_headers_and_not_weights(dense, command):
     assert "param ratio" in out
     done = command("plan", dense, "--energy", "0.9")
     assert_one_line_error(done, "NaN")
+
+
+def test_a_model_that_reads_a_weight_as_a_matrix(command, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=20)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    done = command("convert", tmp_path / "mamba", "--rank", "6", "--output-dir", tmp_path / "out")
+    assert_one_line_error(done, "ran before the conversion and fails after it")
+    assert not (tmp_path / "out").exists()
+    flags = ["--rank", "6", "--exclude-modules", "dt_proj", "--output-dir", tmp_path / "out"]
+    assert command("convert", tmp_path / "mamba", *flags).returncode == 0
+
+
+def test_what_is_only_used_at_the_end_is_checked_at_the_start(command, tmp_path):
+    convert = ["convert", DEMO_MODEL, "--rank", "16", "--output-dir", tmp_path / "out"]
+    done = command(*convert, "--max-shard-size", "huge")
+    assert_one_line_error(done, "--max-shard-size 'huge' is no size; write it as 5GB or 500MB")
+    done = command(*convert, "--push-to-hub", "--hub-model-id", "not a name!")
+    assert_one_line_error(done, "--hub-model-id 'not a name!'")
 
 
 def test_eval_refuses_what_it_cannot_measure(command, minilm, tmp_path):

@@ -45,7 +45,7 @@ def test_push_and_pull(hub, online, command, tmp_path, ids):
     lowrank_ft.convert(model, rank=8)
     with torch.no_grad():
         logits = model(ids).logits
-    save_compact(model, tmp_path / "compact", base_model="me/dense", companions_from=DEMO_MODEL)
+    save_compact(model, tmp_path / "compact", base_model=str(DEMO_MODEL), companions_from=DEMO_MODEL)
     (tmp_path / "compact" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "compact" / "checkpoints" / "step-00000001" / "optimizer.safetensors").write_bytes(b"x")
     (tmp_path / "compact" / "old.bin").write_bytes(b"pickle")
@@ -56,6 +56,8 @@ def test_push_and_pull(hub, online, command, tmp_path, ids):
     files = hub.files("me/tiny-lowrank")
     assert {"config.json", "model.safetensors", "lowrank_plugin.py", "README.md", "tokenizer.json"} <= set(files)
     assert not any(name.endswith(".bin") or name.startswith("checkpoints") for name in files)
+    assert str(DEMO_MODEL) not in files["config.json"].decode()  # a path of this machine is nobody's business
+    assert str(DEMO_MODEL) in (tmp_path / "compact" / "config.json").read_text()
     assert files["model.safetensors"] == (tmp_path / "compact" / "model.safetensors").read_bytes()
 
     torch.save(ids, tmp_path / "ids.pt")
@@ -88,6 +90,7 @@ def test_plan_and_convert_a_model_on_the_hub(hub, command, tmp_path):
     )  # fmt: skip
     entry = json.loads(hub.files("me/compact")["config.json"])["quantization_config"]
     assert entry["base_model"] == "me/dense"
+    assert entry["base_revision"] == hub.commits("me/dense")[-1].sha
     assert b"base_model: me/dense" in hub.files("me/compact")["README.md"]
 
 

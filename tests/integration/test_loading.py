@@ -6,13 +6,20 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 import lowrank_ft
 from lowrank_ft.hub.export import save_compact
 from lowrank_ft.hub.plugin import plugin_source
 from lowrank_ft.nn import LowRankLinear, lowrank_layers
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_gpt2, tiny_llama
 
 LOGITS = """
 import sys, torch
@@ -169,12 +176,42 @@ def test_a_newer_format_is_refused(checkpoint):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_config_that_names_an_unknown_linear_is_refused(checkpoint):
+def test_a_config_that_misses_a_linear_meets_the_tripwire(checkpoint):
     folder, _, _ = checkpoint
     text = (folder / "config.json").read_text().replace("layers.1.mlp.up_proj", "layers.7.mlp.up_proj")
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"has no module model\.layers\.7\.mlp\.up_proj"):
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(checkpoint):
+    folder, _, _ = checkpoint
+    text = (folder / "config.json").read_text().replace("model.layers", "model.blocks")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="has none of the factored linears of the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_part_of_a_model_loads(tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    lowrank_ft.convert(model, rank=6)
+    save_compact(model, tmp_path / "t5")
+    encoder = T5EncoderModel.from_pretrained(tmp_path / "t5")
+    tokens = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(encoder(tokens)[0], model.encoder(tokens)[0])
+
+
+def test_autocast_keeps_its_dtype_where_there_is_a_bias():
+    model = tiny_gpt2()
+    lowrank_ft.convert(model, rank=6, guide="residual")
+    layer = model.transformer.h[0].mlp.c_fc
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(torch.randn(2, 32)).dtype == torch.bfloat16
+        lowrank_ft.end_guidance(model)
 
 
 def test_a_dense_model_is_not_factorized_on_load(tmp_path):

@@ -1,6 +1,11 @@
 """The recipe and ``lowrank-ft finetune`` as a user starts them, and ``lowrank-ft export`` on what they leave."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -72,6 +77,47 @@ def test_a_dense_model_without_a_guide_and_a_guided_checkpoint(python, cli, text
     assert not any("guide" in n for n, _ in model.named_parameters())
 
 
+def test_the_checkpoint_of_a_killed_run_exports_whole(python, cli, text, tmp_path):
+    tuned = tmp_path / "tuned"
+    config = write_config(tmp_path, model=str(DEMO_MODEL), param_ratio=0.5, dataset=str(text), output_dir=str(tuned))
+    code = (
+        "import os, runpy, signal, sys; from lowrank_ft.training import trainer\n"
+        "end = trainer.Trainer._end_guidance\n"
+        "trainer.Trainer._end_guidance = lambda self: (self._save(), os.kill(os.getpid(), signal.SIGKILL))\n"
+        f"sys.argv = ['finetune.py', '--config', {config!r}]\n"
+        f"runpy.run_path({str(ROOT / 'recipes' / 'finetune.py')!r}, run_name='__main__')"
+    )
+    assert python("-c", code, check=False).returncode == -signal.SIGKILL
+    assert not (tuned / "config.json").exists()
+    cli("export", tuned / "checkpoints" / "step-00000003", "--output-dir", tmp_path / "exported")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").dtype == torch.bfloat16
+    AutoTokenizer.from_pretrained(tmp_path / "exported")
+
+
+def test_stopping_finetune_stops_the_training(text, tmp_path):
+    """SIGTERM to the command reaches the process that trains."""
+    tuned = tmp_path / "tuned"
+    config = write_config(
+        tmp_path, model=str(DEMO_MODEL), param_ratio=0.5, dataset=str(text), output_dir=str(tuned), max_steps=100_000,
+        eval_steps=0,
+    )  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lowrank_ft_cli.main", "finetune", "--config", config]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path)
+    metrics = tuned / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_metrics(metrics)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted; go on with --resume_from_checkpoint auto" in err
+    lines = len(read_metrics(metrics))
+    time.sleep(2)
+    assert len(read_metrics(metrics)) == lines
+
+
 def test_the_recipe_reports_errors_in_one_line(python, tmp_path):
     recipe = str(ROOT / "recipes" / "finetune.py")
     (tmp_path / "x.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
@@ -82,6 +128,10 @@ def test_the_recipe_reports_errors_in_one_line(python, tmp_path):
         ),
         (["--model", str(DEMO_MODEL), "--rank", "8"], "no dataset is named"),
         ([], "no model is named"),
+        (
+            ["--model", str(DEMO_MODEL), "--rank", "8", "--dataset", "x.jsonl", "--block_size", "4096"],
+            "exceeds the 512",
+        ),
     ]
     for flags, message in cases:
         done = python(recipe, *flags, check=False)
@@ -98,6 +148,7 @@ def test_yaml_and_flags(tmp_path):
     assert (as_rank(model.rank), model.target_modules, model.rank_pattern) == (64, ["q_proj"], {"q": 4})
     assert (data.block_size, train.max_steps, train.learning_rate) == (16, 9, 1e-3)
     assert as_rank(0.5) == 0.5
+    assert [(as_rank(t), type(as_rank(t))) for t in ("64", "0.5", "1.0")] == [(64, int), (0.5, float), (1.0, float)]
     assert as_rank(None) is None
 
 

@@ -1,11 +1,13 @@
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
-from lowrank_ft.conversion import attach_guides, convert, merge
-from lowrank_ft.errors import ConfigError, NonFiniteError, PlanError
+from lowrank_ft import LowRankConfig
+from lowrank_ft.conversion import attach_guides, convert, describe_in_config, merge
+from lowrank_ft.errors import ConfigError, NonFiniteError, PlanError, TargetError
 from lowrank_ft.nn import GUIDES, LowRankLinear, end_guidance, lowrank_layers
-from lowrank_ft.plan import make_plan
+from lowrank_ft.plan import LinearPlan, Plan, make_plan
 from tests.conftest import tiny_gpt2, tiny_llama
 
 MODELS = [tiny_llama, tiny_gpt2]
@@ -77,6 +79,41 @@ def test_a_guide_of_another_model_is_refused():
         attach_guides(model, tiny_llama(intermediate_size=56), "frozen")
     with pytest.raises(PlanError, match="no dense linear"):
         attach_guides(model, tiny_gpt2(), "frozen")
+
+
+def test_a_guide_with_other_weights_is_refused():
+    model = tiny_llama(seed=0)
+    convert(model, rank=8)
+    with pytest.raises(PlanError, match="is not the one that the checkpoint was made from"):
+        attach_guides(model, tiny_llama(seed=1), "residual")
+
+
+def test_a_compact_model_is_not_converted_again():
+    model = tiny_llama()
+    convert(model, rank=8)
+    with pytest.raises(PlanError, match="has factored linears already"):
+        convert(model, rank=4)
+    with pytest.raises(TargetError, match="compact already"):
+        get_peft_model(model, LowRankConfig(r=4))
+
+
+def test_a_plan_may_not_name_a_tied_head():
+    model = tiny_llama(tie_word_embeddings=True)
+    plan = Plan((LinearPlan("lm_head", (97, 32), 4),), 1)
+    with pytest.raises(TargetError, match="shares its weight"):
+        convert(model, plan)
+
+
+def test_the_origin_is_kept_through_a_second_save():
+    model = tiny_llama()
+    model.config._name_or_path, model.config._commit_hash = "me/dense", "f" * 40
+    convert(model, rank=8)
+    model.config._name_or_path, model.config._commit_hash = "me/compact", "0" * 40
+    describe_in_config(model, "me/dense")
+    entry = model.config.quantization_config
+    assert (entry["base_model"], entry["base_revision"]) == ("me/dense", "f" * 40)
+    describe_in_config(model, "me/other")
+    assert "base_revision" not in model.config.quantization_config
 
 
 def test_dtype_device_and_untouched_parameters_are_kept():

@@ -41,10 +41,10 @@ def test_overwriting_replaces_all_or_keeps_all(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     fill(out, "old")
-    (out / "extra").write_text("old")
+    (out / "model.safetensors").write_text("old")
     with pytest.raises(RuntimeError), whole_folder(out, overwrite=True):
         raise RuntimeError
-    assert listing(out) == ["config.json", "extra"]
+    assert listing(out) == ["config.json", "model.safetensors"]
     with whole_folder(out, overwrite=True) as draft:
         fill(draft)
     assert listing(out) == ["config.json"]
@@ -62,15 +62,33 @@ def test_keeping_existing_files_of_a_run(tmp_path):
     assert (tmp_path / "config.json").read_text() == "new"
 
 
-def test_refusals(tmp_path):
+def test_an_export_into_a_run_leaves_no_stale_weights(tmp_path):
+    fill(tmp_path, "old")
+    for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_text("old")
+    with whole_folder(tmp_path, keep_existing=True) as draft:
+        fill(draft)
+        (draft / "model.safetensors").write_text("new")
+    assert listing(tmp_path) == ["config.json", "model.safetensors"]
+
+
+def test_refusals(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         check_output_dir(tmp_path / "file")
     with pytest.raises(OutputError, match="is not empty; name another folder, or add --overwrite"):
         check_output_dir(tmp_path)
-    with pytest.raises(OutputError, match="replaces checkpoints only"):
+    fill(tmp_path)
+    with pytest.raises(OutputError, match="holds file, and --overwrite replaces nothing but checkpoints"):
         check_output_dir(tmp_path, overwrite=True)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "file").unlink()
     check_output_dir(tmp_path, overwrite=True)
     with pytest.raises(OutputError, match="holds the source"):
         check_output_dir(tmp_path, overwrite=True, keep=tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"has no config\.json"):
+        check_output_dir(tmp_path, overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is the folder that you are in"):
+        check_output_dir(".")

@@ -74,7 +74,9 @@ def test_json_round_trip_and_editing(tmp_path):
         Plan.from_dict(data)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"plan_version": 2}', '{"plan_version": 1, "linears": [{"name": "x"}]}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"plan_version": 2}', '{"plan_version": 1, "linears": [{"name": "x"}]}']
+)
 def test_a_bad_plan_file_is_refused(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(PlanError):

@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from lowrank_ft.conversion import convert
-from lowrank_ft.errors import ConfigError, OutputError, TrainingStateError
+from lowrank_ft.errors import ConfigError, DivergedError, OutputError, TrainingStateError
 from lowrank_ft.evaluation import summed_loss
 from lowrank_ft.nn import compact_state_dict, guided_layers
 from lowrank_ft.training import TrainArguments, Trainer
@@ -210,6 +210,57 @@ def test_an_earlier_run_is_not_run_over(tmp_path, data):
     Trainer(guided(), arguments(tmp_path, overwrite_output_dir=True), data).train()
 
 
+def test_overwriting_forgets_the_earlier_runs_checkpoints(tmp_path, data):
+    Trainer(guided(), arguments(tmp_path, save_steps=4), data).train()
+    seen = {}
+
+    def look(step, trainer):
+        seen[step] = [p.name for p in find_checkpoints(tmp_path / "run")]
+
+    args = arguments(tmp_path, save_steps=2, overwrite_output_dir=True)
+    Trainer(guided(), args, data, on_step_end=look).train()
+    assert seen[1] == []
+    assert seen[2] == ["step-00000002"]
+
+
+def test_another_guide_or_other_data_is_not_resumed(tmp_path, data):
+    Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
+    early = str(tmp_path / "run" / "checkpoints" / "step-00000002")
+    with pytest.raises(TrainingStateError, match=r"guides \['residual'\] -> \['frozen'\]"):
+        Trainer(guided("frozen"), arguments(tmp_path, resume_from_checkpoint=early), data).train()
+    other = pack(data.ids[::-1].copy(), BLOCK)
+    with pytest.raises(TrainingStateError, match="train_data .* crc32"):
+        Trainer(guided(), arguments(tmp_path, resume_from_checkpoint=early), other).train()
+
+
+def test_the_launchers_accumulation_does_not_divide_again(tmp_path, data, monkeypatch):
+    norms = []
+    for i, steps in enumerate(("1", "4")):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        Trainer(guided(), arguments(tmp_path / str(i), max_steps=2), data).train()
+        norms.append([e["grad_norm"] for e in records(tmp_path / str(i))])
+    assert norms[0] == norms[1]
+
+
+def test_a_missing_best_file_is_a_warning_and_not_the_end(tmp_path, data):
+    train, held_out = data.split(6)
+    args = arguments(tmp_path, eval_steps=1, learning_rate=0.5, warmup_ratio=1.0, max_steps=6)
+
+    def lose(step, trainer):
+        (tmp_path / "run" / "checkpoints" / "best" / "model.safetensors").unlink(missing_ok=True)
+
+    with pytest.warns(UserWarning, match="the weights of the last step are kept"):
+        Trainer(guided(), args, train, held_out, on_step_end=lose).train()
+
+
+def test_what_comes_back_is_ready_to_use(tmp_path, data):
+    model = Trainer(guided(), arguments(tmp_path, gradient_checkpointing=True), data).train()
+    assert not model.training
+    assert not model.is_gradient_checkpointing
+    assert model.config.use_cache
+
+
 def test_nothing_to_train_and_bad_options(tmp_path, data):
     model = tiny_llama().requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing to train"):
@@ -220,5 +271,5 @@ def test_nothing_to_train_and_bad_options(tmp_path, data):
 
 
 def test_a_diverged_run_stops_and_says_so(tmp_path, data):
-    with pytest.raises(TrainingStateError, match="the loss is nan at step"):
+    with pytest.raises(DivergedError, match="the loss is nan at step"):
         Trainer(guided(), arguments(tmp_path, learning_rate=1e30, max_grad_norm=0), data).train()

@@ -1,0 +1,98 @@
+"""Write the tables of ``docs/reference`` that repeat what the code says.
+
+    python docs/make_reference.py            # rewrite them
+    python docs/make_reference.py --check    # exit 1 and name the pages that are out of date
+
+A page holds ``<!-- begin generated: NAME -->`` and ``<!-- end generated -->``; what is between them belongs to this
+script, everything else to the writer. NAME is an options group of the recipe, or a command.
+"""
+
+import argparse
+import re
+import sys
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from lowrank_ft_cli.main import build_parser
+
+from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments
+
+REFERENCE = Path(__file__).parent / "reference"
+GROUPS = {"model": ModelArguments, "data": DataArguments, "train": TrainArguments}
+REQUIRED = {"model", "dataset"}
+
+_BLOCK = re.compile(r"(<!-- begin generated: (.+?) -->\n).*?(<!-- end generated -->)", re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for page in sorted(REFERENCE.glob("*.md")):
+        before = page.read_text(encoding="utf-8")
+        after = _BLOCK.sub(lambda m: f"{m[1]}\n{table(m[2])}\n\n{m[3]}", before)
+        if before != after:
+            stale.append(page.name)
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    if stale:
+        print(f"{'out of date' if check else 'rewritten'}: {', '.join(stale)}", file=sys.stderr)
+    if stale and check:
+        print("run python docs/make_reference.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+def table(name: str) -> str:
+    """The Markdown table that a page asks for by ``name``."""
+    return options_table(GROUPS[name]) if name in GROUPS else command_table(name)
+
+
+def options_table(group: Any) -> str:
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    rows += [f"| `{f.name}` | {_default(f)} | {_cell(f.metadata['help'])} |" for f in fields(group)]
+    return "\n".join(rows)
+
+
+def command_table(name: str) -> str:
+    rows = ["| argument | meaning |", "|---|---|"]
+    for action in commands()[name]._actions:
+        if action.dest == "help":
+            continue
+        if not action.option_strings:
+            shown = action.dest.upper()
+        else:
+            value = "" if action.nargs == 0 else f" {action.metavar or _placeholder(action)}"
+            shown = f"{action.option_strings[-1]}{value}{' ...' if action.nargs == '+' else ''}"
+        needed = " (required)" if action.required and action.option_strings else ""
+        rows.append(f"| `{shown}` | {_cell((action.help or '').replace('%%', '%'))}{needed} |")
+    return "\n".join(rows)
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """Every command of ``lowrank-ft`` and its parser."""
+    action = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def _default(field: Field) -> str:
+    if field.name in REQUIRED:
+        return "must be given"
+    value = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    if value is None or value == []:
+        return "not set"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _placeholder(action: argparse.Action) -> str:
+    return "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
