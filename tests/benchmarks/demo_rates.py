@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-steps", type=int, default=120)
     parser.add_argument("--param-ratio", type=float, default=0.6)
-    parser.add_argument("--methods", nargs="+", default=["residual", "none", "LoRA", "full"])
+    parser.add_argument("--methods", nargs="+", default=["residual", "LoRA"])
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
     train_text, held_out_text = prose()

@@ -1,6 +1,6 @@
 """Two processes train a guided model; each writes how many guide weights are alive after the drop.
 
-torchrun --nproc_per_node 2 -m tests.distributed.guide_memory_driver OUTPUT GUIDE
+torchrun --standalone --nproc_per_node 2 -m tests.distributed.guide_memory_driver OUTPUT GUIDE
 """
 
 import gc

@@ -77,7 +77,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 def test_the_guide_is_really_gone_on_both_processes(tmp_path, guide):
     """Nothing holds a guide's weight after the drop: not the model, the optimizer, DDP or accelerate."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         "-m", "tests.distributed.guide_memory_driver", str(tmp_path), guide,
     ]  # fmt: skip
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
