@@ -32,7 +32,7 @@ from lowrank_ft.training.trainer import Trainer
 MODEL = Path(__file__).parent / "model"
 BLOCK_SIZE = 256
 LORA_RANK = 16
-LEARNING_RATES = {"low-rank": 2e-3, "LoRA": 3e-3}
+LEARNING_RATES = {"low-rank": 2e-3, "LoRA": 5e-3}
 
 
 @dataclass

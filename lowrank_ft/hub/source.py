@@ -283,7 +283,9 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str | 
             f"{source.name} lacks {len(missing)} weights of {type(model).__name__}, the first being {missing[0]}; "
             "the checkpoint is incomplete, or its config.json names another architecture"
         )
+    # It was read from a folder, also when it came from the Hub; what is written later should say where that was.
     model.config._name_or_path = source.name
+    model.config._commit_hash = getattr(config, "_commit_hash", None)
     return model.to(device) if device else model
 
 

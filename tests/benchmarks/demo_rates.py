@@ -23,7 +23,7 @@ from lowrank_ft.evaluation import evaluate_blocks, to_blocks
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.data import pack, token_ids
 
-RATES = [1e-3, 2e-3, 3e-3, 5e-3, 1e-2]
+RATES = [5e-4, 1e-3, 2e-3, 3e-3, 5e-3]
 
 
 def build(method: str, param_ratio: float) -> torch.nn.Module:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-steps", type=int, default=120)
     parser.add_argument("--param-ratio", type=float, default=0.6)
-    parser.add_argument("--methods", nargs="+", default=["residual", "LoRA"])
+    parser.add_argument("--methods", nargs="+", default=["residual", "none", "dense", "LoRA"])
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
     train_text, held_out_text = prose()
