@@ -1,13 +1,13 @@
 """``lowrank-ft convert``: a dense checkpoint in, a compact one out."""
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
 from lowrank_ft_cli.options import device_of, dtype_of, hub_target, shard_size, size_options, source_of
 from lowrank_ft_cli.plan import print_plan, refuse_compact
 
+from lowrank_ft.console import shown_command
 from lowrank_ft.conversion import METHODS, convert, spectrum_of
 from lowrank_ft.errors import RankError, TargetError
 from lowrank_ft.hub.export import save_compact
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     save_compact(
         model.to("cpu"), options.output_dir, companions_from=source.download(), base_model=source.name,
         overwrite=options.overwrite, max_shard_size=shard_size(options),
-        command=shlex.join(["lowrank-ft", *sys.argv[1:]]),
+        command=shown_command("lowrank-ft", sys.argv[1:]),
     )  # fmt: skip
     print(Path(options.output_dir))
     if repo_id is not None:

@@ -1,12 +1,12 @@
 """``lowrank-ft export``: the compact checkpoint of a training checkpoint, or of a PEFT adapter."""
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
 from lowrank_ft_cli.options import dtype_of, hub_target, shard_size
 
+from lowrank_ft.console import shown_command
 from lowrank_ft.errors import CheckpointNotFoundError
 from lowrank_ft.hub.export import save_compact
 from lowrank_ft.hub.output import check_output_dir
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     save_compact(
         model if dtype == "auto" else model.to(dtype), options.output_dir, companions_from=companions,
         base_model=base_model, overwrite=options.overwrite, max_shard_size=shard_size(options),
-        command=shlex.join(["lowrank-ft", *sys.argv[1:]]),
+        command=shown_command("lowrank-ft", sys.argv[1:]),
     )  # fmt: skip
     print(Path(options.output_dir))
     if repo_id is not None:

@@ -2,8 +2,10 @@
 
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lowrank_ft.errors import LowRankError
@@ -24,6 +26,11 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(1)
 
     return wrapped
+
+
+def shown_command(program: str, arguments: Sequence[str]) -> str:
+    """A command line to put on record: absolute paths lose their folders, which mean nothing elsewhere."""
+    return shlex.join([program, *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
 
 
 def print_table(

@@ -7,14 +7,13 @@ The model is a compact checkpoint (from ``lowrank-ft convert``), or a dense one 
 What is left in ``output_dir`` at the end is a compact checkpoint that ``AutoModelForCausalLM`` loads.
 """
 
-import shlex
 import sys
 
 import torch
 from transformers import PreTrainedModel
 
 import lowrank_ft
-from lowrank_ft.console import one_line_errors
+from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation import context_length
 from lowrank_ft.hub.export import begin_run
@@ -62,7 +61,7 @@ def main() -> None:
             results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
         lowrank_ft.save_compact(
             model.to(export_dtype), train_args.output_dir, companions_from=folder, base_model=base_model,
-            results=results, command=shlex.join(["recipes/finetune.py", *sys.argv[1:]]), keep_existing=True,
+            results=results, command=shown_command("recipes/finetune.py", sys.argv[1:]), keep_existing=True,
         )  # fmt: skip
         print(train_args.output_dir)
 

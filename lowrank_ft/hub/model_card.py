@@ -11,6 +11,8 @@ from lowrank_ft.hub.source import is_hub_id
 from lowrank_ft.nn import lowrank_layers
 from lowrank_ft.plan import count_parameters
 
+PLACEHOLDER = "path/or/hub-id"
+
 _AUTO_CLASSES = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "AutoModelForImageClassification",
@@ -49,7 +51,7 @@ def model_card(
     base_model: str | None = None,
     results: Mapping[str, object] | None = None,
     command: str | None = None,
-    repo: str = "path/or/hub-id",
+    repo: str = PLACEHOLDER,
 ) -> str:
     """The card's text, with its YAML header."""
     layers = [layer for _, layer in lowrank_layers(model)]

@@ -72,6 +72,7 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
         raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another --output-dir") from error
     try:
         yield draft
+        _open_permissions(draft)
         if keep_existing and path.exists():
             _move_in(draft, path)
         else:
@@ -98,10 +99,15 @@ def _move_in(draft: Path, path: Path) -> None:
         os.replace(file, target)
 
 
-def _take_place(draft: Path, path: Path) -> None:
+def _open_permissions(folder: Path) -> None:
+    """What mkdtemp and safetensors make private becomes like any other file: a server may run as another user."""
     umask = os.umask(0)
     os.umask(umask)
-    draft.chmod(0o777 & ~umask)  # mkdtemp makes it private; the result should be like any other folder
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _take_place(draft: Path, path: Path) -> None:
     if not path.exists():
         os.replace(draft, path)
         return

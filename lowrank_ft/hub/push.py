@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, OutputError
+from lowrank_ft.hub.model_card import PLACEHOLDER
 from lowrank_ft.hub.source import RUN_FILE, Source, first_line, is_hub_id
 
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -53,7 +54,7 @@ def push(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as staged:
-            _stage(folder, Path(staged))
+            _stage(folder, Path(staged), repo_id)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=staged,
@@ -68,11 +69,14 @@ def push(
     return str(commit.commit_url)
 
 
-def _stage(folder: Path, staged: Path) -> None:
-    """Links to what is to be published; ``config.json`` is rewritten without a path of this machine."""
+def _stage(folder: Path, staged: Path, repo_id: str) -> None:
+    """Links to what is to be published; config and card are rewritten for readers elsewhere."""
     for path in folder.iterdir():
-        if path.name not in (*_OF_THE_RUN, "config.json"):
+        if path.name not in (*_OF_THE_RUN, "config.json", "README.md"):
             (staged / path.name).symlink_to(path.resolve())
+    if (folder / "README.md").is_file():
+        card = (folder / "README.md").read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+        (staged / "README.md").write_text(card, encoding="utf-8")
     if (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         entry = config.get("quantization_config")

@@ -58,6 +58,7 @@ def test_push_and_pull(hub, online, command, tmp_path, ids):
     assert not any(name.endswith(".bin") or name.startswith("checkpoints") for name in files)
     assert str(DEMO_MODEL) not in files["config.json"].decode()  # a path of this machine is nobody's business
     assert str(DEMO_MODEL) in (tmp_path / "compact" / "config.json").read_text()
+    assert 'from_pretrained("me/tiny-lowrank")' in files["README.md"].decode()
     assert files["model.safetensors"] == (tmp_path / "compact" / "model.safetensors").read_bytes()
 
     torch.save(ids, tmp_path / "ids.pt")

@@ -11,6 +11,12 @@ def fill(folder, text="new"):
     (folder / "config.json").write_text(text)
 
 
+def umask():
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
 def listing(path):
     return sorted(p.name for p in path.iterdir())
 
@@ -20,6 +26,7 @@ def test_it_appears_whole(tmp_path):
         fill(draft)
         assert not (tmp_path / "a" / "out").exists()
     assert listing(tmp_path / "a" / "out") == ["config.json"]
+    assert (tmp_path / "a" / "out" / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask()
     assert listing(tmp_path / "a") == ["out"]
 
 
