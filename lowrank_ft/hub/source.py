@@ -285,7 +285,8 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str | 
         )
     # It was read from a folder, also when it came from the Hub; what is written later should say where that was.
     model.config._name_or_path = source.name
-    model.config._commit_hash = getattr(config, "_commit_hash", None)
+    # The Hub's cache keeps each commit in a folder of its name.
+    model.config._commit_hash = folder.name if folder.parent.name == "snapshots" else None
     return model.to(device) if device else model
 
 
