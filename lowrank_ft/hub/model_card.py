@@ -11,6 +11,10 @@ from lowrank_ft.hub.source import is_hub_id
 from lowrank_ft.nn import lowrank_layers
 from lowrank_ft.plan import count_parameters
 
+_PLUGIN = """Without the package, `{auto_class}.from_pretrained("{repo}", trust_remote_code=True)` runs the loader in
+`lowrank_plugin.py`, which is part of this repository."""
+_OWN_CODE = "The model has Python code of its own (`trust_remote_code=True`), so the package is needed to load it."
+
 PLACEHOLDER = "path/or/hub-id"
 
 _AUTO_CLASSES = (
@@ -39,8 +43,7 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained("{repo}")
 ```
 
-Without the package, `{auto_class}.from_pretrained("{repo}", trust_remote_code=True)` runs the loader in
-`lowrank_plugin.py`, which is part of this repository. Other loaders stop with a size mismatch rather than give random
+{without_package} Other loaders stop with a size mismatch rather than give random
 weights. For software that knows dense checkpoints only: `lowrank-ft merge {repo} --output-dir DIR`.
 {command}"""
 
@@ -67,6 +70,8 @@ def model_card(
     }
     data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["lowrank-ft", "low-rank", "compressed"])
     auto_class = next((a for a in _AUTO_CLASSES if _loads(getattr(transformers, a), model)), "AutoModel")
+    has_own_code = "AutoConfig" in (getattr(model.config, "auto_map", None) or {})
+    without_package = _OWN_CODE if has_own_code else _PLUGIN
     text = _TEMPLATE.format(
         card_data=data.to_yaml(),
         title=f"{(hub_id or 'model').split('/')[-1]}, low-rank",
@@ -74,6 +79,7 @@ def model_card(
         table="\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]),
         auto_class=auto_class,
         repo=repo,
+        without_package=without_package.format(auto_class=auto_class, repo=repo),
         command=f"\n## How it was made\n\n```\n{command}\n```\n" if command else "",
     )
     return ModelCard(text, ignore_metadata_errors=False).content
