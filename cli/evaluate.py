@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> None:
         )
     results = [measure(s, rows[options.text_column], options, device) for s in sources]
     if options.json:
-        keys = ("model", "baseline")
-        print(json.dumps(dict(zip(keys, results, strict=False)), indent=2))
+        keys = ("model", "baseline")[: len(results)]
+        print(json.dumps(dict(zip(keys, results, strict=True)), indent=2))
         return
     columns = ("model", "parameters", "on disk", "perplexity", "loss", "tokens/s")
     table = [

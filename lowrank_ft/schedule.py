@@ -5,7 +5,6 @@ same values. ``step`` counts completed optimizer steps: step 0 is the first one.
 """
 
 import math
-from collections.abc import Callable
 
 from lowrank_ft.errors import ConfigError
 
@@ -42,14 +41,6 @@ def lr_factor_at(step: int, total_steps: int, warmup_steps: int = 0, schedule: s
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def alpha_curve(guided_steps: int, schedule: str = "cosine") -> Callable[[int], float]:
-    """``alpha_at`` with everything but the step bound, checked now rather than at the first step."""
-    require_choice("alpha schedule", schedule, ALPHA_SCHEDULES)
-    if guided_steps < 0:
-        raise ConfigError(f"guided_steps is {guided_steps}; it must be 0 (no guidance) or more")
-    return lambda step: alpha_at(step, guided_steps, schedule)
 
 
 def require_choice(what: str, found: str, allowed: tuple[str, ...]) -> None:
