@@ -4,9 +4,12 @@
     attach_guides    U, V, W  -> U, V and a guide (a compact checkpoint that goes on training)
     merge            U, V     -> W = U V          (a plain dense model again)
 
-All work in place, linear by linear, so memory grows by one linear at a time; all need torch alone.
+All work in place, linear by linear; all need torch alone. Without calibration data, memory grows by one linear at a
+time; with them, see :mod:`lowrank_ft.calibration.blockwise` and :mod:`lowrank_ft.calibration.distill`.
 """
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,15 +18,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_ft import checkpoint_format
-from lowrank_ft.errors import PlanError
+from lowrank_ft.allocation import ALLOCATIONS
+from lowrank_ft.calibration import METHODS, Calibration, ConversionRecord, convert_blocks, distill, squared_spectra
+from lowrank_ft.errors import ConfigError, PlanError
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers
-from lowrank_ft.plan import Plan, make_plan
+from lowrank_ft.nn.replace import dense_weight, factorized, swap
+from lowrank_ft.plan import Plan, make_plan, reallocate
 from lowrank_ft.schedule import require_choice
-from lowrank_ft.solvers import Factors, singular_values, truncated_svd
-from lowrank_ft.targets import LinearSpec, Patterns, is_linear, is_transposed, refuse_tied
-
-Solver = Callable[[Tensor, int, str], Factors]
-METHODS: dict[str, Solver] = {"svd": truncated_svd}
+from lowrank_ft.solvers import singular_values, truncated_svd
+from lowrank_ft.targets import LinearSpec, Patterns, is_linear, refuse_tied
 
 
 def convert(
@@ -37,26 +40,40 @@ def convert(
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
     guide: str | None = None,
-    method: str = "svd",
+    method: str | None = None,
+    calibration: Calibration | None = None,
+    allocation: str = "uniform",
+    record: ConversionRecord | None = None,
     progress: bool = False,
 ) -> Plan:
     """Replace linears of ``model`` by their factors, in place.
 
     Args:
-        model: a dense model. Parameters that are not factorized keep their identity.
+        model: a dense model. Parameters that are not factorized keep their identity and their values.
         plan: what to do; without one it is made here from ``rank``, ``param_ratio`` or ``energy`` and the patterns.
         guide: None for the deployed layers, or one of ``GUIDES`` to keep a dense branch for fine-tuning.
-        method: how the factors are found, one of ``METHODS``.
-        progress: show a progress bar on stderr when that is a terminal.
+        method: how the factors are found, one of ``METHODS``; by default ``anchored`` with calibration data and
+            ``svd`` without.
+        calibration: data and settings for everything but ``svd`` alone: fitting, refinement, distillation.
+        allocation: how ranks share the budget of a plan that is made here, one of ``ALLOCATIONS``.
+        record: is filled with what was lost in each linear and block.
+        progress: show progress bars on stderr when that is a terminal.
 
     Returns:
         The plan that was carried out.
 
     Raises:
         RankError, TargetError, PlanError: see :func:`make_plan`; or the plan does not fit this model.
-        NonFiniteError: a weight holds NaN or infinity; the message names it. Modules before it are converted already.
+        ConfigError: a method or an allocation needs calibration data, and there are none.
+        NonFiniteError: a weight or an activation holds NaN or infinity; the message names it. Modules before it are
+            converted already.
+        DivergedError: refinement or distillation failed.
     """
-    require_choice("method", method, tuple(METHODS))
+    method = method or ("anchored" if calibration else "svd")
+    require_choice("method", method, METHODS)
+    require_choice("allocation", allocation, ALLOCATIONS)
+    if calibration is None and method != "svd":
+        raise ConfigError(f"method {method} needs calibration data; give some, or use method svd, which needs none")
     if any(lowrank_layers(model)):
         raise PlanError("the model has factored linears already; convert the dense model, or merge this one first")
     if plan is None:
@@ -70,17 +87,74 @@ def convert(
             exclude_modules=exclude_modules,
             spectrum=spectrum_of(model),
         )
+        plan = allocate(model, plan, allocation, calibration, progress)
     elif any(v is not None for v in (rank, param_ratio, energy, rank_pattern, target_modules, exclude_modules)):
         raise PlanError("a plan already says which linears get which rank; give the plan or the options, not both")
+    elif allocation != "uniform":
+        raise PlanError("a plan already says which linears get which rank; leave the allocation out")
     check_fits(plan, model)
-    bar = tqdm(plan.ranks.items(), desc="factorize", unit="linear", disable=None if progress else True)
-    for name, layer_rank in bar:
-        dense = model.get_submodule(name)
-        weight = dense_weight(dense)
-        layer = factorized(dense, METHODS[method](weight, layer_rank, f"{name}.weight"))
-        _swap(model, name, layer if guide is None else GuidedLowRankLinear.from_lowrank(layer, weight, guide))
+    weights = {n: dense_weight(model.get_submodule(n)) for n in plan.ranks} if guide is not None else {}
+    if calibration is None:
+        _truncate(model, plan, record, progress)
+    else:
+        _fit(model, plan, method, calibration, record, progress)
+    for name, weight in weights.items():
+        layer: Any = model.get_submodule(name)
+        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide)))
     describe_in_config(model)
     return plan
+
+
+def allocate(
+    model: nn.Module, plan: Plan, allocation: str, calibration: Calibration | None, progress: bool = False
+) -> Plan:
+    """The plan with its budget spent as ``allocation`` says; ``uniform`` leaves it as it is.
+
+    Raises:
+        ConfigError: the allocation needs calibration data.
+        RankError: the budget is below what the smallest ranks need.
+    """
+    if allocation == "uniform":
+        return plan
+    if calibration is None:
+        raise ConfigError(f"allocation {allocation} needs calibration data; give some, or use allocation uniform")
+    names = [p.name for p in plan.linears]
+    return reallocate(plan, squared_spectra(model, names, calibration, allocation, progress))
+
+
+def _truncate(model: nn.Module, plan: Plan, record: ConversionRecord | None, progress: bool) -> None:
+    bar = tqdm(plan.ranks.items(), desc="factorize", unit="linear", disable=None if progress else True)
+    for name, rank in bar:
+        dense = model.get_submodule(name)
+        layer = factorized(dense, truncated_svd(dense_weight(dense), rank, f"{name}.weight"))
+        if record is not None:
+            record.add_linear(name, dense_weight(dense), layer, None)
+        swap(model, name, layer)
+
+
+def _fit(
+    model: nn.Module,
+    plan: Plan,
+    method: str,
+    calibration: Calibration,
+    record: ConversionRecord | None,
+    progress: bool,
+) -> None:
+    was_training = model.training
+    model.eval()  # dropout would be noise in what the factors are fitted to
+    dense = copy.deepcopy(model) if calibration.distill_epochs > 0 else None
+    convert_blocks(model, plan.ranks, calibration, method, record or ConversionRecord(), progress)
+    if dense is not None:
+        try:
+            epochs, rate, seed = calibration.distill_epochs, calibration.distill_learning_rate, calibration.seed
+            distill(model, dense, calibration.batches, epochs, rate, seed, progress)
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                "end-to-end distillation does not fit into the device's memory; the factors stay as block refinement "
+                "left them (a smaller batch, another device, or --distill-epochs 0)",
+                stacklevel=3,
+            )
+    model.train(was_training)
 
 
 def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str) -> None:
@@ -93,7 +167,7 @@ def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str) -> None:
     _require_kinship(model, weights)
     for name, layer in list(lowrank_layers(model)):
         weight = weights[name]
-        _swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, guide))
+        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, guide))
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -103,7 +177,7 @@ def merge(model: nn.Module) -> nn.Module:
         The same model, now loadable by anything that knows the architecture, and as large as it was before.
     """
     for name, layer in list(lowrank_layers(model)):
-        _swap(model, name, merged(layer))
+        swap(model, name, merged(layer))
     config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -124,21 +198,6 @@ def merged(layer: LowRankLinear) -> nn.Module:
         dense.weight = nn.Parameter(weight)
     dense.bias = layer.bias
     return dense.train(layer.training)
-
-
-def factorized(dense: Any, factors: Factors) -> LowRankLinear:
-    """The factored layer that takes the place of ``dense``: its dtype, device, bias and training mode."""
-    layer = LowRankLinear.like(dense, factors.U.shape[1], device="meta")
-    layer.U.weight = nn.Parameter(factors.U.to(dense.weight))
-    layer.V.weight = nn.Parameter(factors.V.to(dense.weight))
-    layer.bias = dense.bias
-    layer.weight = torch.zeros(1, device=dense.weight.device, dtype=dense.weight.dtype)
-    return layer.train(dense.training)
-
-
-def dense_weight(module: Any) -> Tensor:
-    """``W`` as ``(out, in)``, however the module stores it."""
-    return module.weight.detach().T if is_transposed(module) else module.weight.detach()
 
 
 def spectrum_of(model: nn.Module) -> Callable[[LinearSpec], Tensor]:
@@ -192,11 +251,6 @@ def _require_kinship(model: nn.Module, weights: dict[str, Tensor]) -> None:
             "the guide model is not the one that the checkpoint was made from: its weights are no nearer to the "
             "factors than zero is; name the right dense model and revision"
         )
-
-
-def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _matching_dense_weight(dense_model: nn.Module, name: str, layer: LowRankLinear) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_ft.allocation import allocate_ranks
 from lowrank_ft.errors import PlanError, RankError
 from lowrank_ft.ranks import (
     Shape,
@@ -195,6 +196,36 @@ def make_plan(
 
     linears = tuple(_linear_plan(s, ranks[s.name], allow_past_break_even) for s in specs)
     return Plan(linears, count_parameters(model), pattern)
+
+
+def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
+    """Spend the parameters of ``plan`` anew, where they lose the least (see :func:`allocate_ranks`).
+
+    Linears that a ``rank_pattern`` named keep their rank, and do not count in the budget.
+
+    Args:
+        squared_spectra: ``s_i^2 (min(out, in),)`` by name, descending, in units of loss.
+
+    Raises:
+        RankError: the budget is below what the smallest ranks need.
+    """
+    free = [p for p in plan.linears if pattern_value(p.name, plan.rank_pattern) is None]
+    if not free:
+        return plan
+    budget = sum(p.parameters for p in free)
+    ranks = allocate_ranks(
+        [p.shape for p in free],
+        [squared_spectra[p.name].numpy() for p in free],
+        budget,
+        budget / sum(p.dense_parameters for p in free),
+    )
+    chosen = dict(zip([p.name for p in free], ranks, strict=True))
+    notes = {n: "worth more dense than factored; kept dense" for n, r in chosen.items() if r is None}
+    linears = tuple(
+        LinearPlan(p.name, p.shape, chosen[p.name], notes.get(p.name, "")) if p.name in chosen else p
+        for p in plan.linears
+    )
+    return Plan(linears, plan.model_parameters, plan.rank_pattern)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -74,8 +74,7 @@ def ranks_for_param_ratio(shapes: Sequence[Shape], param_ratio: float, multiple:
     check_fraction("param ratio", param_ratio)
     budget = math.floor(param_ratio * sum(dense_parameters(s) for s in shapes) + 1e-9)
     ideal = [param_ratio * break_even_rank(s) for s in shapes]
-    # A multiple coarser than a quarter of the rank would distort a small matrix more than alignment gains.
-    steps = [max(1, min(multiple, 2 ** int(math.log2(max(1.0, i / 4))))) for i in ideal]
+    steps = [rank_step(s, param_ratio, multiple) for s in shapes]
     ranks = [max(1, int(i / s + 1e-9) * s) for i, s in zip(ideal, steps, strict=True)]
     left = budget - sum(factored_parameters(s, r) for s, r in zip(shapes, ranks, strict=True))
     by_loss = sorted(range(len(shapes)), key=lambda i: (ranks[i] - ideal[i]) / ideal[i])
@@ -85,6 +84,14 @@ def ranks_for_param_ratio(shapes: Sequence[Shape], param_ratio: float, multiple:
             ranks[i] += steps[i]
             left -= price
     return ranks
+
+
+def rank_step(shape: Shape, param_ratio: float, multiple: int = 8) -> int:
+    """What ranks are multiples of: ``multiple``, or less where that is more than a quarter of the rank.
+
+    A coarser grid would distort a small matrix more than alignment gains.
+    """
+    return max(1, min(multiple, 2 ** int(math.log2(max(1.0, param_ratio * break_even_rank(shape) / 4)))))
 
 
 def rank_for_energy(singular_values: Sequence[float], energy: float) -> int:

@@ -53,6 +53,65 @@ def truncated_svd(weight: Tensor, rank: int, name: str = "weight") -> Factors:
     return Factors(_result(left, weight), _result(right, weight))
 
 
+def regression_factors(
+    weight: Tensor,
+    rank: int,
+    inputs: Tensor,
+    cross: Tensor | None = None,
+    damping: float = 0.0,
+    name: str = "weight",
+) -> Factors:
+    """The rank-``rank`` product that best maps inputs to the dense outputs on calibration tokens, balanced.
+
+    With ``X`` the dense model's inputs of the linear and ``X'`` those it gets in the converted model (columns are
+    tokens; ``X' = X`` where ``cross`` is left out), minimizes
+
+        |W X - U V X'|^2 + d |W - U V|^2,        d = damping * trace(X' X'^T) / in
+
+    by reduced-rank regression: ``M = W (X X'^T + d I) Q s^-1/2`` for ``X' X'^T + d I = Q s Q^T``, the best rank-r
+    approximation of ``M``, and ``Q s^-1/2`` taken off again. Without ``cross`` this is the truncation of the whitened
+    weight that SVD-LLM uses (Wang et al. 2024, arXiv 2403.07378), through an eigendecomposition instead of a Cholesky
+    factor, because the moments of real activations are singular. Directions that no token took carry no weight in the
+    objective; damping decides them by the weight alone. All-zero moments give :func:`truncated_svd`.
+
+    Args:
+        weight: ``(out, in)``.
+        rank: 1 to ``min(out, in)``.
+        inputs: ``X' X'^T (in, in)``, symmetric.
+        cross: ``X X'^T (in, in)``.
+        damping: share of the mean input power that is added to every direction.
+        name: what error messages call the matrix.
+
+    Raises:
+        RankError: ``rank`` is out of range.
+        NonFiniteError: the weight or a moment holds NaN or infinity.
+    """
+    rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
+    matrix, moments = _working_copy(weight, name), _working_copy(inputs.to(weight.device), f"inputs of {name}:")
+    mixed = moments if cross is None else _working_copy(cross.to(weight.device), f"inputs of {name}:")
+    power = moments.diagonal().mean()
+    if not power > 0:
+        return truncated_svd(weight, rank, name)
+    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    whiten, _ = whitening(moments + damping * power * eye)
+    target = matrix @ (mixed + damping * power * eye) @ whiten
+    # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
+    basis = _left_basis(target, rank)
+    return balance(Factors(_result(basis, weight), _result(basis.T @ target @ whiten.T, weight)))
+
+
+def whitening(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """``Q s^-1/2`` and ``Q s^1/2``, each ``(n, n)``, for a symmetric ``(n, n)`` matrix ``Q s Q^T`` without negative part.
+
+    Eigenvalues that rounding cannot tell from zero count as zero in both.
+    """
+    values, vectors = torch.linalg.eigh((moments + moments.T) / 2)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    root = torch.where(kept, values, torch.zeros_like(values)).sqrt()
+    inverse = torch.where(kept, 1 / torch.where(kept, root, torch.ones_like(root)), torch.zeros_like(root))
+    return vectors * inverse, vectors * root
+
+
 def balance(factors: Factors) -> Factors:
     """The same product, split evenly: ``U^T U = V V^T = diag(s)``.
 
@@ -89,6 +148,13 @@ def working_dtype(device: torch.device) -> torch.dtype:
 def _gram_eigenvectors(matrix: Tensor) -> Tensor:
     """Eigenvectors of ``M M^T``, largest eigenvalue first."""
     return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(-1)
+
+
+def _left_basis(matrix: Tensor, rank: int) -> Tensor:
+    """Orthonormal columns that span the leading left singular vectors, ``(rows, rank)``."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        return _gram_eigenvectors(matrix)[:, :rank]
+    return torch.linalg.qr(matrix @ _gram_eigenvectors(matrix.T)[:, :rank]).Q
 
 
 def _working_copy(weight: Tensor, name: str) -> Tensor:

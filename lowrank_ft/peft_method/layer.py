@@ -20,8 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ft.conversion import dense_weight
 from lowrank_ft.errors import NonFiniteError
+from lowrank_ft.nn.replace import dense_weight
 from lowrank_ft.peft_method.config import LowRankConfig
 from lowrank_ft.ranks import resolve_rank
 from lowrank_ft.solvers import Factors, truncated_svd

@@ -8,9 +8,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
-from lowrank_ft.conversion import describe_in_config, factorized
+from lowrank_ft.conversion import describe_in_config
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn.replace import factorized
 from lowrank_ft.peft_method.config import LowRankConfig
 from lowrank_ft.peft_method.layer import LowRankAdapterLinear, LowRankLayer
 from lowrank_ft.ranks import largest_saving_rank

@@ -1,0 +1,258 @@
+"""Factorize a model block by block, each linear fitted to what really reaches it in the converted model.
+
+Along each chain of blocks run two streams of hidden states: those of the dense model and those of the model as
+converted so far. Within a block the linears are taken in the order in which they run, and those that read the same
+tensor (q/k/v, gate/up) share their moments. Then the block is refined against its dense twin, and both streams move
+past it. In memory at any time: two streams, one block twice, and the moments of one block.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lowrank_ft.calibration.activations import Activations
+from lowrank_ft.calibration.chains import Batch, ChainInputs, block_of, capture, find_chains, run, siblings, token_mask
+from lowrank_ft.calibration.config import Calibration
+from lowrank_ft.calibration.moments import Moments
+from lowrank_ft.calibration.record import ConversionRecord
+from lowrank_ft.calibration.refine import refine_block, squared_error
+from lowrank_ft.nn.replace import dense_weight, factorized, swap
+from lowrank_ft.solvers import regression_factors, truncated_svd
+
+METHODS = ("svd", "activation", "anchored")
+
+
+def convert_blocks(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    calibration: Calibration,
+    method: str,
+    record: ConversionRecord,
+    progress: bool = False,
+) -> None:
+    """Replace the linears named in ``ranks`` by factors, in place; ``record`` is told what was lost where.
+
+    Args:
+        method: ``svd`` (the weight alone), ``activation`` (the dense model's inputs), or ``anchored`` (the dense
+            model's outputs from the inputs of the model as converted so far).
+
+    Raises:
+        NonFiniteError: a weight or an activation holds NaN or infinity; the message names the linear.
+        DivergedError: refinement failed.
+    """
+    batches = calibration.block_batches
+    chains = find_chains(model, siblings(model, [b for n in ranks if (b := block_of(model, n))]), batches[0])
+    chains = [c for c in chains if any(_within(n, b) for b in c for n in ranks)]
+    members = {b: {n: r for n, r in ranks.items() if _within(n, b)} for c in chains for b in c}
+    _convert_loose(
+        model,
+        {n: r for n, r in ranks.items() if not any(n in m for m in members.values())},
+        calibration,
+        method,
+        record,
+    )
+
+    inputs = [capture(model, chain, batches, calibration.store()) for chain in chains]
+    bar = tqdm(total=len(members), desc="factorize", unit="block", disable=None if progress else True)
+    for i, chain in enumerate(chains):
+        # Up to the first chain, the converted model is the dense one.
+        here = inputs[i] if i == 0 else capture(model, chain, batches, calibration.store())
+        dense, converted = _Stream(inputs[i], calibration), _Stream(here, calibration)
+        for name in chain:
+            if members[name]:
+                _Block(model, name, members[name], method, calibration).convert(dense, converted, record)
+            else:
+                unchanged = converted.hidden is dense.hidden
+                dense.hidden = dense.after(model.get_submodule(name), name)
+                converted.hidden = dense.hidden if unchanged else converted.after(model.get_submodule(name), name)
+            bar.update()
+    bar.close()
+
+
+class _Stream:
+    """Hidden states on their way through a chain, batch by batch."""
+
+    def __init__(self, inputs: ChainInputs, calibration: Calibration) -> None:
+        self.hidden, self.calls, self.calibration = inputs.hidden, inputs.calls, calibration
+
+    def forward(self, block: nn.Module, name: str, batch: int) -> Tensor:
+        return self.calls[name][batch](block, self.hidden[batch])
+
+    @torch.no_grad()
+    def after(self, block: nn.Module, name: str) -> Activations:
+        """What leaves the block, which stands in the chain under ``name``."""
+        left = self.calibration.store()
+        for i in range(len(self.hidden)):
+            left.append(self.forward(block, name, i))
+        return left
+
+
+class _Block:
+    """One block on its way from dense to factored, beside a dense twin."""
+
+    def __init__(
+        self, model: nn.Module, name: str, ranks: Mapping[str, int], method: str, calibration: Calibration
+    ) -> None:
+        self.model, self.name, self.ranks, self.method, self.calibration = model, name, ranks, method, calibration
+        self.block = model.get_submodule(name)
+        self.twin = copy.deepcopy(self.block)
+
+    def convert(self, dense: _Stream, converted: _Stream, record: ConversionRecord) -> None:
+        """Convert the block, and move both streams past it."""
+        moments: dict[str, Moments] = {}
+        for group in self._groups(dense):
+            shared = self._moments(group[0], dense, converted)
+            for name in group:
+                moments[name] = shared
+                self._factorize(name, shared)
+        for name in self.ranks:
+            if name not in moments:  # none is wanted, or no token of the calibration data came by
+                self._factorize(name, None)
+        wanted = dense.after(self.twin, self.name)
+        batches, settings = self.calibration.block_batches, self.calibration
+        masks = [token_mask(b, x) for b, x in zip(batches, wanted, strict=True)]
+        before = mean_error(converted.after(self.block, self.name), wanted, masks)
+        refine_block(
+            self.block, converted.hidden, converted.calls[self.name], wanted, masks, settings.refine_epochs,
+            settings.refine_learning_rate, settings.seed,
+        )  # fmt: skip
+        left = converted.after(self.block, self.name)
+        record.add_block(self.name, before, mean_error(left, wanted, masks))
+        for name, module in self._dense(self.ranks).items():
+            inputs = moments[name].inputs if name in moments else None
+            record.add_linear(name, dense_weight(module), self.model.get_submodule(name), inputs)
+        dense.hidden, converted.hidden = wanted, left
+
+    def _dense(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        return {n: self.twin.get_submodule(n.removeprefix(f"{self.name}.")) for n in names}
+
+    def _groups(self, dense: _Stream) -> list[list[str]]:
+        if self.method == "svd":
+            return []
+        return input_groups(self._dense(self.ranks), lambda: dense.forward(self.twin, self.name, 0))
+
+    def _moments(self, name: str, dense: _Stream, converted: _Stream) -> Moments:
+        """Moments of the inputs of a linear that is still dense in the block under conversion."""
+        twin, module = self._dense([name])[name], self.model.get_submodule(name)
+        moments = Moments()
+        for i, batch in enumerate(self.calibration.block_batches):
+            x = here = input_of(twin, partial(dense.forward, self.twin, self.name, i))
+            if self.method == "anchored":
+                here = input_of(module, partial(converted.forward, self.block, self.name, i))
+            if x is not None and here is not None:
+                moments.add(here, x, token_mask(batch, here, "decoder" in name), name)
+        return moments
+
+    def _factorize(self, name: str, moments: Moments | None) -> None:
+        factorize_linear(self.model, name, self.ranks[name], moments, self.method, self.calibration.damping)
+
+
+def factorize_linear(
+    model: nn.Module, name: str, rank: int, moments: Moments | None, method: str, damping: float
+) -> None:
+    """Replace one dense linear by factors that fit the moments of its inputs, or its weight where there are none."""
+    dense = model.get_submodule(name)
+    weight = dense_weight(dense)
+    if moments is None or moments.inputs is None:
+        factors = truncated_svd(weight, rank, f"{name}.weight")
+    else:
+        cross = moments.cross if method == "anchored" else None
+        factors = regression_factors(weight, rank, moments.inputs, cross, damping, f"{name}.weight")
+    swap(model, name, factorized(dense, factors))
+
+
+def _convert_loose(
+    model: nn.Module, ranks: Mapping[str, int], calibration: Calibration, method: str, record: ConversionRecord
+) -> None:
+    """Linears outside of any chain (a pooler, a block that runs several times): by the dense model's inputs."""
+    moments = dense_moments(model, list(ranks), calibration.block_batches) if ranks and method != "svd" else {}
+    for name, rank in ranks.items():
+        weight, found = dense_weight(model.get_submodule(name)), moments.get(name)
+        factorize_linear(model, name, rank, found, "activation", calibration.damping)
+        record.add_linear(name, weight, model.get_submodule(name), found.inputs if found else None)
+
+
+@torch.no_grad()
+def dense_moments(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, Moments]:
+    """Moments of the inputs of several linears at once, from runs of the whole model."""
+    moments = {n: Moments() for n in names}
+    for batch in batches:
+        with ExitStack() as stack:
+            for n in names:
+
+                def note(module: nn.Module, args: Any, n: str = n, batch: Batch = batch) -> None:
+                    moments[n].add(args[0], args[0], token_mask(batch, args[0], "decoder" in n), n)
+
+                stack.callback(model.get_submodule(n).register_forward_pre_hook(note).remove)
+            run(model, batch)
+    return moments
+
+
+@torch.no_grad()
+def input_groups(linears: Mapping[str, nn.Module], forward: Callable[[], Any]) -> list[list[str]]:
+    """Names of linears by the tensor that they read, in the order in which they run; who does not run is left out."""
+    groups: list[list[str]] = []
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        if name in seen:
+            return
+        seen[name] = x
+        for group in reversed(groups):
+            other = seen[group[0]]
+            if other is x or (other.shape == x.shape and torch.equal(other, x)):
+                group.append(name)
+                return
+        groups.append([name])
+
+    with ExitStack() as stack:
+        for name, module in linears.items():
+            handle = module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+            stack.callback(handle.remove)
+        forward()
+    missing = [n for n in linears if n not in seen]
+    if missing:
+        warnings.warn(
+            f"no calibration token reached {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}; "
+            "factorized by the weight alone",
+            stacklevel=2,
+        )
+    return groups
+
+
+def input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor | None:
+    """The first tensor that ``module`` receives while ``forward`` runs, which ends there; None if it receives none."""
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, args: Any) -> None:
+        found.append(args[0].detach())
+        raise _Received
+
+    handle = module.register_forward_pre_hook(note)
+    try:
+        with torch.no_grad(), suppress(_Received):
+            forward()
+    finally:
+        handle.remove()
+    return found[0] if found else None
+
+
+def mean_error(found: Activations, wanted: Activations, masks: Sequence[Tensor | None]) -> float:
+    """``|found - wanted| / |wanted|`` of hidden states, the mean over batches."""
+    errors = [squared_error(a, b, m).sqrt().item() for a, b, m in zip(found, wanted, masks, strict=True)]
+    return sum(errors) / len(errors)
+
+
+def _within(name: str, block: str) -> bool:
+    return name.startswith(f"{block}.")
+
+
+class _Received(Exception):
+    """Raised inside a hook: the rest of the forward pass is not needed."""
