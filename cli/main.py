@@ -19,6 +19,7 @@ Fine-tune a Hugging Face model into a smaller one.
   lowrank-ft convert MODEL --param-ratio 0.6 --output-dir compact   factorize every linear of the blocks
   lowrank-ft finetune --model compact --dataset text.jsonl --output_dir tuned
   lowrank-ft eval    tuned --data held-out.txt --baseline MODEL     perplexity, size, speed
+  lowrank-ft report  tuned --baseline MODEL                         one page of HTML about it
   lowrank-ft push    tuned --repo-id me/model
 """
 
@@ -75,13 +76,36 @@ def build_parser() -> argparse.ArgumentParser:
     plan = add("plan", "show what would change and what it saves; reads headers, not weights")
     _model(plan)
     _size(plan)
+    _calibration(plan)
+    _device(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON; convert --plan reads it back")
+    plan.add_argument(
+        "--picture", metavar="FILE", help="draw the ranks into a .png, .svg or .pdf (needs the extra plot)"
+    )
 
     convert = add("convert", "factorize a dense checkpoint into a compact one")
     _model(convert)
     _size(convert)
     convert.add_argument("--plan", metavar="FILE", help="ranks from a file that plan --json wrote, edited or not")
-    convert.add_argument("--method", default="svd", help="how the factors are found: svd (default)")
+    convert.add_argument(
+        "--method", metavar="NAME",
+        help="svd (the weight alone), activation, or anchored (default; svd for models that cannot write text, "
+        "unless --calibration-data is given)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--refine-epochs",
+        type=int,
+        metavar="N",
+        help="passes that train each block to match its dense twin (default: 3)",
+    )
+    convert.add_argument(
+        "--distill-epochs", type=float, metavar="N",
+        help="passes that train all factors to match the dense model's output (default: 1)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--activations-dir", metavar="DIR", help="keep hidden states in files there, where memory does not hold them"
+    )
+    _calibration(convert)
     _output(convert)
     _device(convert)
     _hub(convert)
@@ -91,17 +115,45 @@ def build_parser() -> argparse.ArgumentParser:
         usage="lowrank-ft finetune [--config FILE.yaml] [options of recipes/finetune.py] [-- options of accelerate]",
     )  # fmt: skip
 
-    evaluate = add("eval", "measure perplexity, size and speed on a text", module="evaluate")
+    evaluate = add(
+        "eval", "measure perplexity, size, speed and task scores, alone or against a baseline", module="evaluate"
+    )
     _model(evaluate)
-    evaluate.add_argument("--data", required=True, help="a text, jsonl or parquet file, or a dataset on the Hub")
+    evaluate.add_argument("--data", help="a text, jsonl or parquet file, or a dataset on the Hub")
     evaluate.add_argument("--data-split", default="test", help="split of a dataset on the Hub (default: test)")
     evaluate.add_argument("--data-config", help="configuration of a dataset on the Hub")
     evaluate.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
-    evaluate.add_argument("--baseline", metavar="MODEL", help="a second model, to compare with")
+    evaluate.add_argument("--baseline", metavar="MODEL", help="a second model, such as the dense one, to compare with")
     evaluate.add_argument("--block-size", type=int, help="tokens of context (default: 1024, or what the model allows)")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="blocks per forward pass (default: 8)")
+    evaluate.add_argument(
+        "--stride", type=int, metavar="N",
+        help="overlap the blocks: each begins N tokens after the one before, and only tokens that are new count",
+    )  # fmt: skip
+    evaluate.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of the text only")
+    evaluate.add_argument(
+        "--tasks", nargs="+", metavar="NAME",
+        help="tasks of lm-evaluation-harness (needs the extra eval); lowrank_ft stands for two that need no network",
+    )  # fmt: skip
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="blocks or items per forward pass (default: 8)")
     evaluate.add_argument("--json", action="store_true", help="print the numbers as JSON")
     _device(evaluate)
+
+    report = add("report", "write one HTML page about a compact checkpoint: size, ranks, errors, training, evaluation")
+    report.add_argument("checkpoint", help="folder that convert, finetune or export wrote")
+    report.add_argument("--output", metavar="FILE", help="where to (default: report.html in that folder)")
+    report.add_argument("--overwrite", action="store_true", help="replace the file that --output names")
+    report.add_argument("--baseline", metavar="MODEL", help="the dense model (default: its origin, if a folder here)")
+    report.add_argument("--data", help="evaluate both on this text, jsonl or parquet file, or dataset on the Hub")
+    report.add_argument("--data-split", default="test", help="split of a dataset on the Hub (default: test)")
+    report.add_argument("--data-config", help="configuration of a dataset on the Hub")
+    report.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
+    report.add_argument("--block-size", type=int, help="tokens of context (default: 1024, or what the model allows)")
+    report.add_argument("--batch-size", type=int, default=8, help="blocks per forward pass (default: 8)")
+    report.add_argument("--eval", metavar="FILE", help="take the numbers from a file that eval --json wrote")
+    report.add_argument("--update-card", action="store_true", help="put the numbers into the table of README.md, too")
+    report.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda or mps if there is one)")
+    report.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
 
     export = add("export", "write the compact checkpoint of a training checkpoint or of a PEFT adapter")
     export.add_argument("checkpoint", help="a run's checkpoints/step-N folder, or a folder with adapter_config.json")
@@ -156,6 +208,31 @@ def _size(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--allow-past-break-even", action="store_true", help="factorize linears even where that makes them larger"
     )
+
+
+def _calibration(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--allocation", metavar="NAME",
+        help="how ranks share the parameters: uniform (default), energy or loss (both need calibration data)",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibration-data", metavar="DATA",
+        help="a text, jsonl or parquet file, a dataset on the Hub, or self: text that the model writes (default)",
+    )  # fmt: skip
+    group.add_argument("--calibration-split", default="train", help="split of a dataset on the Hub (default: train)")
+    group.add_argument("--calibration-config", help="configuration of a dataset on the Hub")
+    group.add_argument("--calibration-column", default="text", help="column that holds the text (default: text)")
+    group.add_argument(
+        "--calibration-tokens", type=int, metavar="N", help="at most so many tokens (default: 262144; of self, 65536)"
+    )
+    group.add_argument(
+        "--calibration-block-size",
+        type=int,
+        metavar="N",
+        help="tokens per text (default: 512, or what the model allows)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="choice and order of the calibration data (default: 0)")
 
 
 def _output(parser: argparse.ArgumentParser) -> None:

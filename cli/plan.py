@@ -6,30 +6,46 @@ import re
 import sys
 from collections import defaultdict
 from math import prod
+from pathlib import Path
 
-from lowrank_ft_cli.options import size_options, source_of
+from lowrank_ft_cli.calibration import read_calibration
+from lowrank_ft_cli.options import device_of, dtype_of, size_options, source_of
 
+from lowrank_ft.allocation import ALLOCATIONS
 from lowrank_ft.console import human_bytes, human_count, print_table
-from lowrank_ft.conversion import spectrum_of
+from lowrank_ft.conversion import allocate, spectrum_of
 from lowrank_ft.errors import CheckpointError
+from lowrank_ft.hub.pictures import check_picture_path, require_plotting, save_rank_map
 from lowrank_ft.hub.source import Source, is_compact, load_model, skeleton
 from lowrank_ft.plan import LinearPlan, Plan, make_plan
 from lowrank_ft.ranks import break_even_rank
+from lowrank_ft.schedule import require_choice
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I64": 8, "I32": 4}
 
 
 def run(options: argparse.Namespace) -> None:
+    picture = Path(options.picture) if options.picture else None
+    if picture is not None:
+        require_plotting()
+        check_picture_path(picture)
     source = source_of(options)
     config = source.load_config()
     refuse_compact(config, source)
     tensors = source.tensors()
-    model = skeleton(config, source.name, source.trust_remote_code)
-    if options.energy is not None:
-        weights = load_model(source)
+    allocation = options.allocation or "uniform"
+    require_choice("--allocation", allocation, ALLOCATIONS)
+    if allocation != "uniform":
+        weights = load_model(source, dtype_of(options), device_of(options))
+        plan = make_plan(weights, **size_options(options), spectrum=spectrum_of(weights))
+        plan = allocate(weights, plan, allocation, read_calibration(options, source, weights), progress=True)
+    elif options.energy is not None:
+        weights = load_model(source, dtype_of(options), device_of(options))
         plan = make_plan(weights, **size_options(options), spectrum=spectrum_of(weights))
     else:
-        plan = make_plan(model, **size_options(options))
+        plan = make_plan(skeleton(config, source.name, source.trust_remote_code), **size_options(options))
+    if picture is not None:
+        save_rank_map(plan.linears, picture)
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))
         return
@@ -38,6 +54,8 @@ def run(options: argparse.Namespace) -> None:
     per_parameter = stored / max(1, sum(prod(t.shape) for t in tensors.values()))
     saved = (plan.model_parameters - plan.converted_model_parameters) * per_parameter
     print(f"on disk   {human_bytes(stored)} -> about {human_bytes(stored - saved)}")
+    if picture is not None:
+        print(f"picture   {picture}")
 
 
 def refuse_compact(config: object, source: Source) -> None:

@@ -46,6 +46,10 @@ class ConfigError(LowRankError, ValueError):
     """An option that is unknown, out of range, or contradicts another."""
 
 
+class MissingPackageError(LowRankError, ImportError):
+    """An optional package that is needed for what was asked, and not installed."""
+
+
 class TrainingStateError(LowRankError, RuntimeError):
     """A training checkpoint that does not fit the run that wants to resume from it."""
 

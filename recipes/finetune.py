@@ -7,6 +7,7 @@ The model is a compact checkpoint (from ``lowrank-ft convert``), or a dense one 
 What is left in ``output_dir`` at the end is a compact checkpoint that ``AutoModelForCausalLM`` loads.
 """
 
+import copy
 import sys
 
 import torch
@@ -19,7 +20,14 @@ from lowrank_ft.evaluation import context_length
 from lowrank_ft.hub.export import begin_run
 from lowrank_ft.hub.source import Source, check_causal_lm, check_finite, is_compact, load_model
 from lowrank_ft.targets import as_patterns
-from lowrank_ft.training import ModelArguments, Trainer, checkpoint_to_resume, load_data, make_accelerator
+from lowrank_ft.training import (
+    ModelArguments,
+    Trainer,
+    checkpoint_to_resume,
+    load_data,
+    load_distill_data,
+    make_accelerator,
+)
 from lowrank_ft.training.arguments import as_rank, parse_args
 
 
@@ -40,16 +48,17 @@ def main() -> None:
     accelerator = make_accelerator(train_args)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
+        distill_data = load_distill_data(data_args, tokenizer)
 
-    # 2. The model: factors, and the guide beside them.
+    # 2. The model: factors, and the guide beside them; and the dense model, if there is something to distil from it.
     with accelerator.main_process_first():
-        model, base_model = prepare_model(model_args, source)
+        model, base_model, teacher = prepare_model(model_args, source, distill=train_args.distill_weight > 0)
 
     export_dtype = config.dtype if model_args.export_dtype == "auto" else getattr(torch, model_args.export_dtype)
     export_dtype = export_dtype or torch.float32
 
     # 3. Train; at the end the guides are gone and the best weights are in place.
-    trainer = Trainer(model, train_args, train_data, eval_data, accelerator)
+    trainer = Trainer(model, train_args, train_data, eval_data, accelerator, teacher=teacher, distill_data=distill_data)
     if accelerator.is_main_process:
         begin_run(train_args.output_dir, folder, export_dtype)
     trainer.train()
@@ -66,8 +75,13 @@ def main() -> None:
         print(train_args.output_dir)
 
 
-def prepare_model(args: ModelArguments, source: Source) -> tuple[PreTrainedModel, str]:
-    """The model with its guides in the dtype of training, and the name of the dense model that it came from."""
+def prepare_model(
+    args: ModelArguments, source: Source, distill: bool = False
+) -> tuple[PreTrainedModel, str, PreTrainedModel | None]:
+    """The model with its guides in the dtype of training, the name of the dense model that it came from, the teacher.
+
+    The teacher, None unless there is distillation, is a whole dense model of its own, in the same dtype.
+    """
     dtype = getattr(torch, args.dtype)
     guide = None if args.guide == "none" else args.guide
     sizes = (args.rank, args.param_ratio)
@@ -82,6 +96,9 @@ def prepare_model(args: ModelArguments, source: Source) -> tuple[PreTrainedModel
     model = load_model(source, dtype)
     if not compact:
         check_finite(model)
+        teacher = None
+        if distill:
+            teacher = load_dense(args, args.guide_model, None, distill) if args.guide_model else copy.deepcopy(model)
         lowrank_ft.convert(
             model,
             rank=as_rank(args.rank),
@@ -92,22 +109,32 @@ def prepare_model(args: ModelArguments, source: Source) -> tuple[PreTrainedModel
             guide=guide,
             progress=True,
         )
-        return model, source.name
+        return model, source.name, teacher
 
     origin = model.config.quantization_config
     base_model = args.guide_model or origin.base_model
+    if guide is None and not distill:
+        return model, base_model, None
+    if not base_model:
+        raise ConfigError(
+            f"{source.name} does not say which dense model it came from; name it with --guide_model, "
+            "or train without guide and distillation: --guide none --distill_weight 0"
+        )
+    dense = load_dense(args, base_model, None if args.guide_model else origin.base_revision, distill)
     if guide is not None:
-        if not base_model:
-            raise ConfigError(
-                f"{source.name} does not say which dense model it came from; name it with --guide_model, "
-                "or train without a guide: --guide none"
-            )
-        # A checkpoint may name any repository as its origin; code from there runs only if the user named it.
-        named = args.guide_model is not None
-        revision = None if named else origin.base_revision
-        dense = load_model(Source(base_model, revision, args.trust_remote_code and named), dtype)
         lowrank_ft.attach_guides(model, dense, guide)
-    return model, base_model
+    else:  # a teacher may be any model of the same vocabulary, and then it is not where the factors came from
+        base_model = origin.base_model or base_model
+    return model, base_model, dense if distill else None
+
+
+def load_dense(args: ModelArguments, name: str, revision: str | None, teaches: bool) -> PreTrainedModel:
+    """The dense model of the guide, and of distillation where it ``teaches``: a guide needs no head, a teacher does."""
+    # A checkpoint may name any repository as its origin; code from there runs only if the user named it.
+    source = Source(name, revision, args.trust_remote_code and args.guide_model is not None)
+    if teaches:
+        check_causal_lm(source.load_config(), source)
+    return load_model(source, getattr(torch, args.dtype))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A short training run for tests that kill it: ``python -m tests.training_driver OUTPUT GUIDE [options]``.
 
+GUIDE may also be ``distilled``: a residual guide, and distillation on text of its own.
 A random Llama with dropout, 12 steps of which 6 are guided, a checkpoint after each. ``--kill-at STEP`` sends SIGKILL
 to itself when that step is complete, ``--kill-in-save STEP`` while its checkpoint is half written.
 """
@@ -34,13 +35,15 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     model = tiny_llama(attention_dropout=0.2)
-    convert(model, rank=8, guide=options.guide)
+    distill = options.guide == "distilled"
+    convert(model, rank=8, guide="residual" if distill else options.guide)
     ids = np.random.default_rng(0).integers(3, 97, 40 * 16).astype(np.int32)
     train, held_out = pack(ids, 16).split(8)
     args = TrainArguments(
         output_dir=str(options.output), max_steps=STEPS, guided_ratio=GUIDED / STEPS, per_device_train_batch_size=3,
         gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=1, eval_steps=4, save_steps=1, seed=5,
         resume_from_checkpoint="auto" if options.resume else None, load_best_model_at_end=False,
+        distill_weight=0.5 if distill else 0.0,
     )  # fmt: skip
     if options.kill_in_save is not None:
         commit = checkpoints.commit
@@ -53,8 +56,9 @@ def main() -> None:
         checkpoints.commit = commit_or_die
     torch.manual_seed(7)
     Trainer(
-        model, args, train, held_out, on_step_end=lambda step, _: kill() if step == options.kill_at else None
-    ).train()
+        model, args, train, held_out, on_step_end=lambda step, _: kill() if step == options.kill_at else None,
+        teacher=tiny_llama() if distill else None, distill_data=pack(ids[::-1].copy(), 12) if distill else None,
+    ).train()  # fmt: skip
     save_file(checkpoints.unique_tensors(model.state_dict()), options.output / "final.safetensors")
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_ft.calibration.config import Calibration
+from lowrank_ft.plan import Plan
 from lowrank_ft.solvers import singular_values
 
 _MOST_VALUES = 256
@@ -24,6 +26,33 @@ class ConversionRecord:
 
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
     blocks: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(
+        self,
+        plan: Plan,
+        *,
+        command: str,
+        base_model: str,
+        method: str | None,
+        allocation: str | None,
+        calibration: Calibration | None,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """What ``conversion.json`` holds; the format is in docs/reference/checkpoint-format.md."""
+        return {
+            "format_version": 1,
+            "command": command,
+            "base_model": base_model,
+            "method": method or ("anchored" if calibration else "svd"),
+            "allocation": allocation or "uniform",
+            "refine_epochs": calibration.refine_epochs if calibration else 0,
+            "distill_epochs": calibration.distill_epochs if calibration else 0,
+            "calibration": {"source": calibration.source, "tokens": calibration.tokens} if calibration else None,
+            "seconds": round(seconds, 1),
+            "plan": plan.to_dict(),
+            "linears": self.linears,
+            "blocks": self.blocks,
+        }
 
     def add_block(self, name: str, before: float, after: float) -> None:
         self.blocks.append({"name": name, "error_before": before, "error_after": after})

@@ -53,7 +53,7 @@ def squared_spectra(
                 root = whitening(found.inputs / found.tokens)[1]
                 matrix = matrix.to(root) @ root
             if name in weights:
-                matrix = weights[name].to(matrix).sqrt()[:, None] * matrix
+                matrix = weights[name].mean().sqrt().to(matrix) * matrix
             squares = singular_values(matrix, name).square()
             total = squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
             spectra[name] = squares if allocation == "loss" else squares / total

@@ -15,17 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_ft.conversion import describe_in_config
+from lowrank_ft.cost import compare
 from lowrank_ft.hub.model_card import model_card
 from lowrank_ft.hub.output import whole_folder
+from lowrank_ft.hub.pictures import RANK_MAP_FILE, save_rank_map
 from lowrank_ft.hub.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
 from lowrank_ft.hub.source import RUN_FILE, check_finite
 from lowrank_ft.nn import compact_state_dict
+from lowrank_ft.records import CONVERSION_FILE
 
 # Of a source folder, everything is taken along but its weights, what describes them, and what a run left there.
 _NOT_COMPANIONS = (
     ".*", "config.json", "README.md", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
     "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py", "metrics.jsonl", "training.png",
-    RUN_FILE, "trainer_state.json", "adapter_config.json",
+    RUN_FILE, "trainer_state.json", "adapter_config.json", CONVERSION_FILE, RANK_MAP_FILE, "report.html",
 )  # fmt: skip
 _COMPANION_FOLDERS = ("additional_chat_templates",)
 
@@ -40,6 +43,7 @@ def save_compact(
     max_shard_size: str = "5GB",
     results: Mapping[str, object] | None = None,
     command: str | None = None,
+    conversion: Mapping[str, object] | None = None,
     keep_existing: bool = False,
 ) -> None:
     """Write ``model`` without its guides as a compact checkpoint; the folder appears whole or not at all.
@@ -49,6 +53,7 @@ def save_compact(
         base_model: where the dense weights came from; kept in the config for later guided fine-tuning.
         results: rows for the model card, name to value.
         command: the command line that made it, for the model card.
+        conversion: what a conversion did (``ConversionRecord.to_dict``), written as ``conversion.json``.
         keep_existing: the folder is that of a training run, whose other files stay.
 
     Raises:
@@ -60,7 +65,11 @@ def save_compact(
     with whole_folder(output_dir, overwrite, keep_existing) as folder:
         _save(model, folder, compact_state_dict(model), max_shard_size)
         copy_companions(companions_from, folder)
-        card = model_card(model, base_model=base_model, results=results, command=command)
+        if conversion is not None:
+            (folder / CONVERSION_FILE).write_text(json.dumps(conversion, indent=1) + "\n", encoding="utf-8")
+        drawn = save_rank_map(compare(model).linears, folder / RANK_MAP_FILE)
+        picture = RANK_MAP_FILE if drawn else None
+        card = model_card(model, base_model=base_model, results=results, command=command, picture=picture)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 

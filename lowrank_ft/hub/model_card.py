@@ -1,21 +1,25 @@
 """The README.md of an exported checkpoint."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from lowrank_ft.cost import Comparison, compare
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
 from lowrank_ft.hub.source import is_hub_id
-from lowrank_ft.nn import lowrank_layers
-from lowrank_ft.plan import count_parameters
+from lowrank_ft.hub.summary import Evaluation, main_table
 
 _PLUGIN = """Without the package, `{auto_class}.from_pretrained("{repo}", trust_remote_code=True)` runs the loader in
 `lowrank_plugin.py`, which is part of this repository."""
 _OWN_CODE = "The model has Python code of its own (`trust_remote_code=True`), so the package is needed to load it."
 
 PLACEHOLDER = "path/or/hub-id"
+
+_TABLE_BEGIN, _TABLE_END = "<!-- begin: main table -->", "<!-- end: main table -->"
 
 _AUTO_CLASSES = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification",
@@ -32,7 +36,11 @@ _TEMPLATE = """---
 A low-rank version of {base}: every pretrained linear `W` of its blocks is replaced by two thin ones, `U V`, so the
 checkpoint is smaller and does fewer multiplications per token. Made with `lowrank-ft`.
 
+{begin}
 {table}
+{end}
+{picture}
+{facts}
 
 ## Load it
 
@@ -55,17 +63,22 @@ def model_card(
     results: Mapping[str, object] | None = None,
     command: str | None = None,
     repo: str = PLACEHOLDER,
+    evaluation: Evaluation | None = None,
+    picture: str | None = None,
 ) -> str:
-    """The card's text, with its YAML header."""
-    layers = [layer for _, layer in lowrank_layers(model)]
-    dense = sum(layer.in_features * layer.out_features for layer in layers)
-    factored = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)
+    """The card's text, with its YAML header.
+
+    Args:
+        evaluation: what ``lowrank-ft eval --json`` prints, for the main table.
+        picture: file name of the rank map, beside the card.
+    """
+    comparison = compare(model)
+    ranks = [p.rank for p in comparison.linears if p.rank is not None]
+    ratio = comparison.param_ratio
     hub_id = base_model if is_hub_id(base_model) else None
-    parameters = count_parameters(model)
-    rows: dict[str, object] = {
-        "parameters": f"{parameters:,}",
-        "factored linears": f"{len(layers)}, ranks {_span([layer.rank for layer in layers])}",
-        "param ratio of the factored linears": f"{factored / dense:.3f}" if dense else "-",
+    facts: dict[str, object] = {
+        "factored linears": f"{len(ranks)}, ranks {_span(ranks)}",
+        "param ratio of the factored linears": "-" if ratio is None else f"{ratio:.3f}",
         **(results or {}),
     }
     data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["lowrank-ft", "low-rank", "compressed"])
@@ -76,13 +89,37 @@ def model_card(
         card_data=data.to_yaml(),
         title=f"{(hub_id or 'model').split('/')[-1]}, low-rank",
         base=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "a dense model",
-        table="\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]),
+        begin=_TABLE_BEGIN,
+        end=_TABLE_END,
+        table=main_table(comparison, evaluation),
+        picture=f"\n![Rank of every factored linear, by block and module]({picture})\n" if picture else "",
+        facts="\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())]),
         auto_class=auto_class,
         repo=repo,
         without_package=without_package.format(auto_class=auto_class, repo=repo),
         command=f"\n## How it was made\n\n```\n{command}\n```\n" if command else "",
     )
     return ModelCard(text, ignore_metadata_errors=False).content
+
+
+def card_with_table(folder: Path, comparison: Comparison, evaluation: Evaluation) -> str:
+    """The text of a folder's card with its main table made anew; the rest stays as it is.
+
+    Raises:
+        CheckpointNotFoundError: there is no card.
+        CheckpointError: the marks around the table are gone.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{folder} has no README.md to update; leave --update-card out")
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(_TABLE_BEGIN)
+    _, end, after = rest.partition(_TABLE_END)
+    if not (begin and end):
+        raise CheckpointError(
+            f"{path} lacks the lines {_TABLE_BEGIN} and {_TABLE_END}; put them where the table shall stand"
+        )
+    return f"{before}{begin}\n{main_table(comparison, evaluation)}\n{end}{after}"
 
 
 def _loads(auto_class: Any, model: PreTrainedModel) -> bool:

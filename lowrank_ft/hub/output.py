@@ -16,8 +16,8 @@ from lowrank_ft.errors import OutputError
 # --overwrite replaces a folder only where each entry looks like a part of a checkpoint.
 _CHECKPOINT_PARTS = (
     "*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt", "README.md",
-    "lowrank_plugin.py", "LICENSE*", "NOTICE*", "checkpoints", "metrics.jsonl", "training.png", "[0-9]_*",
-    "additional_chat_templates",
+    "lowrank_plugin.py", "LICENSE*", "NOTICE*", "checkpoints", "metrics.jsonl", "training.png", "rank_map.png",
+    "report.html", "[0-9]_*", "additional_chat_templates",
 )  # fmt: skip
 
 

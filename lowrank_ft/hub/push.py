@@ -10,6 +10,7 @@ from huggingface_hub import errors as hub_errors
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, OutputError
 from lowrank_ft.hub.model_card import PLACEHOLDER
 from lowrank_ft.hub.source import RUN_FILE, Source, first_line, is_hub_id
+from lowrank_ft.records import CONVERSION_FILE
 
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _NOT_FOR_THE_HUB = [*_UNSAFE, ".*", "*/.*"]
@@ -70,9 +71,9 @@ def push(
 
 
 def _stage(folder: Path, staged: Path, repo_id: str) -> None:
-    """Links to what is to be published; config and card are rewritten for readers elsewhere."""
+    """Links to what is to be published; config, card and record are rewritten for readers elsewhere."""
     for path in folder.iterdir():
-        if path.name not in (*_OF_THE_RUN, "config.json", "README.md"):
+        if path.name not in (*_OF_THE_RUN, "config.json", "README.md", CONVERSION_FILE):
             (staged / path.name).symlink_to(path.resolve())
     if (folder / "README.md").is_file():
         card = (folder / "README.md").read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
@@ -83,3 +84,21 @@ def _stage(folder: Path, staged: Path, repo_id: str) -> None:
         if isinstance(entry, dict) and not is_hub_id(entry.get("base_model")):
             entry.pop("base_model", None)
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (folder / CONVERSION_FILE).is_file():
+        record = _public_record((folder / CONVERSION_FILE).read_text(encoding="utf-8"))
+        if record is not None:
+            (staged / CONVERSION_FILE).write_text(record, encoding="utf-8")
+
+
+def _public_record(text: str) -> str | None:
+    """``conversion.json`` without local paths; None where it is damaged, which keeps it here."""
+    try:
+        record = json.loads(text)
+        if not is_hub_id(record.get("base_model")):
+            record.pop("base_model", None)
+        calibration = record.get("calibration") or {}
+        if Path(calibration.get("source") or "").is_absolute():
+            calibration["source"] = Path(calibration["source"]).name
+    except (ValueError, AttributeError, TypeError):
+        return None
+    return json.dumps(record) + "\n"

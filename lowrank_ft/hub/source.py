@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from lowrank_ft.checkpoint_format import QUANT_METHOD
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, NonFiniteError
@@ -123,6 +123,19 @@ class Source:
                 f"{self.name} has no tokenizer that loads ({first_line(error)}); copy tokenizer.json and "
                 "tokenizer_config.json of its base model into the folder"
             ) from error
+
+    def load_preprocessor(self, model: PreTrainedModel) -> Any:
+        """What turns the model's raw input into tensors: its image processor, or its tokenizer.
+
+        Raises:
+            CheckpointError: it has none, or one that transformers cannot read.
+        """
+        if model.main_input_name != "pixel_values":
+            return self.load_tokenizer()
+        try:
+            return AutoImageProcessor.from_pretrained(str(self.download()), trust_remote_code=self.trust_remote_code)
+        except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
+            raise CheckpointError(f"{self.name} has no image processor that loads ({first_line(error)})") from error
 
     def _require_config_file(self) -> None:
         if self.folder is not None:
@@ -241,10 +254,16 @@ def model_class(config: Any, name: str, trust_remote_code: bool = False) -> Any:
     return transformers.AutoModel
 
 
+def writes_text(config: Any) -> bool:
+    """Whether the checkpoint is a causal language model."""
+    architecture = (getattr(config, "architectures", None) or ["none"])[0]
+    return bool(architecture.endswith(("ForCausalLM", "LMHeadModel")))
+
+
 def check_causal_lm(config: Any, source: Source) -> None:
     """Raise a CheckpointError unless the checkpoint is a causal language model, the kind that is fine-tuned here."""
     architecture = (getattr(config, "architectures", None) or ["none"])[0]
-    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    if not writes_text(config):
         raise CheckpointError(
             f"{source.name} is a {architecture}, and this trains causal language models; convert it without "
             "fine-tuning, or train it in your own loop (lowrank_ft.convert, get_peft_model)"

@@ -35,6 +35,11 @@ def parse_args(
     model, data, train = (group(**{name: namespace[name] for name in option_names(group)}) for group in _GROUPS)
     if not model.model:
         raise ConfigError("no model is named; give --model a folder or a Hub id, or --config a file that says it")
+    if data.distill_dataset and not train.distill_weight:
+        raise ConfigError(
+            f"distill_dataset {data.distill_dataset} is named, and distill_weight 0 would not use it; "
+            "set --distill_weight above 0 and at most 1, or leave it out"
+        )
     return model, data, train
 
 

@@ -1,5 +1,6 @@
 """Options of a fine-tuning run. Names are those of transformers and PEFT where they have one."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -27,7 +28,9 @@ class ModelArguments:
     target_modules: list[str] | None = _opt(None, "names or suffixes of the linears to factorize, as in PEFT")
     exclude_modules: list[str] | None = _opt(None, "names or suffixes to leave dense, as in PEFT")
     guide: str = _opt("residual", f"dense branch that is phased out: {', '.join(GUIDES)}, or none")
-    guide_model: str | None = _opt(None, "dense model of the guide; default: the one the checkpoint was made from")
+    guide_model: str | None = _opt(
+        None, "dense model of the guide and of distillation; default: the one the checkpoint was made from"
+    )
     dtype: str = _opt("float32", "dtype of the trained weights: float32, bfloat16, float16")
     export_dtype: str = _opt("auto", "dtype of the exported weights; auto: that of the source checkpoint")
 
@@ -47,6 +50,11 @@ class DataArguments:
     eval_dataset: str | None = _opt(None, "like dataset; default: the last eval_ratio of the training data")
     eval_split: str = _opt("validation", "split of eval_dataset, if that is on the Hub")
     eval_ratio: float = _opt(0.1, "share held out for evaluation where there is no eval_dataset; 0: none")
+    distill_dataset: str | None = _opt(
+        None, "like dataset: general text on which the model is held to the dense one; default: the training data"
+    )
+    distill_config: str | None = _opt(None, "configuration of distill_dataset, if that is on the Hub")
+    distill_split: str = _opt("train", "its split, such as train[:10000]; all of it is tokenized at the start")
     text_column: str = _opt("text", "column of plain text")
     messages_column: str = _opt("messages", "column of chats, a list of {role, content}; used where it exists")
     block_size: int | None = _opt(
@@ -80,6 +88,8 @@ class TrainArguments:
     max_grad_norm: float = _opt(1.0, "gradients are clipped to this norm; 0: never")
     alpha_schedule: str = _opt("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
     guided_ratio: float = _opt(0.25, "share of the steps in which the guide is there")
+    distill_weight: float = _opt(0.0, "share w of distillation in the loss: (1-w) cross-entropy + w T^2 KL; 0: none")
+    distill_temperature: float = _opt(1.0, "T, by which the logits of both models are divided before the KL")
     mixed_precision: str | None = _opt(None, "no, bf16 or fp16; default: what accelerate is configured for")
     gradient_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
     seed: int = _opt(42, "order of the data, dropout")
@@ -103,6 +113,9 @@ class TrainArguments:
         _require_range("learning_rate", self.learning_rate, 0)
         _require_range("warmup_ratio", self.warmup_ratio, 0, 1)
         _require_range("guided_ratio", self.guided_ratio, 0, 1)
+        _require_range("distill_weight", self.distill_weight, 0, 1)
+        if not 0 < self.distill_temperature < math.inf:
+            raise ConfigError(f"distill_temperature is {self.distill_temperature}; it must be above 0 and finite")
         _require_range("save_total_limit", self.save_total_limit, 1)
         if self.max_steps == 0 or self.num_train_epochs <= 0:
             raise ConfigError("max_steps 0 or num_train_epochs 0 trains nothing; give a positive number")
@@ -114,6 +127,6 @@ def option_names(*classes: type) -> list[str]:
 
 
 def _require_range(name: str, value: float, least: float, most: float | None = None) -> None:
-    if value < least or (most is not None and value > most):
+    if not value >= least or (most is not None and value > most):  # written so that NaN is out of any range
         allowed = f"{least} or more" if most is None else f"{least} to {most}"
         raise ConfigError(f"{name} is {value}; it must be {allowed}")

@@ -112,9 +112,9 @@ def load_data(args: DataArguments, tokenizer: Any) -> tuple[TokenizedData, Token
     Raises:
         DataError: the file or dataset does not exist, lacks the column, or has too little text.
     """
-    train = _tokenized(args, args.dataset, args.dataset_split, tokenizer)
+    train = _tokenized(args, args.dataset, args.dataset_config, args.dataset_split, tokenizer)
     if args.eval_dataset:
-        return train, _tokenized(args, args.eval_dataset, args.eval_split, tokenizer)
+        return train, _tokenized(args, args.eval_dataset, args.dataset_config, args.eval_split, tokenizer)
     held_out = round(len(train) * args.eval_ratio)
     if args.eval_ratio > 0 and not 0 < held_out < len(train):
         raise DataError(
@@ -122,6 +122,17 @@ def load_data(args: DataArguments, tokenizer: Any) -> tuple[TokenizedData, Token
             f"{args.eval_ratio:.0%}; lower --block-size, give an --eval-dataset, or set --eval-ratio 0"
         )
     return train.split(held_out) if held_out else (train, None)
+
+
+def load_distill_data(args: DataArguments, tokenizer: Any) -> TokenizedData | None:
+    """The text on which the model is held to the dense one; None where that is the training data.
+
+    Raises:
+        DataError: as :func:`load_data`.
+    """
+    if not args.distill_dataset:
+        return None
+    return _tokenized(args, args.distill_dataset, args.distill_config, args.distill_split, tokenizer)
 
 
 def read_rows(name: str, split: str = "train", config: str | None = None) -> Dataset:
@@ -216,8 +227,8 @@ def _block_size(args: DataArguments) -> int:
     return args.block_size or DEFAULT_BLOCK_SIZE
 
 
-def _tokenized(args: DataArguments, name: str, split: str, tokenizer: Any) -> TokenizedData:
-    rows = read_rows(name, split, args.dataset_config)
+def _tokenized(args: DataArguments, name: str, config: str | None, split: str, tokenizer: Any) -> TokenizedData:
+    rows = read_rows(name, split, config)
     columns = rows.column_names
     if args.messages_column in columns:
         return _tokenized_chats(rows[args.messages_column], name, tokenizer, _block_size(args))

@@ -3,6 +3,7 @@
     for step in range(max_steps):
         alpha = alpha_at(step)                    # 1 at step 0, 0 from guided_steps on
         loss  = sum over the global batch of the cross-entropies / number of counted tokens in it
+        loss  = (1 - w) * loss + w * T^2 * KL     # with distillation, see distillation.py
         ...
         after step guided_steps - 1: end_guidance # from here on this is the compact model
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lowrank_ft.errors import ConfigError, DivergedError, OutputError, TrainingStateError
+from lowrank_ft.errors import ConfigError, DivergedError, TrainingStateError
 from lowrank_ft.evaluation import Evaluation, predicted_tokens, summed_loss
 from lowrank_ft.nn import compact_state_dict, compact_view, end_guidance, guided_layers, set_alpha
 from lowrank_ft.schedule import alpha_at, lr_factor_at
@@ -38,7 +39,9 @@ from lowrank_ft.training import checkpoints
 from lowrank_ft.training.checkpoints import TrainerState
 from lowrank_ft.training.config import TrainArguments
 from lowrank_ft.training.data import StepBatches, TokenizedData, collate
-from lowrank_ft.training.records import METRICS_FILE, MetricsLog, plot_run
+from lowrank_ft.training.distillation import Term, forward_options, make_teacher, summed_kl, terms_of_loss
+from lowrank_ft.training.preparation import checkpoint_to_resume, make_accelerator, make_optimizer
+from lowrank_ft.training.records import MetricsLog, plot_run
 
 StepCallback = Callable[[int, "Trainer"], None]
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -55,9 +58,11 @@ class Trainer:
         eval_data: and second; None for no evaluation.
         accelerator: made by :func:`make_accelerator` if not given.
         on_step_end: called with the number of completed steps, after evaluation and checkpoint.
+        teacher: the dense model, for ``distill_weight`` above 0; frozen and moved to the device, in place.
+        distill_data: text on which the model is held to the teacher; None for the training data.
 
     Raises:
-        ConfigError: a form of parallelism that is not supported, or nothing to train.
+        ConfigError: a form of parallelism that is not supported, nothing to train, or a teacher that does not fit.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class Trainer:
         eval_data: TokenizedData | None = None,
         accelerator: Accelerator | None = None,
         on_step_end: StepCallback | None = None,
+        teacher: nn.Module | None = None,
+        distill_data: TokenizedData | None = None,
     ) -> None:
         self.args = args
         self.accelerator = accelerator or make_accelerator(args)
@@ -76,8 +83,10 @@ class Trainer:
                 f"accelerate is configured for {self.accelerator.distributed_type.value}; this release trains on one "
                 "process or with DDP (accelerate launch --multi_gpu)"
             )
-        self.train_data, self.eval_data = train_data, eval_data
+        self.train_data, self.eval_data, self.distill_data = train_data, eval_data, distill_data
         self.on_step_end = on_step_end
+        self._teacher = make_teacher(teacher, model, args, distill_data, self.accelerator)
+        self._terms = terms_of_loss(args, train_data, distill_data)
         self.output_dir = Path(args.output_dir)
         world, accumulation = self.accelerator.num_processes, args.gradient_accumulation_steps
         self.global_batch = args.per_device_train_batch_size * accumulation * world
@@ -88,8 +97,7 @@ class Trainer:
         self.best_loss: float | None = None
         self.best_step: int | None = None
         self._bare: Any = model
-        has_cache = hasattr(getattr(model, "config", None), "use_cache")
-        self._forward_options = {"use_cache": False} if has_cache else {}
+        self._forward_options = forward_options(model)
         self._guide_kinds = sorted({str(getattr(layer, "kind", "peft")) for _, layer in guided_layers(model)})
         if args.gradient_checkpointing:
             if not hasattr(model, "gradient_checkpointing_enable"):
@@ -156,6 +164,7 @@ class Trainer:
         # DDP's reducer must be gone, on all processes, before the process group is.
         self.accelerator.wait_for_everyone()
         del self.model, self.optimizer
+        self._teacher = None
         self.accelerator.free_memory()
         gc.collect()
         self.accelerator.end_training()
@@ -165,7 +174,7 @@ class Trainer:
 
     def _loop(self, log: MetricsLog | None) -> None:
         args, window, start = self.args, _Window(), time.perf_counter()
-        micro_batches = iter(self._loader())
+        streams: list[Iterator[Any]] = [iter(self._loader(term.data)) for term in self._terms]
         bar = tqdm(
             total=self.max_steps, initial=self.step, desc="fine-tune", unit="step",
             disable=None if self.accelerator.is_main_process else True,
@@ -179,15 +188,16 @@ class Trainer:
         while self.step < self.max_steps:
             alpha = alpha_at(self.step, self.guided_steps, args.alpha_schedule)
             lr = args.learning_rate * self._lr_factor()
-            loss, norm, tokens = self._optimizer_step(micro_batches, alpha, lr)
+            losses, norm, tokens = self._optimizer_step(streams, alpha, lr)
             self.step += 1
-            window.add(loss, tokens)
+            window.add(losses, tokens)
             if log is not None and (self.step % max(1, args.logging_steps) == 0 or self.step == self.max_steps):
                 speed = window.tokens / (time.perf_counter() - start)
-                entry = {"loss": window.loss, "alpha": alpha, "learning_rate": lr, "grad_norm": norm}
+                means = window.means()
+                entry = {**means, "alpha": alpha, "learning_rate": lr, "grad_norm": norm}
                 log.write(step=self.step, **entry, tokens_per_second=round(speed, 1))
                 self.accelerator.log(entry, step=self.step)
-                bar.set_postfix(loss=f"{window.loss:.3f}", alpha=f"{alpha:.2f}")
+                bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, alpha=f"{alpha:.2f}")
                 window, start = _Window(), time.perf_counter()
             if self.step == self.guided_steps:
                 freed = self._end_guidance()
@@ -202,20 +212,26 @@ class Trainer:
                 self.on_step_end(self.step, self)
         bar.close()
 
-    def _optimizer_step(self, micro_batches: Iterator[Any], alpha: float, lr: float) -> tuple[float, float, int]:
+    def _optimizer_step(
+        self, streams: list[Iterator[Any]], alpha: float, lr: float
+    ) -> tuple[dict[str, float], float, int]:
+        """Mean losses over the global batch, the gradient's norm, and how many tokens of the training data counted."""
         accelerator, accumulation = self.accelerator, self.args.gradient_accumulation_steps
         set_alpha(self._bare, alpha)
-        batches = list(islice(micro_batches, accumulation))
-        tokens = self._sum(float(sum(predicted_tokens(b["labels"]) for b in batches)))
-        total = torch.zeros((), device=accelerator.device)
-        for i, batch in enumerate(batches):
-            batch = send_to_device(batch, accelerator.device)
-            labels = batch.pop("labels")
-            with nullcontext() if i == accumulation - 1 else accelerator.no_sync(self.model):
-                loss = summed_loss(self.model(**batch, **self._forward_options).logits, labels) / tokens
+        batches = [list(islice(stream, accumulation)) for stream in streams]
+        counts = self._sums(*(float(sum(predicted_tokens(b["labels"]) for b in of_term)) for of_term in batches))
+        passes = [
+            (term, batch, tokens)
+            for term, of_term, tokens in zip(self._terms, batches, counts, strict=True)
+            for batch in of_term
+        ]
+        totals = torch.zeros(2, device=accelerator.device)
+        for i, (term, batch, tokens) in enumerate(passes):
+            with nullcontext() if i == len(passes) - 1 else accelerator.no_sync(self.model):
+                loss, parts = self._losses(term, send_to_device(batch, accelerator.device), tokens)
                 # DDP averages gradients over processes, and the loss is a sum over all of them.
                 accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
+            totals += parts
         parameters = [p for p in self._bare.parameters() if p.requires_grad]
         limit = self.args.max_grad_norm or math.inf
         norm = accelerator.clip_grad_norm_(parameters, limit)
@@ -223,26 +239,44 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss_value = self._sum(total.item())
-        if not math.isfinite(loss_value):
-            raise DivergedError(
-                f"the loss is {loss_value} at step {self.step}; lower --learning-rate, or train in bf16 rather than fp16"
-            )
-        return loss_value, float(norm), int(tokens)
+        losses = dict(zip(("loss", "distill_loss"), self._sums(*totals.tolist()), strict=True))
+        if self._teacher is None:
+            del losses["distill_loss"]
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"the {name} is {value} at step {self.step}; lower --learning-rate, or train in bf16 rather than fp16"
+                )
+        return losses, float(norm), int(counts[0])
+
+    def _losses(self, term: Term, batch: dict[str, Any], tokens: float) -> tuple[Tensor, Tensor]:
+        """This batch's part in the loss of the step; and in the mean cross-entropy and the mean KL, ``(2,)``."""
+        labels = batch.pop("labels")
+        # The teacher goes first: its activations are gone before those of the model, which stay for the gradient.
+        wanted = self._teacher.logits(batch) if self._teacher is not None and term.kl is not None else None
+        logits = self.model(**batch, **self._forward_options).logits
+        loss, cross_entropy, kl = (torch.zeros((), device=logits.device) for _ in range(3))
+        if term.cross_entropy is not None:
+            cross_entropy = summed_loss(logits, labels) / tokens
+            loss = loss + term.cross_entropy * cross_entropy
+        if term.kl is not None and wanted is not None:
+            kl = summed_kl(logits, wanted, labels, self.args.distill_temperature) / tokens
+            loss = loss + term.kl * kl
+        return loss, torch.stack([cross_entropy.detach(), kl.detach()])
 
     def _lr_factor(self) -> float:
         warmup = round(self.args.warmup_ratio * self.max_steps)
         return lr_factor_at(self.step, self.max_steps, warmup, self.args.lr_scheduler_type)
 
-    def _loader(self) -> DataLoader:
+    def _loader(self, data: TokenizedData) -> DataLoader:
         accelerator, args = self.accelerator, self.args
         sampler = StepBatches(
-            len(self.train_data), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.seed,
+            len(data), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.seed,
             accelerator.process_index, accelerator.num_processes, first_step=self.step,
         )  # fmt: skip
         # A generator of its own: making an iterator draws a number, which must not come out of the training's stream.
         generator = torch.Generator().manual_seed(args.seed)
-        return DataLoader(self.train_data, batch_sampler=sampler, collate_fn=collate, generator=generator)
+        return DataLoader(data, batch_sampler=sampler, collate_fn=collate, generator=generator)
 
     def _end_guidance(self) -> int:
         freed = end_guidance(self._bare, getattr(self.optimizer, "optimizer", self.optimizer))
@@ -319,7 +353,7 @@ class Trainer:
         """What a resumed run must share with the run that it resumes, to be the same run."""
         names = (
             "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
-            "max_grad_norm", "alpha_schedule", "seed",
+            "max_grad_norm", "alpha_schedule", "seed", "distill_weight", "distill_temperature",
         )  # fmt: skip
         return {
             "max_steps": self.max_steps,
@@ -327,6 +361,8 @@ class Trainer:
             "global_batch": self.global_batch,
             "train_examples": len(self.train_data),
             "train_data": self.train_data.fingerprint(),
+            "distill_data": None if self.distill_data is None else self.distill_data.fingerprint(),
+            "teacher": None if self._teacher is None else self._teacher.fingerprint(),
             "guides": self._guide_kinds,
             "mixed_precision": str(self.accelerator.mixed_precision),
             "dtype": str(next(self._bare.parameters()).dtype),
@@ -358,72 +394,22 @@ class Trainer:
             flat = {k: v for k, v in vars(self.args).items() if isinstance(v, int | float | str | bool)}
             self.accelerator.init_trackers(self.args.run_name, config=flat)
 
-    def _sum(self, value: float) -> float:
-        tensor = torch.tensor(value, dtype=torch.float32, device=self.accelerator.device)
-        return float(self.accelerator.reduce(tensor, "sum"))
-
-
-def checkpoint_to_resume(args: TrainArguments) -> Path | None:
-    """The checkpoint that the options mean, or None for a fresh start.
-
-    Raises:
-        TrainingStateError: it does not exist.
-        OutputError: ``output_dir`` holds an earlier run, and neither resuming nor overwriting was asked for.
-    """
-    folder = Path(args.output_dir)
-    if args.resume_from_checkpoint:
-        return checkpoints.resolve_checkpoint(folder, args.resume_from_checkpoint)
-    used = [p for p in (folder / METRICS_FILE, folder / "config.json") if p.exists()]
-    if used and not args.overwrite_output_dir:
-        raise OutputError(
-            f"{folder} holds an earlier run ({used[0].name}); add --resume_from_checkpoint auto to go on, "
-            "--overwrite_output_dir to start anew, or name another --output_dir"
-        )
-    return None
-
-
-def make_accelerator(args: TrainArguments) -> Accelerator:
-    """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens."""
-    try:
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            log_with=args.report_to or None,
-            project_dir=args.output_dir,
-        )
-        # The launcher's setting would divide every loss once more.
-        accelerator.gradient_accumulation_steps = 1
-        return accelerator
-    except ValueError as error:  # an unknown tracker, or a precision that the device lacks
-        raise ConfigError(f"accelerate refuses these settings: {str(error).splitlines()[0]}") from error
-
-
-def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:
-    """AdamW over everything that has a gradient: matrices, vectors (no weight decay), and trainable guides last."""
-    guide_ids = {id(p) for _, layer in guided_layers(model) for p in layer.guide.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ConfigError("no parameter of the model has requires_grad set; there is nothing to train")
-    own: list[Tensor] = [p for p in trainable if id(p) not in guide_ids]
-    groups = [
-        {"params": [p for p in own if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": [p for p in trainable if id(p) in guide_ids], "weight_decay": args.weight_decay},
-    ]
-    # torch refuses no empty group, and the last one is empty where guides are frozen or gone.
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
+    def _sums(self, *values: float) -> list[float]:
+        """Each summed over all processes."""
+        tensor = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, "sum").tolist()
 
 
 class _Window:
-    """Mean loss and token count since the last record."""
+    """Mean losses and token count since the last record."""
 
     def __init__(self) -> None:
-        self._losses: list[float] = []
+        self._losses: list[dict[str, float]] = []
         self.tokens = 0
 
-    def add(self, loss: float, tokens: int) -> None:
-        self._losses.append(loss)
+    def add(self, losses: dict[str, float], tokens: int) -> None:
+        self._losses.append(losses)
         self.tokens += tokens
 
-    @property
-    def loss(self) -> float:
-        return sum(self._losses) / len(self._losses)
+    def means(self) -> dict[str, float]:
+        return {name: sum(x[name] for x in self._losses) / len(self._losses) for name in self._losses[-1]}

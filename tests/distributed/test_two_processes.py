@@ -21,6 +21,7 @@ OPTIONS = {
 
 def launch(tmp_path, name, processes, batch, guide, *flags):
     (tmp_path / "plays.txt").write_text("Enter HAMLET. To be, or not to be, that is the question.\n" * 150)
+    (tmp_path / "general.txt").write_text("The river rises in the hills and flows south to the sea.\n" * 90)
     config = {
         **OPTIONS,
         "dataset": "plays.txt",
@@ -44,17 +45,22 @@ def series(folder, key):
     return [e[key] for e in read_metrics(folder / "metrics.jsonl") if key in e]
 
 
-@pytest.mark.parametrize("guide", ["dense", "residual"])
-def test_two_processes_give_the_losses_of_one(tmp_path, guide):
+@pytest.mark.parametrize(
+    ("guide", "flags"),
+    [("dense", ()), ("residual", ()), ("residual", ("--distill_weight", "0.5", "--distill_dataset", "general.txt"))],
+)
+def test_two_processes_give_the_losses_of_one(tmp_path, guide, flags):
     """``dense`` is the hard case: at the drop, DDP must forget parameters whose gradients it waits for."""
-    one = launch(tmp_path, "one", 1, 4, guide)
-    two = launch(tmp_path, "two", 2, 2, guide)
+    one = launch(tmp_path, "one", 1, 4, guide, *flags)
+    two = launch(tmp_path, "two", 2, 2, guide, *flags)
     for folder, processes in ((one, 1), (two, 2)):
         start = read_metrics(folder / "metrics.jsonl")[0]
         assert (start["num_processes"], start["global_batch"]) == (processes, 4)
         ranks = {p.name for p in (folder / "checkpoints" / "step-00000004").glob("rng-*")}
         assert ranks == {f"rng-{r}.safetensors" for r in range(processes)}  # each process wrote its own
     assert series(two, "loss") == pytest.approx(series(one, "loss"), rel=2e-4)
+    assert series(two, "distill_loss") == pytest.approx(series(one, "distill_loss"), rel=2e-3, abs=1e-5)
+    assert len(series(one, "distill_loss")) == (8 if flags else 0)
     assert series(two, "eval_loss") == pytest.approx(series(one, "eval_loss"), rel=2e-4)
     assert series(two, "alpha") == series(one, "alpha")
     weights_one, weights_two = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")

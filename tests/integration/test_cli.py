@@ -304,11 +304,11 @@ def test_help_is_quick_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("plan", "convert", "finetune", "eval", "export", "merge", "push", "demo"):
+    for command in ("plan", "convert", "finetune", "eval", "report", "export", "merge", "push", "demo"):
         assert f"    {command} " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["plan", "convert", "eval", "export", "merge", "push", "demo"])
+@pytest.mark.parametrize("name", ["plan", "convert", "eval", "report", "export", "merge", "push", "demo"])
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])

@@ -91,6 +91,7 @@ def test_the_folder_holds_safetensors_and_no_pickle(checkpoint):
     folder, model, _ = checkpoint
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md", "config.json", "generation_config.json", "lowrank_plugin.py", "model.safetensors",
+        "rank_map.png",
     ]  # fmt: skip
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = set(file.keys())

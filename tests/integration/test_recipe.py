@@ -1,5 +1,6 @@
 """The recipe and ``lowrank-ft finetune`` as a user starts them, and ``lowrank-ft export`` on what they leave."""
 
+import copy
 import json
 import os
 import signal
@@ -12,9 +13,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lowrank_ft  # noqa: F401 (registers the loader)
+import lowrank_ft
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.hub.source import Source, load_model
 from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.training import ModelArguments
 from lowrank_ft.training.arguments import as_rank, parse_args
 from lowrank_ft.training.records import read_metrics
 from tests.conftest import DEMO_MODEL, ROOT
@@ -158,6 +161,9 @@ def test_yaml_and_flags(tmp_path):
         ({"lerning_rate": 1}, "there is no option 'lerning_rate'; did you mean learning_rate"),
         ({"guide": "teacher"}, "guide 'teacher' is unknown; choose one of residual, frozen, dense, none"),
         ({"eval_ratio": 2}, "eval_ratio is 2"),
+        ({"distill_weight": 2}, "distill_weight is 2; it must be 0 to 1"),
+        ({"distill_temperature": 0}, "distill_temperature is 0; it must be above 0"),
+        ({"distill_dataset": "a.txt"}, "distill_dataset a.txt is named, and distill_weight 0 would not use it"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
@@ -176,3 +182,43 @@ def test_unreadable_configs(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_are_valid(path):
     parse_args(["--config", str(path), "--model", "m"])
+
+
+def test_the_teacher_is_the_dense_model_and_a_copy(tmp_path):
+    """From a dense model, from a compact checkpoint with and without a guide, and not at all."""
+    from recipes.finetune import prepare_model
+
+    dense = load_model(Source(str(DEMO_MODEL)), torch.float32)
+    lowrank_ft.save_compact(converted(dense), tmp_path / "compact", base_model=str(DEMO_MODEL))
+    for name, options in (
+        (str(DEMO_MODEL), {"param_ratio": 0.5}),
+        (str(DEMO_MODEL), {"param_ratio": 0.5, "guide_model": str(DEMO_MODEL)}),
+        (str(tmp_path / "compact"), {}),
+        (str(tmp_path / "compact"), {"guide": "none"}),
+    ):
+        args = ModelArguments(model=name, **options)
+        model, base_model, teacher = prepare_model(args, Source(name), distill=True)
+        assert base_model == str(DEMO_MODEL)
+        assert any(lowrank_layers(model))
+        expected = load_model(Source(str(DEMO_MODEL)), torch.float32).state_dict()
+        found = teacher.state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[k], v) for k, v in found.items())
+        assert {p.data_ptr() for p in model.parameters()}.isdisjoint(p.data_ptr() for p in teacher.parameters())
+        assert prepare_model(args, Source(name))[2] is None
+
+    dense.save_pretrained(tmp_path / "other")
+    options = {"model": str(tmp_path / "compact"), "guide": "none", "guide_model": str(tmp_path / "other")}
+    _, base_model, teacher = prepare_model(ModelArguments(**options), Source(options["model"]), distill=True)
+    assert (base_model, teacher.config._name_or_path) == (str(DEMO_MODEL), options["guide_model"])
+
+    lowrank_ft.save_compact(converted(dense), tmp_path / "orphan", base_model="")
+    args = ModelArguments(model=str(tmp_path / "orphan"), guide="none")
+    with pytest.raises(ConfigError, match=r"does not say which dense model .* --guide none --distill_weight 0"):
+        prepare_model(args, Source(args.model), distill=True)
+
+
+def converted(dense):
+    model = copy.deepcopy(dense)
+    lowrank_ft.convert(model, param_ratio=0.5)
+    return model

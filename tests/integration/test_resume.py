@@ -16,7 +16,7 @@ from tests.training_driver import GUIDED, STEPS
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> dict[str, Path]:
     """Folders of runs that nobody killed, by guide."""
-    return {guide: tmp_path_factory.mktemp(guide) / "run" for guide in ("dense", "residual")}
+    return {guide: tmp_path_factory.mktemp(guide) / "run" for guide in ("dense", "residual", "distilled")}
 
 
 def drive(python: Run, folder: Path, guide: str, *flags: str, check: bool = True):
@@ -37,6 +37,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
         ("dense", "--kill-at", GUIDED + 3),  # after it: the model has to be shaped before weights are read
         ("dense", "--kill-in-save", GUIDED),  # halfway through writing the checkpoint of the drop
         ("residual", "--kill-at", GUIDED - 1),
+        ("distilled", "--kill-at", GUIDED + 1),  # two streams of data have to go on where they were
     ],
 )
 def test_killed_and_resumed_is_the_same_run(straight, python, tmp_path, guide, flag, step):

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from lowrank_ft.errors import DataError
 from lowrank_ft.evaluation import IGNORED
 from lowrank_ft.training.config import DataArguments
-from lowrank_ft.training.data import StepBatches, collate, encode_chat, load_data, pack
+from lowrank_ft.training.data import StepBatches, collate, encode_chat, load_data, load_distill_data, pack
 from tests.conftest import DEMO_MODEL
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -120,6 +120,18 @@ def test_every_kind_of_file_is_read(tokenizer, tmp_path):
         sizes.append((len(train), len(held_out)))
         assert torch.equal(train[0]["input_ids"], torch.tensor(tokenizer(text)["input_ids"][:32]))
     assert len(set(sizes)) == 1
+
+
+def test_text_for_distillation(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    (tmp_path / "b.txt").write_text("it was a bright cold day in april. " * 40)
+    args = DataArguments(dataset=str(tmp_path / "a.txt"), block_size=32, distill_dataset=str(tmp_path / "b.txt"))
+    data = load_distill_data(args, tokenizer)
+    assert tokenizer.decode(data[0]["input_ids"]).startswith("it was a bright")
+    assert len(data[0]["input_ids"]) == 32
+    assert load_distill_data(DataArguments(dataset=str(tmp_path / "a.txt")), tokenizer) is None
+    with pytest.raises(DataError, match="there is no file"):
+        load_distill_data(DataArguments(distill_dataset=str(tmp_path / "c.txt")), tokenizer)
 
 
 def test_chats_from_a_file(tokenizer, tmp_path):

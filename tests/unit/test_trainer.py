@@ -1,19 +1,21 @@
 """The loop in one process: schedules, accumulation, the drop, evaluation, best weights, refusals."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch.nn import functional as F
 
 from lowrank_ft.conversion import convert
 from lowrank_ft.errors import ConfigError, DivergedError, OutputError, TrainingStateError
 from lowrank_ft.evaluation import summed_loss
-from lowrank_ft.nn import compact_state_dict, guided_layers
+from lowrank_ft.nn import compact_state_dict, guided_layers, set_alpha
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.checkpoints import find_checkpoints, load_optimizer_tensors, optimizer_tensors
-from lowrank_ft.training.data import pack
+from lowrank_ft.training.data import StepBatches, pack
 from lowrank_ft.training.records import read_metrics
 from tests.conftest import tiny_llama
 
@@ -52,6 +54,12 @@ def records(tmp_path):
     return [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in e]
 
 
+def distilled(on_other_text):
+    """What a trainer with ``distill_weight`` takes beside the rest: the dense model, and perhaps other text."""
+    other = pack(np.random.default_rng(0).integers(3, 97, 13 * 12).astype(np.int32), 12) if on_other_text else None
+    return {"teacher": tiny_llama(), "distill_data": other}
+
+
 @pytest.mark.parametrize("guide", ["residual", "frozen", "dense"])
 def test_it_learns_follows_the_schedule_and_drops_the_guide(tmp_path, data, guide):
     model = guided(guide)
@@ -73,6 +81,108 @@ def test_accumulation_and_batch_size_give_the_same_losses(tmp_path, data):
         losses.append([e["loss"] for e in records(tmp_path / str(i))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+
+
+@pytest.mark.parametrize("on_other_text", [False, True])
+def test_accumulation_and_batch_size_give_the_same_distillation(tmp_path, data, on_other_text):
+    found = []
+    for i, (batch, accumulation) in enumerate([(8, 1), (4, 2), (2, 4)]):
+        args = arguments(
+            tmp_path / str(i), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            distill_weight=0.6, distill_temperature=2.0,
+        )  # fmt: skip
+        Trainer(guided(), args, data, **distilled(on_other_text)).train()
+        found.append([e[k] for e in records(tmp_path / str(i)) for k in ("loss", "distill_loss")])
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
+    assert found[0] == pytest.approx(found[2], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("on_other_text", [False, True])
+def test_the_first_step_of_distillation_is_the_formula(tmp_path, data, on_other_text):
+    """Losses and the norm of the gradient, from plain torch in float64 on the same examples."""
+    weight, temperature, batch = 0.3, 3.0, 4
+    model, parts = guided(), distilled(on_other_text)
+
+    def first_batch(source):
+        indices = next(iter(StepBatches(len(source), batch, 1, seed=0, rank=0, world_size=1, first_step=0)))
+        return torch.stack([source[i]["input_ids"] for i in indices])
+
+    train = first_batch(data)
+    other = first_batch(parts["distill_data"]) if on_other_text else train
+    exact, teacher = copy.deepcopy(model).double(), tiny_llama().double()
+    set_alpha(exact, 0.0)
+    loss = F.cross_entropy(exact(train).logits[:, :-1].flatten(0, 1), train[:, 1:].flatten())
+    p = (teacher(other).logits[:, :-1] / temperature).softmax(-1)
+    q = (exact(other).logits[:, :-1] / temperature).softmax(-1)
+    kl = (p * (p.log() - q.log())).sum(-1).mean()
+    ((1 - weight) * loss + weight * temperature**2 * kl).backward()
+    norm = sum(w.grad.square().sum() for w in exact.parameters() if w.grad is not None).sqrt()
+
+    options = dict(max_steps=1, guided_ratio=0.0, distill_weight=weight, distill_temperature=temperature)
+    Trainer(model, arguments(tmp_path, **options), data, **parts).train()
+    entry = records(tmp_path)[0]
+    assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert entry["distill_loss"] == pytest.approx(kl.item(), rel=1e-4)
+    assert entry["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_distillation_brings_the_model_nearer_to_the_teacher_and_leaves_that_as_it_is(tmp_path, data):
+    parts = distilled(True)
+    before = {k: v.clone() for k, v in parts["teacher"].state_dict().items()}
+    Trainer(guided(), arguments(tmp_path, max_steps=40, distill_weight=1.0), data, **parts).train()
+    unguided = [e["distill_loss"] for e in records(tmp_path) if e["alpha"] == 0]
+    assert unguided[-1] < 0.8 * unguided[0]
+    assert all(torch.equal(before[k], v) for k, v in parts["teacher"].state_dict().items())
+    assert not parts["teacher"].training
+    assert all(p.grad is None for p in parts["teacher"].parameters())
+
+
+def test_distillation_in_mixed_precision(tmp_path, data):
+    args = arguments(tmp_path, mixed_precision="bf16", gradient_checkpointing=True, distill_weight=0.5)
+    Trainer(guided(), args, data, **distilled(False)).train()
+    exact = arguments(tmp_path / "exact", distill_weight=0.5)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(guided(), exact, data, **distilled(False)).train()
+    found, expected = ([e["distill_loss"] for e in records(p)] for p in (tmp_path, tmp_path / "exact"))
+    assert found == pytest.approx(expected, rel=0.1, abs=1e-3)
+
+
+def test_bad_distillation(tmp_path, data):
+    on = arguments(tmp_path, distill_weight=0.5)
+    teacher = tiny_llama()
+    cases = [
+        (on, {}, "distill_weight is 0.5 and there is no teacher"),
+        (on, {"distill_data": data}, "there is no teacher"),
+        (on, {"teacher": tiny_llama(vocab_size=98)}, "predicts 97 different tokens and the teacher 98"),
+        (arguments(tmp_path), {"teacher": teacher}, "a teacher is given, and distill_weight 0 would not use it"),
+        (arguments(tmp_path), {"distill_data": data}, "distill_data is given, and distill_weight 0 would not"),
+    ]
+    for args, options, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            Trainer(guided(), args, data, **options)
+    with pytest.raises(ConfigError, match="shares parameters"):
+        Trainer(teacher, on, data, teacher=teacher)
+    for bad in ({"distill_weight": 1.1}, {"distill_weight": -0.1}, {"distill_weight": math.nan}):
+        with pytest.raises(ConfigError, match=r"distill_weight is .*; it must be 0 to 1"):
+            arguments(tmp_path, **bad)
+    for temperature in (0, -1, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="distill_temperature is .* above 0"):
+            arguments(tmp_path, distill_temperature=temperature)
+
+
+def test_other_distillation_is_not_resumed(tmp_path, data):
+    options = dict(distill_weight=0.5, save_steps=2)
+    Trainer(guided(), arguments(tmp_path, **options), data, **distilled(True)).train()
+    again = {**options, "resume_from_checkpoint": "auto"}
+    cases = [
+        ({**again, "distill_weight": 0.4}, distilled(True), r"distill_weight 0\.5 -> 0\.4"),
+        ({**again, "distill_temperature": 2.0}, distilled(True), r"distill_temperature 1\.0 -> 2\.0"),
+        (again, distilled(False), "distill_data .* -> None"),
+        (again, {**distilled(True), "teacher": tiny_llama(seed=1)}, "teacher 'crc32 .* -> 'crc32"),
+    ]
+    for changed, parts, message in cases:
+        with pytest.raises(TrainingStateError, match=message):
+            Trainer(guided(), arguments(tmp_path, **changed), data, **parts).train()
 
 
 def test_uneven_replies_count_by_token_not_by_batch(tmp_path):

@@ -1,0 +1,173 @@
+"""Calibration data: from a dataset or a local file to batches that a model's forward takes.
+
+    causal language models    packed blocks of tokens
+    encoders                  one text a row, with the tokenizer's special tokens, padded and masked
+    encoder-decoders          the first half of each block for the encoder, the second for the decoder
+    image models              images, as the checkpoint's processor prepares them
+
+Only causal language models can write text themselves (``self``).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from lowrank_ft.calibration.chains import Batch
+from lowrank_ft.calibration.sampling import sample_blocks
+from lowrank_ft.errors import ConfigError, DataError
+from lowrank_ft.training.data import token_ids
+
+SELF = "self"
+CALIBRATION_TOKENS = 262_144
+OWN_TOKENS = 65_536
+"""Of text that the model writes itself, which takes it much longer than reading."""
+BLOCK_SIZE = 512
+LEAST_TOKENS = 1_024
+_BATCH_TOKENS = 2_048
+_BATCH_IMAGES = 8
+
+
+def own_batches(
+    model: Any, tokens: int, block_size: int | None = None, seed: int = 0, progress: bool = False
+) -> list[Batch]:
+    """Batches of text that ``model`` writes itself.
+
+    Raises:
+        DataError: the model is no causal language model, or ``tokens`` are too few.
+    """
+    length = calibration_length(model, block_size)
+    if tokens < max(LEAST_TOKENS, length):
+        raise DataError(f"{tokens} calibration tokens are too few; the least is {max(LEAST_TOKENS, length)}")
+    return to_batches(sample_blocks(model, tokens // length, length, seed=seed, progress=progress))
+
+
+def read_batches(
+    model: Any,
+    rows: Dataset,
+    name: str,
+    preprocessor: Any,
+    tokens: int = CALIBRATION_TOKENS,
+    block_size: int | None = None,
+    text_column: str = "text",
+    seed: int = 0,
+) -> list[Batch]:
+    """Batches from the rows of a dataset, shuffled.
+
+    Args:
+        rows: with a column of text, or of images for an image model.
+        name: what error messages call the data.
+        preprocessor: the checkpoint's tokenizer, or its image processor.
+        tokens: how many to take at most; an image counts as one.
+
+    Raises:
+        DataError: the column is missing, the data are too short, or the tokenizer is not the model's.
+    """
+    column = "image" if model.main_input_name == "pixel_values" else text_column
+    if column not in rows.column_names:
+        raise DataError(f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}")
+    generator = torch.Generator().manual_seed(seed)
+    if column == "image":
+        return _images(rows, preprocessor, min(tokens, len(rows)), generator)
+    length = calibration_length(model, block_size)
+    texts = [t for t in rows[column] if t]
+    if getattr(model, "can_generate", lambda: False)():
+        blocks = _blocks(token_ids(texts, preprocessor), tokens, length, name, generator)
+        check_vocabulary(model, blocks, name)
+        return _for_encoder_decoder(model, blocks) if model.config.is_encoder_decoder else to_batches(blocks)
+    batches = _rows_of_text(texts, preprocessor, tokens, length, name, generator)
+    for batch in batches:
+        check_vocabulary(model, batch["input_ids"], name)
+    return batches
+
+
+def calibration_length(model: Any, block_size: int | None) -> int:
+    """Tokens of a calibration text: what was asked for, or 512, or all positions of the model if those are fewer."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or BLOCK_SIZE
+    if block_size is None:
+        return min(BLOCK_SIZE, positions)
+    if not 2 <= block_size <= positions:
+        raise ConfigError(f"calibration block size {block_size} is out of range; this model takes 2 to {positions}")
+    return block_size
+
+
+def check_vocabulary(model: Any, ids: Tensor, name: str) -> None:
+    """Raise a DataError where the tokenizer gives an id that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = int(ids.max())
+    if largest >= rows:
+        raise DataError(
+            f"the tokenizer gives {name} token ids up to {largest}, and the model has {rows} embeddings; "
+            "the tokenizer in the folder is not this model's"
+        )
+
+
+def to_batches(blocks: Tensor) -> list[Batch]:
+    """``(blocks, length)`` to batches of about 2,048 tokens."""
+    return [{"input_ids": b} for b in blocks.split(max(1, _BATCH_TOKENS // blocks.shape[1]))]
+
+
+def _blocks(ids: np.ndarray, tokens: int, length: int, name: str, generator: torch.Generator) -> Tensor:
+    least = max(LEAST_TOKENS, length)
+    if len(ids) < least:
+        raise DataError(
+            f"{name} has {len(ids)} tokens; calibration needs at least {least}, and {CALIBRATION_TOKENS:,} do well"
+        )
+    if tokens < least:
+        raise DataError(f"{tokens} calibration tokens are too few; the least is {least}")
+    blocks = torch.from_numpy(ids[: len(ids) // length * length]).long().view(-1, length)
+    return blocks[torch.randperm(len(blocks), generator=generator)[: max(1, tokens // length)]]
+
+
+def _for_encoder_decoder(model: Any, blocks: Tensor) -> list[Batch]:
+    start = model.config.decoder_start_token_id
+    source, target = blocks.chunk(2, dim=1)
+    first = torch.full((len(blocks), 1), start if start is not None else 0)
+    decoder = torch.cat([first, target[:, :-1]], dim=1)
+    size = max(1, _BATCH_TOKENS // blocks.shape[1])
+    pairs = zip(source.split(size), decoder.split(size), strict=True)
+    return [{"input_ids": s, "decoder_input_ids": d} for s, d in pairs]
+
+
+def _rows_of_text(
+    texts: Sequence[str], tokenizer: Any, tokens: int, length: int, name: str, generator: torch.Generator
+) -> list[Batch]:
+    """Long texts are cut at paragraphs, then at ``length`` tokens; each batch is padded to its longest row."""
+    paragraphs = [p.strip() for t in texts for p in t.split("\n\n") if p.strip()]
+    rows, found = [], 0
+    for i in torch.randperm(len(paragraphs), generator=generator).tolist():
+        ids = tokenizer(paragraphs[i], truncation=True, max_length=length)["input_ids"]
+        rows.append(ids)
+        found += len(ids)
+        if found >= tokens:
+            break
+    if found < LEAST_TOKENS:
+        raise DataError(
+            f"{name} has {found} tokens; calibration needs at least {LEAST_TOKENS}, and {CALIBRATION_TOKENS:,} do well"
+        )
+    rows.sort(key=len)  # rows of like length share a batch, so that little of it is padding
+    batches: list[Batch] = []
+    start = 0
+    while start < len(rows):
+        end = start + 1
+        while end < len(rows) and (end + 1 - start) * len(rows[end]) <= _BATCH_TOKENS:
+            end += 1
+        batches.append(dict(tokenizer.pad({"input_ids": rows[start:end]}, padding=True, return_tensors="pt")))
+        start = end
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [batches[i] for i in order]
+
+
+def _images(rows: Dataset, processor: Any, count: int, generator: torch.Generator) -> list[Batch]:
+    chosen = torch.randperm(len(rows), generator=generator)[:count].tolist()
+    return [
+        {
+            "pixel_values": processor(images=[i.convert("RGB") for i in rows[part]["image"]], return_tensors="pt")[
+                "pixel_values"
+            ]
+        }
+        for part in (chosen[k : k + _BATCH_IMAGES] for k in range(0, count, _BATCH_IMAGES))
+    ]

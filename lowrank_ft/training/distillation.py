@@ -1,0 +1,186 @@
+"""Distillation: the fine-tuned model also follows the dense model's next-token distribution.
+
+    loss = (1 - w) * CE + w * T^2 * KL(p || q),   p = softmax(teacher / T),   q = softmax(student / T)
+
+Hinton et al. 2015, arXiv 1503.02531. ``T`` flattens both distributions; ``T^2`` undoes what that takes from the size
+of the gradient. CE is a mean over the predicted tokens of the training data. KL is a mean over those of the
+distillation data where there are any, and of the training data otherwise.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.evaluation import IGNORED
+from lowrank_ft.training.config import TrainArguments
+from lowrank_ft.training.data import TokenizedData
+
+_POSITIONS_AT_ONCE = 512
+
+
+def summed_kl(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """``KL(softmax(teacher_logits / T) || softmax(logits / T))`` in nats, summed over the predicted positions.
+
+    A few hundred positions at a time are taken to float32, and their gradient is kept in the dtype of ``logits``: the
+    largest tensors are the logits themselves and one of their size.
+
+    Args:
+        logits: ``(batch, length, vocabulary)``; gradients go here only.
+        teacher_logits: ``(batch, length, vocabulary)``.
+        labels: ``(batch, length)``, not shifted; ``IGNORED`` where a token does not count. Their values do not matter.
+        temperature: ``T``, above 0.
+
+    Returns:
+        A scalar, float32 or what the logits have beyond it; not multiplied by ``T^2``.
+
+    Raises:
+        ConfigError: the vocabularies differ in size.
+    """
+    _require_same_vocabulary(logits.shape[-1], teacher_logits.shape[-1])
+    return _SummedKL.apply(logits, teacher_logits, labels, temperature)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One kind of data in the loss of a step.
+
+    Attributes:
+        data: of which each step takes a batch.
+        cross_entropy: factor on the mean cross-entropy; None where it is not computed.
+        kl: likewise on the mean KL.
+    """
+
+    data: TokenizedData
+    cross_entropy: float | None
+    kl: float | None
+
+
+def terms_of_loss(args: TrainArguments, train_data: TokenizedData, distill_data: TokenizedData | None) -> list[Term]:
+    """What a step minimizes: the sum of these."""
+    weight, kl = args.distill_weight, args.distill_weight * args.distill_temperature**2
+    if weight == 0:
+        return [Term(train_data, 1.0, None)]
+    if distill_data is None:
+        return [Term(train_data, 1 - weight, kl)]
+    return [Term(train_data, 1 - weight, None), Term(distill_data, None, kl)]
+
+
+class Teacher:
+    """The dense model as a fixed function of a batch. It stays out of DDP, the optimizer and every checkpoint.
+
+    Args:
+        model: put into evaluation mode, frozen and moved to the device, in place.
+        student: what learns from it.
+
+    Raises:
+        ConfigError: the vocabularies differ in size, or the two share parameters.
+    """
+
+    def __init__(self, model: nn.Module, student: nn.Module, accelerator: Accelerator) -> None:
+        sizes = [vocabulary(m) for m in (student, model)]
+        if None not in sizes:
+            _require_same_vocabulary(*sizes)
+        if not {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in student.parameters()):
+            raise ConfigError("the teacher shares parameters with the model that is trained; give a copy of it")
+        # Autocast keeps a converted copy of every weight that could get a gradient; a frozen one is not kept.
+        self.model = model.eval().requires_grad_(False).to(accelerator.device)
+        self._autocast = accelerator.autocast
+        self._options = forward_options(model)
+
+    @torch.no_grad()
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """``(batch, length, vocabulary)``, computed in the precision that the student is trained in."""
+        with self._autocast():
+            return self.model(**batch, **self._options).logits
+
+    def fingerprint(self) -> str:
+        """Changes with the weights, of which it reads a few each; tells a resumed run that its teacher is another."""
+        few = torch.cat([p.flatten()[:16].float().cpu() for p in self.model.parameters()])
+        return f"crc32 {zlib.crc32(few.numpy().tobytes()):08x}"
+
+
+def make_teacher(
+    model: nn.Module | None,
+    student: nn.Module,
+    args: TrainArguments,
+    distill_data: TokenizedData | None,
+    accelerator: Accelerator,
+) -> Teacher | None:
+    """The teacher of a run, or None where ``distill_weight`` is 0.
+
+    Raises:
+        ConfigError: see :class:`Teacher`; or what was given does not agree with ``distill_weight``.
+    """
+    if args.distill_weight == 0:
+        given = "a teacher" if model is not None else "distill_data" if distill_data is not None else None
+        if given:
+            raise ConfigError(
+                f"{given} is given, and distill_weight 0 would not use it; set distill_weight above 0 and at most 1, "
+                "or leave it out"
+            )
+        return None
+    if model is None:
+        raise ConfigError(
+            f"distill_weight is {args.distill_weight} and there is no teacher; give the Trainer the dense model as "
+            "teacher, or set distill_weight 0"
+        )
+    return Teacher(model, student, accelerator)
+
+
+def forward_options(model: nn.Module) -> dict[str, Any]:
+    """For a forward pass over whole sequences, which needs no cache of keys and values."""
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many tokens a model of transformers predicts; None where its config does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def _require_same_vocabulary(student: Any, teacher: Any) -> None:
+    if student != teacher:
+        raise ConfigError(
+            f"the model predicts {student} different tokens and the teacher {teacher}; distillation needs the same "
+            "vocabulary, so name the dense model that this one was made from (--guide_model)"
+        )
+
+
+class _SummedKL(torch.autograd.Function):
+    """The gradient is found in the forward pass, where the distributions are at hand: ``(q - p) / T``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        work = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.zeros((), dtype=work, device=logits.device)
+        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
+        counted = (labels[:, 1:] != IGNORED).nonzero()
+        for places in counted.split(_POSITIONS_AT_ONCE):
+            at = (places[:, 0], places[:, 1])
+            q = (logits[at].to(work) / temperature).log_softmax(-1)
+            p = (teacher_logits[at].to(work) / temperature).log_softmax(-1)
+            # 0 * log 0 is 0: some models mask entries of their vocabulary with -inf.
+            difference = (p - q).masked_fill_(p.isneginf(), 0.0)
+            p.exp_()
+            excess = q.exp_().sub_(p)
+            # The excess sums to 0, but for rounding: the same rounding of both norms that is in the logarithms.
+            # With it a small KL is not lost in the last digits of 1.
+            total += difference.mul_(p).add_(excess).sum()
+            if gradient is not None:
+                gradient[at] = excess.div_(temperature).to(gradient.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None, None, None

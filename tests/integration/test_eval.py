@@ -1,0 +1,255 @@
+"""``lowrank-ft eval``: strides, agreement with a baseline, tasks; the wrong inputs first."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from lowrank_ft_cli.main import main
+from transformers import AutoModelForCausalLM
+
+from lowrank_ft.hub.source import Source, load_model
+from lowrank_ft.tasks import FOLDER
+from tests.conftest import DEMO_MODEL
+
+harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason='lm-eval is not installed: pip install "lowrank-ft[eval]"'
+)
+TASKS = {"lowrank_ft_agreement": 2, "lowrank_ft_cloze": 4}
+
+
+@pytest.fixture
+def command(capsys):
+    """``lowrank-ft eval`` in this process; looks like what ``subprocess.run`` returns."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = main(["eval", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def compact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "compact"
+    assert main(["convert", str(DEMO_MODEL), "--param-ratio", "0.6", "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(120)))
+    return path
+
+
+def assert_one_line_error(done, message):
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+WRONG = [
+    ([], "there is nothing to measure; give --data, --tasks or both"),
+    (["--data", "DATA", "--stride", "0"], "--stride is 0; it must be 1 or more"),
+    (["--data", "DATA", "--stride", "65", "--block-size", "64"], "--stride 65 exceeds the block size 64"),
+    (["--data", "DATA", "--stride", "513"], "--stride 513 exceeds the block size 512"),
+    (["--data", "DATA", "--max-tokens", "1"], "--max-tokens is 1; it must be 2 or more"),
+    (["--data", "DATA", "--batch-size", "0"], "--batch-size is 0; it must be 1 or more"),
+    (["--data", "DATA", "--block-size", "513"], "block size 513 exceeds the 512 positions"),
+    (["--data", "DATA", "--limit", "5"], "--limit is about --tasks, which is not given"),
+    (["--tasks", "lowrank_ft", "--limit", "0"], "--limit is 0; it must be 1 or more"),
+    (["--tasks", "lowrank_ft", "--stride", "8"], "--stride is about --data, which is not given"),
+    (["--tasks", "lowrank_ft", "--max-tokens", "8"], "--max-tokens is about --data, which is not given"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG, ids=[" ".join(f) or "none" for f, _ in WRONG])
+def test_wrong_arguments(command, data, flags, message):
+    assert_one_line_error(command(DEMO_MODEL, *(data if f == "DATA" else f for f in flags)), message)
+
+
+def test_tasks_without_the_harness(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in [n for n in sys.modules if n.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    done = command(DEMO_MODEL, "--tasks", "lowrank_ft")
+    assert_one_line_error(done, "--tasks needs lm-evaluation-harness")
+    assert 'pip install "lowrank-ft[eval]"' in done.stderr
+
+
+@harness
+def test_unknown_tasks_and_those_that_need_a_network(command, monkeypatch):
+    done = command(DEMO_MODEL, "--tasks", "lowrank_ft_close")
+    assert_one_line_error(done, "--tasks 'lowrank_ft_close' is no task; did you mean lowrank_ft_cloze")
+    from lm_eval.tasks import TaskManager
+
+    def unreachable(self, names):
+        raise ConnectionError("no route\nto the Hub")
+
+    monkeypatch.setattr(TaskManager, "load", unreachable)
+    done = command(DEMO_MODEL, "--tasks", "lowrank_ft_cloze")
+    assert_one_line_error(done, "--tasks lowrank_ft_cloze cannot be read: no route; tasks of the harness download")
+
+
+def test_stride_and_max_tokens(command, data):
+    flags = ["--data", data, "--block-size", "64", "--json"]
+    plain = json.loads(command(DEMO_MODEL, *flags).stdout)["model"]
+    strided = json.loads(command(DEMO_MODEL, *flags, "--stride", "16").stdout)["model"]
+    first = json.loads(command(DEMO_MODEL, *flags, "--stride", "16", "--max-tokens", "300").stdout)["model"]
+    assert plain["stride"] is None
+    assert (strided["stride"], strided["block_size"]) == (16, 64)
+    assert first["tokens"] == 299
+    assert plain["tokens"] % 63 == 0
+    assert strided["tokens"] > plain["tokens"]
+    assert strided["perplexity"] < plain["perplexity"]  # more context
+
+
+def test_agreement_with_the_baseline(command, compact, data):
+    flags = ["--baseline", DEMO_MODEL, "--data", data, "--block-size", "64", "--dtype", "float32"]
+    found = json.loads(command(compact, *flags, "--json").stdout)
+    mine, base, difference = found["model"], found["baseline"], found["difference"]
+    assert difference["loss"] == pytest.approx(mine["loss"] - base["loss"])
+    assert difference["parameters"] == mine["parameters"] - base["parameters"] < 0
+    assert found["agreement"]["tokens"] == mine["tokens"]
+    assert found["agreement"]["kl"] > 0.01
+    assert 0.1 < found["agreement"]["top1"] < 1
+
+    same = json.loads(command(DEMO_MODEL, *flags, "--json").stdout)
+    assert same["agreement"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert same["agreement"]["top1"] == 1
+
+    table = command(compact, *flags).stdout
+    assert "KL/token" in table
+    assert f"{found['agreement']['kl']:.4f}" in table
+    assert f"{found['agreement']['top1']:.1%}" in table
+
+
+def test_both_models_get_the_same_blocks(command, tmp_path, data):
+    """The baseline has fewer positions: its block size holds for both."""
+    short = shutil.copytree(DEMO_MODEL, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
+    found = json.loads(command(DEMO_MODEL, "--baseline", short, "--data", data, "--json").stdout)
+    assert found["model"]["block_size"] == found["baseline"]["block_size"] == 128
+    assert found["agreement"]["top1"] == 1
+
+
+def test_no_agreement_between_other_tokenizers(command, tmp_path, data):
+    other = shutil.copytree(DEMO_MODEL, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = command(DEMO_MODEL, "--baseline", other, "--data", data, "--json")
+    assert json.loads(done.stdout)["agreement"] is None
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: no agreement with the baseline is shown, because the tokenizers cut the text into different tokens"
+    ]
+    assert "KL/token" not in command(DEMO_MODEL, "--baseline", other, "--data", data).stdout
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    model.resize_token_embeddings(2056)
+    model.save_pretrained(tmp_path / "wider")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, tmp_path / "wider")
+    done = command(DEMO_MODEL, "--baseline", tmp_path / "wider", "--data", data, "--json")
+    assert json.loads(done.stdout)["agreement"] is None
+    assert "the vocabularies have 2048 and 2056 tokens" in done.stderr
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_items_give_nothing_away(name):
+    """Unique, and the right answer is equally often in every place."""
+    config = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8").replace("!function ", ""))
+    lines = (FOLDER / config["dataset_kwargs"]["file"]).read_text(encoding="utf-8").splitlines()
+    items = [json.loads(line) for line in lines]
+    assert config["task"] == name
+    assert len({item["context"] for item in items}) == len(items) == 60
+    assert all(len(set(item["choices"])) == TASKS[name] for item in items)
+    places = [item["label"] for item in items]
+    assert [places.count(i) for i in range(TASKS[name])] == [60 // TASKS[name]] * TASKS[name]
+
+
+@torch.no_grad()
+def naive_accuracy(model, tokenizer, items) -> float:
+    right = 0
+    for item in items:
+        scores = []
+        for choice in item["choices"]:
+            start = tokenizer(item["context"])["input_ids"]
+            ids = tokenizer(f"{item['context']} {choice}")["input_ids"]
+            assert ids[: len(start)] == start
+            logs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            scores.append(sum(logs[i - 1, ids[i]].item() for i in range(len(start), len(ids))))
+        right += scores.index(max(scores)) == item["label"]
+    return right / len(items)
+
+
+@harness
+def test_tasks(command, compact):
+    """No ``--data``; one tag for both tasks; the compact model, the dense one, and the difference."""
+    done = command(compact, "--baseline", DEMO_MODEL, "--tasks", "lowrank_ft", "--dtype", "float32", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {"model", "baseline", "difference"}
+    assert "loss" not in found["model"]
+    assert set(found["model"]["tasks"]) == set(TASKS)
+    for name, folder in (("model", compact), ("baseline", DEMO_MODEL)):
+        source = Source(str(folder))
+        model, tokenizer = load_model(source, "float32", "cpu"), source.load_tokenizer()
+        for task, file in (("lowrank_ft_agreement", "agreement"), ("lowrank_ft_cloze", "cloze")):
+            items = [json.loads(line) for line in (FOLDER / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()]
+            score = found[name]["tasks"][task]["acc"]
+            assert score["value"] == pytest.approx(naive_accuracy(model, tokenizer, items))
+            assert score["items"] == 60
+            assert score["higher_is_better"]
+    for task in TASKS:
+        values = [found[name]["tasks"][task]["acc"]["value"] for name in ("model", "baseline")]
+        assert found["difference"]["tasks"][task]["acc"] == pytest.approx(values[0] - values[1])
+
+
+@harness
+def test_tasks_beside_a_text_with_a_limit(command, compact, data):
+    flags = ["--tasks", "lowrank_ft_c*", "--limit", "8", "--data", data, "--max-tokens", "400"]
+    assert (
+        json.loads(command(compact, *flags, "--json").stdout)["model"]["tasks"]["lowrank_ft_cloze"]["acc"]["items"] == 8
+    )
+    table = command(compact, "--baseline", DEMO_MODEL, *flags).stdout
+    for words in ("perplexity", "KL/token", "lowrank_ft_cloze", "acc_norm", "difference", "standard error"):
+        assert words in table
+
+
+@harness
+def test_a_task_file_of_ones_own(command, tmp_path):
+    """By the path of its YAML file, as the harness allows; a file that does not load is one line."""
+    for file in ("data.py", "cloze.jsonl"):
+        shutil.copy(FOLDER / file, tmp_path)
+    text = (FOLDER / "lowrank_ft_cloze.yaml").read_text(encoding="utf-8").replace("lowrank_ft_cloze", "mine")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    done = command(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml", "--limit", "4", "--json")
+    assert json.loads(done.stdout)["model"]["tasks"]["mine"]["acc"]["items"] == 4
+    (tmp_path / "cloze.jsonl").unlink()
+    assert_one_line_error(command(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml"), "cannot be read: ")
+
+
+@harness
+def test_nothing_else_is_printed(cli, compact):
+    """No progress bars and no warnings of the harness where stderr is no terminal."""
+    done = cli("eval", compact, "--tasks", "lowrank_ft_agreement", "--limit", "4", "--json")
+    json.loads(done.stdout)
+    assert done.stderr == ""
+
+
+def test_the_library_alone_needs_no_harness(python):
+    code = "import lowrank_ft.hub.tasks, lowrank_ft.evaluation, sys; assert 'lm_eval' not in sys.modules"
+    python("-c", code)

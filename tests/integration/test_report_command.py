@@ -1,0 +1,183 @@
+"""``lowrank-ft report`` and the pictures of plans and cards, on the embedded model."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+from lowrank_ft_cli.main import main
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lowrank_ft.hub.export import copy_companions
+from lowrank_ft.hub.push import _stage
+from tests.conftest import DEMO_MODEL
+from tests.html_page import assert_self_contained
+
+pytest.importorskip("matplotlib")
+
+PNG = b"\x89PNG\r\n"
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "compact"
+    arguments = ["convert", str(DEMO_MODEL), "--param-ratio", "0.6", "--output-dir", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lowrank-ft", *arguments])  # the card shows the command
+        assert main(arguments) == 0
+    return folder
+
+
+@pytest.fixture
+def compact(converted, tmp_path):
+    return shutil.copytree(converted, tmp_path / "compact")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("def f(x):\n    return x + 1\n\n" * 200)
+    return path
+
+
+def assert_refused(done, words):
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert words in lines[-1]
+    assert done.stdout == ""
+
+
+def test_size_and_cost_are_those_of_the_models(command, compact):
+    done = command("report", compact)
+    assert done.stdout == f"{compact / 'report.html'}\n"
+    page = assert_self_contained((compact / "report.html").read_text(encoding="utf-8"))
+    models = [AutoModelForCausalLM.from_pretrained(f) for f in (DEMO_MODEL, compact)]
+    before, after = (sum(p.numel() for p in m.parameters()) for m in models)
+    assert page.row("parameters") == [f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"]
+    flops = [2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) for model in models]
+    assert page.row("FLOPs per token") == [f"{f / 1e6:.3g} M" for f in flops] + [f"{flops[1] / flops[0] - 1:+.1%}"]
+    ranks = json.loads((compact / "config.json").read_text())["quantization_config"]["ranks"]
+    assert page.row(UP)[1] == str(ranks[UP])
+    layers = dict(models[1].named_modules())
+    pairs = [(layers[n].U.weight, layers[n].V.weight) for n in ranks]
+    factored = sum(u.shape[0] * v.shape[1] for u, v in pairs), sum(u.numel() + v.numel() for u, v in pairs)
+    assert page.row("multiply-adds per token, factored linears")[:2] == [f"{n:,}" for n in factored]
+    # The origin is a folder here, so the spectra come from its weights.
+    assert len(page.all("img")) == 3
+    assert "lowrank-ft convert model --param-ratio 0.6 --output-dir compact" in page.words
+    assert str(DEMO_MODEL) not in page.words
+    assert command("report", compact).returncode == 0  # its own report is replaced unasked
+
+
+def test_evaluation_from_a_file_and_from_a_text(command, compact, text, tmp_path):
+    flags = ["--data", text, "--block-size", "64"]
+    printed = command("eval", compact, "--baseline", DEMO_MODEL, *flags, "--json").stdout
+    (tmp_path / "eval.json").write_text(printed)
+    numbers = json.loads(printed)
+    out = tmp_path / "read.html"
+    assert command("report", compact, "--eval", tmp_path / "eval.json", "--output", out).stdout == f"{out}\n"
+    page = assert_self_contained(out.read_text(encoding="utf-8"))
+    expected = [f"{numbers[m]['perplexity']:.3f}" for m in ("baseline", "model")]
+    assert page.row("perplexity")[:2] == expected
+
+    readme = (compact / "README.md").read_text()
+    assert "| perplexity |" not in readme
+    done = command("report", compact, *flags, "--output", tmp_path / "measured.html", "--update-card")
+    assert done.stdout == f"{tmp_path / 'measured.html'}\n"
+    page = assert_self_contained((tmp_path / "measured.html").read_text(encoding="utf-8"))
+    assert page.row("perplexity")[:2] == expected
+    assert "Measured on text.txt." in page.words
+    card = (compact / "README.md").read_text()
+    assert f"| perplexity | {expected[0]} | {expected[1]} |" in card
+    assert card.partition("end: main table")[2] == readme.partition("end: main table")[2]
+    assert card.startswith(readme.partition("| parameters |")[0])
+
+
+def test_the_card_carries_table_and_picture(converted):
+    card = (converted / "README.md").read_text()
+    assert "| parameters | 1,328,512 |" in card
+    assert "| FLOPs per token |" in card
+    assert "](rank_map.png)" in card
+    assert (converted / "rank_map.png").read_bytes().startswith(PNG)
+
+
+def test_what_describes_a_checkpoint_is_pushed_and_not_copied_to_others(compact, tmp_path):
+    (compact / "report.html").write_text("page")
+    record = {"format_version": 1, "base_model": "/home/somebody/dense", "method": "svd",
+              "calibration": {"source": "/home/somebody/text.txt", "tokens": 3}}  # fmt: skip
+    (compact / "conversion.json").write_text(json.dumps(record))
+    (tmp_path / "staged").mkdir()
+    _stage(compact, tmp_path / "staged", "me/model")
+    staged = {p.name for p in (tmp_path / "staged").iterdir()}
+    assert {"rank_map.png", "report.html", "conversion.json"} <= staged
+    public = json.loads((tmp_path / "staged" / "conversion.json").read_text())
+    assert public == {"format_version": 1, "method": "svd", "calibration": {"source": "text.txt", "tokens": 3}}
+    (tmp_path / "next").mkdir()
+    copy_companions(compact, tmp_path / "next")
+    copied = {p.name for p in (tmp_path / "next").iterdir()}
+    assert "tokenizer.json" in copied
+    assert not copied & {"rank_map.png", "report.html", "conversion.json", "README.md"}
+
+
+def test_a_folder_with_a_report_can_be_overwritten(command, compact):
+    (compact / "report.html").write_text("page")
+    done = command("convert", DEMO_MODEL, "--rank", "16", "--output-dir", compact, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert not (compact / "report.html").exists()
+
+
+def test_bad_inputs(command, compact, tmp_path):
+    assert_refused(
+        command("report", tmp_path / "nothing"), "nothing is not a folder; report on what convert or finetune"
+    )
+    assert_refused(command("report", DEMO_MODEL), "is not a compact checkpoint")
+    (tmp_path / "bad.json").write_text("{")
+    assert_refused(command("report", compact, "--eval", tmp_path / "bad.json"), "bad.json is no readable JSON")
+    assert_refused(command("report", compact, "--update-card"), "--update-card needs numbers")
+    assert_refused(command("report", compact, "--eval", "a", "--data", "b"), "give one of them")
+    out = tmp_path / "out.html"
+    out.write_text("mine")
+    assert_refused(command("report", compact, "--output", out), "exists; name another file, or add --overwrite")
+    assert out.read_text() == "mine"
+    assert command("report", compact, "--output", out, "--overwrite").returncode == 0
+    assert out.read_text().startswith("<!doctype html>")
+    assert_refused(command("report", compact, "--output", tmp_path / "no" / "x.html"), "in a folder that exists")
+    assert_refused(command("report", compact, "--baseline", tmp_path / "no-model"), "no-model")
+    (tmp_path / "eval.json").write_text('{"model": {"loss": 1.0}}')
+    (compact / "README.md").write_text("# A card of one's own\n")
+    done = command("report", compact, "--eval", tmp_path / "eval.json", "--update-card")
+    assert_refused(done, "README.md lacks the lines <!-- begin: main table -->")
+    assert not list(compact.glob(".report*"))
+
+
+def test_a_picture_of_a_plan(command, tmp_path):
+    plan = ["plan", DEMO_MODEL, "--param-ratio", "0.6"]
+    done = command(*plan, "--picture", tmp_path / "ranks.png")
+    assert f"picture   {tmp_path / 'ranks.png'}" in done.stdout
+    assert (tmp_path / "ranks.png").read_bytes().startswith(PNG)
+    done = command(*plan, "--picture", tmp_path / "ranks.svg", "--json")
+    assert json.loads(done.stdout)["linears"]
+    assert "</svg>" in (tmp_path / "ranks.svg").read_text()
+    assert_refused(command(*plan, "--picture", tmp_path / "ranks.jpg"), "ends in .png, .svg, .pdf")
+    assert_refused(command(*plan, "--picture", tmp_path / "no" / "ranks.png"), "in a folder that exists")
+
+
+def test_without_matplotlib(command, compact, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert_refused(command("report", compact), 'pip install "lowrank-ft[plot]"')
+    assert_refused(command("plan", DEMO_MODEL, "--rank", "8", "--picture", "x.png"), 'pip install "lowrank-ft[plot]"')
