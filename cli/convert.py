@@ -4,14 +4,16 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import torch
 from lowrank_ft_cli.calibration import check_flags, is_wanted, read_calibration
 from lowrank_ft_cli.options import device_of, dtype_of, hub_target, shard_size, size_options, source_of
 from lowrank_ft_cli.plan import print_plan, refuse_compact
 
 from lowrank_ft.calibration import ConversionRecord
 from lowrank_ft.console import shown_command
-from lowrank_ft.conversion import allocate, convert, spectrum_of
+from lowrank_ft.conversion import allocate, convert, default_allocation, spectrum_of
 from lowrank_ft.errors import RankError, TargetError
 from lowrank_ft.hub.export import save_compact
 from lowrank_ft.hub.output import check_output_dir
@@ -40,7 +42,8 @@ def run(options: argparse.Namespace) -> None:
         plan = make_plan(skeleton(config, source.name, source.trust_remote_code), **sizes)
 
     start = time.monotonic()
-    model = load_model(source, dtype_of(options), device)
+    stored, computed = dtypes(options, config, device)
+    model = load_model(source, computed, device)
     check_finite(model)
     if plan is None:
         plan = make_plan(model, **sizes, spectrum=spectrum_of(model))
@@ -49,7 +52,8 @@ def run(options: argparse.Namespace) -> None:
     if calibration is None and options.method is None:
         print(f"note: a {type(model).__name__} writes no text of its own to calibrate on, so this is plain SVD; "
               "--calibration-data FILE gives a much better model", file=sys.stderr)  # fmt: skip
-    plan = allocate(model, plan, options.allocation or "uniform", calibration, progress=True)
+    allocation = options.allocation or default_allocation(options.param_ratio, calibration)
+    plan = allocate(model, plan, allocation, calibration, progress=True)
     print_plan(plan, to_stderr=True)
     if not plan.ranks:
         raise RankError(f"every one of the {len(plan.linears)} targeted linears stays dense; lower the rank")
@@ -62,13 +66,28 @@ def run(options: argparse.Namespace) -> None:
         )
     command = shown_command("lowrank-ft", sys.argv[1:])
     details = record.to_dict(
-        plan, command=command, base_model=source.name, method=options.method, allocation=options.allocation,
+        plan, command=command, base_model=source.name, method=options.method,
+        allocation="by plan" if options.plan else allocation,
         calibration=calibration, seconds=time.monotonic() - start,
     )  # fmt: skip
     save_compact(
-        model.to("cpu"), options.output_dir, companions_from=source.download(), base_model=source.name,
+        model.to("cpu", stored), options.output_dir, companions_from=source.download(), base_model=source.name,
         overwrite=options.overwrite, max_shard_size=shard_size(options), command=command, conversion=details,
     )  # fmt: skip
     print(Path(options.output_dir))
     if repo_id is not None:
         print(push(options.output_dir, repo_id, private=options.private, token=options.token))
+
+
+def dtypes(options: argparse.Namespace, config: Any, device: str) -> tuple[torch.dtype | None, str | torch.dtype]:
+    """What is written (None: what is computed in), and what is computed in.
+
+    A CPU computes in float32, which is more precise there and often faster; a GPU in what the checkpoint has.
+    """
+    chosen = dtype_of(options)
+    if isinstance(chosen, torch.dtype):
+        return chosen, torch.float32 if device == "cpu" else chosen
+    stored = getattr(config, "dtype", None)
+    if device == "cpu" and isinstance(stored, torch.dtype):
+        return stored, torch.float32
+    return None, chosen

@@ -214,7 +214,8 @@ def _calibration(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument(
         "--allocation", metavar="NAME",
-        help="how ranks share the parameters: uniform (default), energy or loss (both need calibration data)",
+        help="how ranks share the parameters: uniform, energy or loss; convert takes loss by default where "
+        "--param-ratio says how many there are",
     )  # fmt: skip
     group.add_argument(
         "--calibration-data", metavar="DATA",

@@ -42,7 +42,7 @@ def convert(
     guide: str | None = None,
     method: str | None = None,
     calibration: Calibration | None = None,
-    allocation: str = "uniform",
+    allocation: str | None = None,
     record: ConversionRecord | None = None,
     progress: bool = False,
 ) -> Plan:
@@ -55,7 +55,8 @@ def convert(
         method: how the factors are found, one of ``METHODS``; by default ``anchored`` with calibration data and
             ``svd`` without.
         calibration: data and settings for everything but ``svd`` alone: fitting, refinement, distillation.
-        allocation: how ranks share the budget of a plan that is made here, one of ``ALLOCATIONS``.
+        allocation: how ranks share the budget of a plan that is made here, one of ``ALLOCATIONS``; by default ``loss``
+            for a ``param_ratio`` with calibration data, and ``uniform`` otherwise.
         record: is filled with what was lost in each linear and block.
         progress: show progress bars on stderr when that is a terminal.
 
@@ -71,7 +72,6 @@ def convert(
     """
     method = method or ("anchored" if calibration else "svd")
     require_choice("method", method, METHODS)
-    require_choice("allocation", allocation, ALLOCATIONS)
     if calibration is None and method != "svd":
         raise ConfigError(f"method {method} needs calibration data; give some, or use method svd, which needs none")
     if any(lowrank_layers(model)):
@@ -87,10 +87,10 @@ def convert(
             exclude_modules=exclude_modules,
             spectrum=spectrum_of(model),
         )
-        plan = allocate(model, plan, allocation, calibration, progress)
+        plan = allocate(model, plan, allocation or default_allocation(param_ratio, calibration), calibration, progress)
     elif any(v is not None for v in (rank, param_ratio, energy, rank_pattern, target_modules, exclude_modules)):
         raise PlanError("a plan already says which linears get which rank; give the plan or the options, not both")
-    elif allocation != "uniform":
+    elif allocation is not None:
         raise PlanError("a plan already says which linears get which rank; leave the allocation out")
     check_fits(plan, model)
     weights = {n: dense_weight(model.get_submodule(n)) for n in plan.ranks} if guide is not None else {}
@@ -105,6 +105,11 @@ def convert(
     return plan
 
 
+def default_allocation(param_ratio: float | None, calibration: Calibration | None) -> str:
+    """``loss`` for a budget with data to weigh linears by; a rank that was asked for is given to all."""
+    return "loss" if calibration is not None and param_ratio is not None else "uniform"
+
+
 def allocate(
     model: nn.Module, plan: Plan, allocation: str, calibration: Calibration | None, progress: bool = False
 ) -> Plan:
@@ -114,6 +119,7 @@ def allocate(
         ConfigError: the allocation needs calibration data.
         RankError: the budget is below what the smallest ranks need.
     """
+    require_choice("allocation", allocation, ALLOCATIONS)
     if allocation == "uniform":
         return plan
     if calibration is None:

@@ -14,7 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 import lowrank_ft
+from lowrank_ft.calibration import Calibration
 from lowrank_ft.console import one_line_errors, shown_command
+from lowrank_ft.conversion import default_allocation
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation import context_length
 from lowrank_ft.hub.export import begin_run
@@ -29,6 +31,8 @@ from lowrank_ft.training import (
     make_accelerator,
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
+from lowrank_ft.training.calibration import training_batches
+from lowrank_ft.training.data import TokenizedData
 
 
 @one_line_errors
@@ -52,7 +56,9 @@ def main() -> None:
 
     # 2. The model: factors, and the guide beside them; and the dense model, if there is something to distil from it.
     with accelerator.main_process_first():
-        model, base_model, teacher = prepare_model(model_args, source, distill=train_args.distill_weight > 0)
+        model, base_model, teacher = prepare_model(
+            model_args, source, train_data, distill=train_args.distill_weight > 0
+        )
 
     export_dtype = config.dtype if model_args.export_dtype == "auto" else getattr(torch, model_args.export_dtype)
     export_dtype = export_dtype or torch.float32
@@ -76,7 +82,7 @@ def main() -> None:
 
 
 def prepare_model(
-    args: ModelArguments, source: Source, distill: bool = False
+    args: ModelArguments, source: Source, train_data: TokenizedData, distill: bool = False
 ) -> tuple[PreTrainedModel, str, PreTrainedModel | None]:
     """The model with its guides in the dtype of training, the name of the dense model that it came from, the teacher.
 
@@ -99,6 +105,7 @@ def prepare_model(
         teacher = None
         if distill:
             teacher = load_dense(args, args.guide_model, None, distill) if args.guide_model else copy.deepcopy(model)
+        calibration = calibration_of(args, train_data)
         lowrank_ft.convert(
             model,
             rank=as_rank(args.rank),
@@ -107,6 +114,9 @@ def prepare_model(
             target_modules=as_patterns(args.target_modules),
             exclude_modules=as_patterns(args.exclude_modules),
             guide=guide,
+            method=args.method,
+            allocation=args.allocation or default_allocation(args.param_ratio, calibration),
+            calibration=calibration,
             progress=True,
         )
         return model, source.name, teacher
@@ -126,6 +136,14 @@ def prepare_model(
     else:  # a teacher may be any model of the same vocabulary, and then it is not where the factors came from
         base_model = origin.base_model or base_model
     return model, base_model, dense if distill else None
+
+
+def calibration_of(args: ModelArguments, train_data: TokenizedData) -> Calibration | None:
+    """The training text, for fitting factors to it; what training does better itself is left to it."""
+    if args.method == "svd" and args.allocation in (None, "uniform"):
+        return None
+    batches = training_batches(train_data, args.calibration_tokens)
+    return Calibration(batches, "training data", refine_epochs=0, distill_epochs=0)
 
 
 def load_dense(args: ModelArguments, name: str, revision: str | None, teaches: bool) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lowrank_ft.calibration.chains import Batch
 from lowrank_ft.calibration.sampling import sample_blocks
 from lowrank_ft.errors import ConfigError, DataError
-from lowrank_ft.training.data import token_ids
+from lowrank_ft.training.data import Example, TokenizedData, collate, token_ids
 
 SELF = "self"
 CALIBRATION_TOKENS = 262_144
@@ -82,6 +82,32 @@ def read_batches(
     for batch in batches:
         check_vocabulary(model, batch["input_ids"], name)
     return batches
+
+
+def training_batches(data: TokenizedData, tokens: int, seed: int = 0) -> list[Batch]:
+    """Batches of the text or chats that a model is about to be trained on, drawn at random.
+
+    Raises:
+        DataError: fewer than 1,024 tokens are there or asked for.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Batch] = []
+    found, examples = 0, []
+    for i in torch.randperm(len(data), generator=generator).tolist():
+        examples.append(data[i])
+        found += len(examples[-1]["input_ids"])
+        if sum(len(e["input_ids"]) for e in examples) >= _BATCH_TOKENS:
+            batches.append(_inputs(examples))
+            examples = []
+        if found >= tokens:
+            break
+    if found < LEAST_TOKENS:
+        raise DataError(f"{found} tokens to calibrate on are too few; calibration needs at least {LEAST_TOKENS}")
+    return [*batches, _inputs(examples)] if examples else batches
+
+
+def _inputs(examples: list[Example]) -> Batch:
+    return {k: v for k, v in collate(examples).items() if k != "labels"}
 
 
 def calibration_length(model: Any, block_size: int | None) -> int:

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lowrank_ft.allocation import ALLOCATIONS
+from lowrank_ft.calibration import METHODS
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import GUIDES
 from lowrank_ft.schedule import ALPHA_SCHEDULES, LR_SCHEDULES, require_choice
@@ -27,6 +29,13 @@ class ModelArguments:
     rank_pattern: dict | str | None = _opt(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")
     target_modules: list[str] | None = _opt(None, "names or suffixes of the linears to factorize, as in PEFT")
     exclude_modules: list[str] | None = _opt(None, "names or suffixes to leave dense, as in PEFT")
+    method: str = _opt("anchored", f"how factors of a dense model are found: {', '.join(METHODS)}")
+    allocation: str | None = _opt(
+        None, f"how ranks share the parameters: {', '.join(ALLOCATIONS)}; default: loss with param_ratio, else uniform"
+    )
+    calibration_tokens: int = _opt(
+        65_536, "tokens of the training data that the factors of a dense model are fitted to"
+    )
     guide: str = _opt("residual", f"dense branch that is phased out: {', '.join(GUIDES)}, or none")
     guide_model: str | None = _opt(
         None, "dense model of the guide and of distillation; default: the one the checkpoint was made from"
@@ -35,6 +44,10 @@ class ModelArguments:
     export_dtype: str = _opt("auto", "dtype of the exported weights; auto: that of the source checkpoint")
 
     def __post_init__(self) -> None:
+        require_choice("method", self.method, METHODS)
+        if self.allocation is not None:
+            require_choice("allocation", self.allocation, ALLOCATIONS)
+        _require_range("calibration_tokens", self.calibration_tokens, 1)
         require_choice("guide", self.guide, (*GUIDES, "none"))
         require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require_choice("export_dtype", self.export_dtype, ("auto", "float32", "bfloat16", "float16"))

@@ -1,0 +1,315 @@
+"""Fine-tuning side by side: same model, data, tokens and evaluation; a learning rate of its own for each method.
+
+    python tests/benchmarks/finetune.py --output tests/benchmarks/results/finetune.json
+
+Every method takes its learning rate from the same grid by a pilot of a quarter of the steps, judged on a slice of the
+training text that is not trained on; a grid whose best is at its end grows by a factor of two. Then each runs in full
+and is measured on the held-out end of the text, and on general text for what it forgot. A run that is broken off goes
+on where it was: measurements that the output file holds are not repeated.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lowrank_ft.calibration import Calibration
+from lowrank_ft.console import print_table
+from lowrank_ft.conversion import convert
+from lowrank_ft.plan import count_parameters
+from lowrank_ft.training import TrainArguments, Trainer
+from lowrank_ft.training.calibration import training_batches
+from lowrank_ft.training.data import pack, token_ids
+from tests.benchmarks import common
+
+GRID = (5e-4, 1e-3, 2e-3, 4e-3)
+RATIOS = (0.8, 0.6, 0.4)
+GUIDES = ("none", "residual", "frozen", "dense")
+CALIBRATION_TOKENS = 65_536
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """Name to what it is. ``rate_of`` names the method whose learning rate is used."""
+    table: dict[str, dict[str, Any]] = {
+        "full fine-tuning": {"kind": "full"},
+        "LoRA r16": {"kind": "lora", "rank": 16},
+        "LoRA r64": {"kind": "lora", "rank": 64},
+        "PiSSA r16": {"kind": "lora", "rank": 16, "init": "pissa"},
+        "DoRA r16": {"kind": "lora", "rank": 16, "dora": True},
+    }
+    for ratio in RATIOS:
+        # Merging a trained LoRA and compressing it costs no training of its own.
+        for rank in (16, 64):
+            table[f"LoRA r{rank}, then whitened SVD, {ratio}"] = {"kind": "lora", "rank": rank, "compress": ratio,
+                                                                 "rate_of": f"LoRA r{rank}"}  # fmt: skip
+        first = f"whitened SVD, then LoRA r16, {RATIOS[1]}"
+        table[f"whitened SVD, then LoRA r16, {ratio}"] = {"kind": "svd-lora", "ratio": ratio, "rate_of": first}
+        for guide in GUIDES:
+            table[f"ours {ratio}, guide {guide}"] = {"kind": "ours", "ratio": ratio, "guide": guide,
+                                                     "rate_of": f"ours {ratio}, guide none"}  # fmt: skip
+    for weight in (0.5, 0.8):
+        table[f"ours 0.6, distilled on general text {weight}"] = {
+            "kind": "ours", "ratio": 0.6, "guide": "none", "distill": weight, "rate_of": "ours 0.6, guide none",
+        }  # fmt: skip
+    return table
+
+
+class Bench:
+    """Model and data of one process."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        tokenizer = common.tokenizer_of(options.model)
+        text = common.read_text(options.data)
+        cut = int(0.9 * len(text))
+        train = pack(token_ids([text[:cut]], tokenizer), options.block_size)
+        # Pilots are judged on a slice from the middle: the text is ordered, and its end is the test.
+        start = len(train) // 2
+        middle = slice(train.starts[start], train.starts[start + len(train) // 20])
+        self.pilot = torch.from_numpy(train.ids[middle]).long().view(-1, options.block_size)
+        rest = [train.ids[: middle.start], train.ids[middle.stop :]]
+        self.train = pack(torch.cat([torch.from_numpy(r) for r in rest]).numpy(), options.block_size)
+        self.test = common.blocks_of(text[cut:], tokenizer, options.block_size)
+        general = common.blocks_of(common.read_text(options.general), tokenizer, options.block_size)
+        self.general = general[torch.linspace(0, len(general) - 1, min(200, len(general))).long()]
+        self.other = pack(token_ids([common.read_text(options.other)], tokenizer), options.block_size)
+        self.tokenizer = tokenizer
+
+    def dense(self) -> Any:
+        return common.load(self.options.model, self.options.device)
+
+    def build(self, method: dict[str, Any]) -> Any:
+        model = self.dense()
+        if method["kind"] == "full":
+            return model.train()
+        if method["kind"] == "ours":
+            batches = training_batches(self.train, CALIBRATION_TOKENS, self.options.seed)
+            data = Calibration(batches, refine_epochs=0, distill_epochs=0)
+            guide = None if method["guide"] == "none" else method["guide"]
+            convert(model, param_ratio=method["ratio"], calibration=data, guide=guide)
+            return model
+        if method["kind"] == "svd-lora":
+            self.compress(model, method["ratio"])
+            return self.adapt(model, {"rank": 16}, ["U", "V"])
+        return self.adapt(model, method, "all-linear")
+
+    def adapt(self, model: Any, method: dict[str, Any], targets: Any) -> Any:
+        rank = method["rank"]
+        extra: dict[str, Any] = {"init_lora_weights": method["init"]} if "init" in method else {}
+        # PiSSA's authors scale by 1, LoRA's users by 2.
+        alpha = rank if "init" in method else 2 * rank
+        dora = method.get("dora", False)
+        return get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=alpha, use_dora=dora, target_modules=targets, **extra)
+        )
+
+    def compress(self, model: Any, ratio: float) -> None:
+        batches = training_batches(self.train, CALIBRATION_TOKENS, self.options.seed)
+        common.whitened_svd(model, common.uniform_plan(model, ratio), batches)
+
+    def train_one(self, method: dict[str, Any], rate: float, steps: int) -> Any:
+        options = self.options
+        model = self.build(method)
+        teacher = self.dense() if "distill" in method else None
+        with tempfile.TemporaryDirectory() as folder:
+            args = TrainArguments(
+                output_dir=folder, max_steps=steps, learning_rate=rate, weight_decay=options.weight_decay,
+                warmup_ratio=0.05, per_device_train_batch_size=options.batch_size, seed=options.seed,
+                distill_weight=method.get("distill", 0.0), logging_steps=steps, load_best_model_at_end=False,
+            )  # fmt: skip
+            other = self.other if teacher is not None else None
+            Trainer(model, args, self.train, None, teacher=teacher, distill_data=other).train()
+        return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        return {
+            "parameters": count_parameters(model),
+            "test_perplexity": common.perplexity(model, self.test),
+            "general_perplexity": common.perplexity(model, self.general),
+        }
+
+
+_bench: Bench | None = None
+
+
+def start_worker(options: argparse.Namespace, threads: int) -> None:
+    global _bench
+    torch.set_num_threads(threads)
+    _bench = Bench(options)
+
+
+def pilot(name: str, rate: float) -> tuple[str, float, float]:
+    """Perplexity on the slice that was kept from the training text."""
+    assert _bench is not None
+    steps = max(1, _bench.options.max_steps // 4)
+    model = _bench.train_one(methods()[name], rate, steps)
+    return name, rate, common.perplexity(model, _bench.pilot)
+
+
+def full_run(names: list[str], rate: float) -> list[dict[str, Any]]:
+    """Train once; a further name takes the trained model and compresses it."""
+    assert _bench is not None
+    start = time.monotonic()
+    table, rows = methods(), []
+    model = _bench.train_one({**table[names[0]], "compress": None}, rate, _bench.options.max_steps)
+    seconds = round(time.monotonic() - start, 1)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    for name in names:
+        if table[name].get("compress"):
+            model = _bench.dense()
+            model.load_state_dict(state)
+            _bench.compress(model, table[name]["compress"])
+        rows.append({"method": name, "learning_rate": rate, "train_seconds": seconds, **_bench.measure(model)})
+    return rows
+
+
+def choose_rates(pool: Any, families: list[str], report: dict[str, Any], save: Any) -> dict[str, float]:
+    found: dict[str, dict[float, float]] = {
+        f: {float(r): p for r, p in report["pilots"].get(f, {}).items()} for f in families
+    }
+    while True:
+        wanted = [(f, r) for f in families for r in _missing_rates(found[f])]
+        if not wanted:
+            return {f: min(found[f], key=lambda r, f=f: found[f][r]) for f in families}
+        for done in concurrent.futures.as_completed([pool.submit(pilot, f, r) for f, r in wanted]):
+            name, rate, result = done.result()
+            found[name][rate] = result
+            report["pilots"][name] = {f"{r:g}": p for r, p in sorted(found[name].items())}
+            save()
+
+
+def _missing_rates(found: dict[float, float]) -> list[float]:
+    missing = [r for r in GRID if r not in found]
+    if missing or len(found) > len(GRID) + 2:
+        return missing
+    best, rates = min(found, key=lambda r: found[r]), sorted(found)
+    return [best * 2] if best == rates[-1] else [best / 2] if best == rates[0] else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_common(parser)
+    data = common.SHARED / "data"
+    parser.add_argument("--data", default=str(data / "shakespeare.txt"), help="first 90 %% trains, last 10 %% tests")
+    parser.add_argument("--general", default=str(data / "heldout.txt"), help="text to measure forgetting on")
+    parser.add_argument("--other", default=str(data / "calibration.txt"), help="text to distil on")
+    parser.add_argument("--max-steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--methods", nargs="+", help="only methods that begin so")
+    parser.add_argument("--workers", type=int, default=2 if not torch.cuda.is_available() else 1)
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "finetune.json")
+    options = parser.parse_args()
+
+    table = methods()
+    chosen = [n for n in table if not options.methods or any(n.startswith(m) for m in options.methods)]
+    report: dict[str, Any] = {
+        "machine": common.machine(options.device), "model": Path(options.model).name, "data": Path(options.data).name,
+        "max_steps": options.max_steps, "tokens": options.max_steps * options.batch_size * options.block_size,
+        "weight_decay": options.weight_decay, "seed": options.seed, "grid": list(GRID), "pilots": {}, "rows": [],
+    }  # fmt: skip
+    if options.output.is_file():
+        earlier = json.loads(options.output.read_text(encoding="utf-8"))
+        if all(earlier.get(k) == report[k] for k in ("model", "data", "max_steps", "tokens", "weight_decay", "seed")):
+            report = {**report, "pilots": earlier["pilots"], "rows": earlier["rows"]}
+
+    def save() -> None:
+        common.write_json(options.output, report)
+
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // options.workers)
+    with concurrent.futures.ProcessPoolExecutor(options.workers, context, start_worker, (options, threads)) as pool:
+        families = list(dict.fromkeys(table[n].get("rate_of", n) for n in chosen))
+        rates = choose_rates(pool, families, report, save)
+        have = {r["method"] for r in report["rows"]}
+        jobs = jobs_of([n for n in chosen if n not in have], table)
+        futures = [pool.submit(full_run, names, rates[table[names[0]].get("rate_of", names[0])]) for names in jobs]
+        for done in concurrent.futures.as_completed(futures):
+            report["rows"] += done.result()
+            save()
+    report["dense"] = Bench(options).measure(common.load(options.model, options.device))
+    report["rows"].sort(key=lambda r: list(table).index(r["method"]))
+    save()
+    show(report)
+    draw(report, options.output.with_suffix(".png"))
+
+
+def jobs_of(names: list[str], table: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """One job per training: a method, and those that only compress what it trained."""
+    jobs: dict[str, list[str]] = {}
+    for name in names:
+        key = table[name]["rate_of"] if table[name].get("compress") else name
+        jobs.setdefault(key, []).append(name)
+    return [sorted(job, key=lambda n: bool(table[n].get("compress"))) for job in jobs.values()]
+
+
+def show(report: dict[str, Any]) -> None:
+    dense = report["dense"]
+    rows = [("dense, zero-shot", f"{dense['parameters']:,}", "", f"{dense['test_perplexity']:.2f}",
+             f"{dense['general_perplexity']:.1f}", "")]  # fmt: skip
+    for r in report["rows"]:
+        perplexities = (f"{r['test_perplexity']:.2f}", f"{r['general_perplexity']:.1f}")
+        rows.append((r["method"], f"{r['parameters']:,}", f"{r['learning_rate']:g}", *perplexities,
+                     f"{r['train_seconds']:.0f}"))  # fmt: skip
+    columns = ("method", "parameters", "rate", "held-out", "general text", "seconds")
+    print_table(columns, rows, title=f"{report['model']} on {report['data']}, {report['tokens']:,} tokens: perplexity")
+    for line in verdicts({r["method"]: r for r in report["rows"]}):
+        print(line)
+
+
+def verdicts(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The targets, met or missed, for what was measured."""
+    lines: list[str] = []
+
+    def check(what: str, ours: str, theirs: str, slack: float = 1.0) -> None:
+        if ours in rows and theirs in rows:
+            mine, limit = rows[ours]["test_perplexity"], rows[theirs]["test_perplexity"] * slack
+            lines.append(f"{'met' if mine <= limit else 'MISSED'}: {what}: {mine:.2f}, wanted at most {limit:.2f}")
+
+    default = {r: f"ours {r}, guide residual" for r in RATIOS}
+    check("0.6 within 3 % of full fine-tuning", default[0.6], "full fine-tuning", 1.03)
+    check("0.6 better than LoRA r64 on the dense model", default[0.6], "LoRA r64")
+    check("0.4 better than LoRA r16 on the dense model", default[0.4], "LoRA r16")
+    for ratio in RATIOS:
+        for peer in ("LoRA r16, then whitened SVD", "LoRA r64, then whitened SVD", "whitened SVD, then LoRA r16"):
+            check(f"{ratio} better than {peer}", default[ratio], f"{peer}, {ratio}")
+    return lines
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Held-out perplexity against parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        name = row["method"]
+        if name.startswith("ours") and "guide" in name:
+            key = "ours, " + name.split(", ")[1]
+        else:
+            key = name.rpartition(", ")[0] if name.rpartition(", ")[2].startswith("0.") else name
+        lines.setdefault(key, []).append(row)
+    colors = plt.cm.tab20.colors
+    for i, (key, rows) in enumerate(lines.items()):
+        rows.sort(key=lambda r: r["parameters"])
+        x, y = [r["parameters"] / 1e6 for r in rows], [r["test_perplexity"] for r in rows]
+        axis.plot(x, y, "o-" if len(rows) > 1 else "D", color=colors[i % 20], ms=6, lw=1.4, label=key)
+    axis.set(xlabel="parameters of the final model (millions)", ylabel="held-out perplexity", yscale="log")
+    axis.set_title(f"{report['model']} fine-tuned on {report['data']}, {report['tokens']:,} tokens")
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

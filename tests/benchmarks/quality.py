@@ -1,0 +1,183 @@
+"""Zero-shot quality of a converted model, rung by rung, beside the yardstick that people use today.
+
+    python tests/benchmarks/quality.py --output tests/benchmarks/results/quality.json
+
+The yardstick is whitened SVD at uniform ranks (SVD-LLM's formula, in ``common.py``) on the same calibration text. The
+last rungs are what ``lowrank-ft convert --calibration-data FILE`` and ``lowrank-ft convert`` (on text that the model
+writes) do with no other flag, run as commands. Excess is ``ln(ppl) - ln(ppl of the dense model)``.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_ft.calibration import Calibration
+from lowrank_ft.console import print_table
+from lowrank_ft.conversion import convert
+from lowrank_ft.plan import count_parameters
+from lowrank_ft.training.calibration import CALIBRATION_TOKENS, read_batches
+from lowrank_ft.training.data import read_rows
+from tests.benchmarks import common
+
+TARGETS = {0.8: 0.5, 0.6: 0.4, 0.4: 0.35}
+YARDSTICK = "whitened SVD (yardstick)"
+DEFAULT = "lowrank-ft convert"
+
+
+def rungs(options: argparse.Namespace, ratio: float, batches: list[Any]) -> dict[str, Callable[[Any], Any]]:
+    """Name to what turns a dense model into that rung's, in the order of the ladder."""
+
+    def ours(**settings: Any) -> Callable[[Any], Any]:
+        data = {k: settings.pop(k, 0) for k in ("refine_epochs", "distill_epochs")}
+        return lambda m: convert(m, settings.pop("plan", None), calibration=Calibration(batches, **data), **settings)
+
+    def uniform(**settings: Any) -> Callable[[Any], Any]:
+        return lambda m: ours(plan=common.uniform_plan(m, ratio), **settings)(m)
+
+    return {
+        "plain SVD": lambda m: convert(m, common.uniform_plan(m, ratio)),
+        YARDSTICK: lambda m: common.whitened_svd(m, common.uniform_plan(m, ratio), batches),
+        "activation": uniform(method="activation"),
+        "anchored": uniform(),
+        "anchored, refined": uniform(refine_epochs=3),
+        "anchored, loss allocation": ours(param_ratio=ratio, allocation="loss"),
+        "anchored, loss allocation, refined": ours(param_ratio=ratio, allocation="loss", refine_epochs=3),
+        DEFAULT: lambda m: None,
+        f"{DEFAULT}, self": lambda m: None,
+    }
+
+
+def command_line(options: argparse.Namespace, ratio: float, own_text: bool) -> Any:
+    """The model that the command makes, loaded from what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = [] if own_text else ["--calibration-data", options.calibration]
+        command = ["convert", options.model, "--param-ratio", str(ratio), *data, "--output-dir", f"{folder}/m"]
+        subprocess.run(
+            [sys.executable, "-m", "lowrank_ft_cli.main", *command, "--device", options.device],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        return common.load(f"{folder}/m", options.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_common(parser)
+    data = common.SHARED / "data"
+    parser.add_argument("--calibration", default=str(data / "calibration.txt"))
+    parser.add_argument("--held-out", nargs="+", default=[str(data / "heldout.txt"), str(data / "wikitext2-test.txt")])
+    parser.add_argument("--eval-blocks", type=int, default=400, help="evenly spaced blocks of each text; 0: all")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(TARGETS))
+    parser.add_argument("--only", nargs="+", help="rungs to run, by their beginnings")
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "quality.json")
+    options = parser.parse_args()
+
+    tokenizer = common.tokenizer_of(options.model)
+    texts = {Path(n).name: held_out_blocks(n, tokenizer, options) for n in options.held_out}
+    dense = common.load(options.model, options.device)
+    batches = read_batches(dense, read_rows(options.calibration), options.calibration, tokenizer, CALIBRATION_TOKENS)
+    base = {name: common.perplexity(dense, blocks) for name, blocks in texts.items()}
+    report: dict[str, Any] = {
+        "machine": common.machine(options.device),
+        "model": Path(options.model).name,
+        "calibration": {
+            "text": Path(options.calibration).name, "tokens": sum(b["input_ids"].numel() for b in batches),
+        },
+        "block_size": options.block_size,
+        "eval_tokens": {n: b.numel() for n, b in texts.items()},
+        "dense": {"parameters": count_parameters(dense), "perplexity": base},
+        "rows": [],
+    }  # fmt: skip
+    for ratio in options.ratios:
+        for name, build in rungs(options, ratio, batches).items():
+            if options.only and not any(name.startswith(o) for o in options.only):
+                continue
+            start = time.monotonic()
+            if name.startswith(DEFAULT):
+                model = command_line(options, ratio, own_text=name != DEFAULT)
+            else:
+                model = common.load(options.model, options.device)
+                build(model)
+            seconds = time.monotonic() - start
+            found = {n: common.perplexity(model, b) for n, b in texts.items()}
+            report["rows"].append({
+                "param_ratio": ratio, "rung": name, "seconds": round(seconds, 1),
+                "parameters": count_parameters(model),
+                "perplexity": found, "excess": {n: common.excess(p, base[n]) for n, p in found.items()},
+            })  # fmt: skip
+            compare(report)
+            common.write_json(options.output, report)
+            print(ratio, name, f"{seconds:.0f} s", {n: round(p, 2) for n, p in found.items()}, file=sys.stderr)
+    show(report)
+    draw(report, options.output.with_suffix(".png"))
+
+
+def held_out_blocks(name: str, tokenizer: Any, options: argparse.Namespace) -> torch.Tensor:
+    blocks = common.blocks_of(common.read_text(name), tokenizer, options.block_size)
+    count = min(options.eval_blocks or len(blocks), len(blocks))
+    return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+
+
+def compare(report: dict[str, Any]) -> None:
+    """Put each row's excess over that of the yardstick at the same ratio into the report."""
+    yardsticks = {r["param_ratio"]: r["excess"] for r in report["rows"] if r["rung"] == YARDSTICK}
+    for row in report["rows"]:
+        if row["param_ratio"] in yardsticks:
+            theirs = yardsticks[row["param_ratio"]]
+            row["of_yardstick"] = {n: e / theirs[n] for n, e in row["excess"].items()}
+
+
+def show(report: dict[str, Any]) -> None:
+    texts = list(report["dense"]["perplexity"])
+    rows = [("dense", "", f"{report['dense']['parameters']:,}", *(f"{report['dense']['perplexity'][t]:.1f}" for t in texts),
+             *("" for _ in texts), "")]  # fmt: skip
+    for r in report["rows"]:
+        shares = [f"{r['of_yardstick'][t]:.2f}" if "of_yardstick" in r else "" for t in texts]
+        perplexities = [f"{r['perplexity'][t]:.1f}" for t in texts]
+        seconds = f"{r['seconds']:.0f}"
+        rows.append((r["rung"], f"{r['param_ratio']}", f"{r['parameters']:,}", *perplexities, *shares, seconds))
+    columns = ("rung", "ratio", "parameters", *texts, *(f"of yardstick, {t}" for t in texts), "seconds")
+    print_table(columns, rows, title=f"{report['model']}: perplexity, and excess as a share of the yardstick's")
+    for r in report["rows"]:
+        target = TARGETS.get(r["param_ratio"])
+        if target is None or "of_yardstick" not in r:
+            continue
+        for text, share in r["of_yardstick"].items():
+            if r["rung"] == DEFAULT:
+                verdict = "met" if share <= target else "MISSED"
+                print(f"{verdict}: ratio {r['param_ratio']}, {text}: {share:.3f} of the yardstick, wanted {target}")
+            if r["rung"] == "activation" and share > 1:
+                print(f"MISSED: ratio {r['param_ratio']}, {text}: activation is {share:.3f} of the yardstick, above 1")
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Excess by size, one line for each rung."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    texts = list(report["dense"]["perplexity"])
+    figure, axes = plt.subplots(1, len(texts), figsize=(5.6 * len(texts), 4.6), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(r["rung"] for r in report["rows"]))
+    for axis, text in zip(axes[0], texts, strict=True):
+        for i, name in enumerate(names):
+            rows = sorted((r["parameters"], r["perplexity"][text]) for r in report["rows"] if r["rung"] == name)
+            style = dict(color="black", ls="--") if name == YARDSTICK else dict(color=plt.cm.viridis(i / len(names)))
+            axis.plot([p / 1e6 for p, _ in rows], [q for _, q in rows], "o-", ms=4, lw=1.5, label=name, **style)
+        base = report["dense"]
+        axis.plot([base["parameters"] / 1e6], [base["perplexity"][text]], "k*", ms=11, label="dense")
+        axis.set(xlabel="parameters of the model (millions)", ylabel="perplexity", yscale="log", title=text)
+        axis.grid(alpha=0.25, which="both")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
