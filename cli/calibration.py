@@ -35,7 +35,7 @@ def is_wanted(options: argparse.Namespace, writes_text: bool) -> bool:
     Args:
         writes_text: the model can write text to be calibrated on, so that calibration is the default.
     """
-    asked = [f for f in ("calibration_data", *_TUNING) if getattr(options, f) is not None]
+    asked = [f for f in ("calibration_data", *_TUNING) if getattr(options, f)]  # 0 epochs ask for none
     if options.allocation in ("energy", "loss") or asked:
         return True
     if options.method is not None:

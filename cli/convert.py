@@ -10,6 +10,7 @@ import torch
 from lowrank_ft_cli.calibration import check_flags, is_wanted, read_calibration
 from lowrank_ft_cli.options import device_of, dtype_of, hub_target, shard_size, size_options, source_of
 from lowrank_ft_cli.plan import print_plan, refuse_compact
+from transformers import PreTrainedModel
 
 from lowrank_ft.calibration import ConversionRecord
 from lowrank_ft.console import shown_command
@@ -58,12 +59,14 @@ def run(options: argparse.Namespace) -> None:
     if not plan.ranks:
         raise RankError(f"every one of the {len(plan.linears)} targeted linears stays dense; lower the rank")
     record = ConversionRecord()
-    convert(model, plan, method=options.method, calibration=calibration, record=record, progress=True)
-    if ran and (error := check_runs(model)) is not None:
-        raise TargetError(
-            f"{type(model).__name__} ran before the conversion and fails after it ({first_line(error)}); one of its "
-            "modules reads a weight as a matrix, leave that linear dense with --exclude-modules"
-        )
+    try:
+        convert(model, plan, method=options.method, calibration=calibration, record=record, progress=True)
+    except (RuntimeError, IndexError, TypeError):  # of a forward pass halfway, where that is why
+        if ran:
+            _require_runs(model)
+        raise
+    if ran:
+        _require_runs(model)
     command = shown_command("lowrank-ft", sys.argv[1:])
     details = record.to_dict(
         plan, command=command, base_model=source.name, method=options.method,
@@ -91,3 +94,11 @@ def dtypes(options: argparse.Namespace, config: Any, device: str) -> tuple[torch
     if device == "cpu" and isinstance(stored, torch.dtype):
         return stored, torch.float32
     return None, chosen
+
+
+def _require_runs(model: PreTrainedModel) -> None:
+    if (error := check_runs(model)) is not None:
+        raise TargetError(
+            f"{type(model).__name__} ran before the conversion and fails after it ({first_line(error)}); one of its "
+            "modules reads a weight as a matrix, leave that linear dense with --exclude-modules"
+        )

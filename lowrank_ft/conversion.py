@@ -22,6 +22,7 @@ from lowrank_ft.allocation import ALLOCATIONS
 from lowrank_ft.calibration import METHODS, Calibration, ConversionRecord, convert_blocks, distill, squared_spectra
 from lowrank_ft.errors import ConfigError, PlanError
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers
+from lowrank_ft.nn.modes import evaluating
 from lowrank_ft.nn.replace import dense_weight, factorized, swap
 from lowrank_ft.plan import Plan, make_plan, reallocate
 from lowrank_ft.schedule import require_choice
@@ -125,7 +126,8 @@ def allocate(
     if calibration is None:
         raise ConfigError(f"allocation {allocation} needs calibration data; give some, or use allocation uniform")
     names = [p.name for p in plan.linears]
-    return reallocate(plan, squared_spectra(model, names, calibration, allocation, progress))
+    with evaluating(model):
+        return reallocate(plan, squared_spectra(model, names, calibration, allocation, progress))
 
 
 def _truncate(model: nn.Module, plan: Plan, record: ConversionRecord | None, progress: bool) -> None:
@@ -146,11 +148,11 @@ def _fit(
     record: ConversionRecord | None,
     progress: bool,
 ) -> None:
-    was_training = model.training
-    model.eval()  # dropout would be noise in what the factors are fitted to
-    dense = copy.deepcopy(model) if calibration.distill_epochs > 0 else None
-    convert_blocks(model, plan.ranks, calibration, method, record or ConversionRecord(), progress)
-    if dense is not None:
+    with evaluating(model):  # dropout would be noise in what the factors are fitted to
+        dense = copy.deepcopy(model) if calibration.distill_epochs > 0 else None
+        convert_blocks(model, plan.ranks, calibration, method, record or ConversionRecord(), progress)
+        if dense is None:
+            return
         try:
             epochs, rate, seed = calibration.distill_epochs, calibration.distill_learning_rate, calibration.seed
             distill(model, dense, calibration.batches, epochs, rate, seed, progress)
@@ -160,7 +162,6 @@ def _fit(
                 "left them (a smaller batch, another device, or --distill-epochs 0)",
                 stacklevel=3,
             )
-    model.train(was_training)
 
 
 def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str) -> None:

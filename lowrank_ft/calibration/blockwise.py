@@ -22,7 +22,7 @@ from lowrank_ft.calibration.chains import Batch, ChainInputs, block_of, capture,
 from lowrank_ft.calibration.config import Calibration
 from lowrank_ft.calibration.moments import Moments
 from lowrank_ft.calibration.record import ConversionRecord
-from lowrank_ft.calibration.refine import refine_block, squared_error
+from lowrank_ft.calibration.refine import factors_of, refine_block, squared_error
 from lowrank_ft.nn.replace import dense_weight, factorized, swap
 from lowrank_ft.solvers import regression_factors, truncated_svd
 
@@ -51,20 +51,17 @@ def convert_blocks(
     chains = find_chains(model, siblings(model, [b for n in ranks if (b := block_of(model, n))]), batches[0])
     chains = [c for c in chains if any(_within(n, b) for b in c for n in ranks)]
     members = {b: {n: r for n, r in ranks.items() if _within(n, b)} for c in chains for b in c}
-    _convert_loose(
-        model,
-        {n: r for n, r in ranks.items() if not any(n in m for m in members.values())},
-        calibration,
-        method,
-        record,
-    )
-
+    loose = {n: r for n, r in ranks.items() if not any(n in m for m in members.values())}
     inputs = [capture(model, chain, batches, calibration.store()) for chain in chains]
+    _convert_loose(model, loose, calibration, method, record)
+
     bar = tqdm(total=len(members), desc="factorize", unit="block", disable=None if progress else True)
     for i, chain in enumerate(chains):
-        # Up to the first chain, the converted model is the dense one.
-        here = inputs[i] if i == 0 else capture(model, chain, batches, calibration.store())
-        dense, converted = _Stream(inputs[i], calibration), _Stream(here, calibration)
+        dense = _Stream(inputs.pop(0), calibration)
+        if i == 0 and not loose:  # up to here, the converted model is the dense one
+            converted = copy.copy(dense)
+        else:
+            converted = _Stream(capture(model, chain, batches, calibration.store()), calibration)
         for name in chain:
             if members[name]:
                 _Block(model, name, members[name], method, calibration).convert(dense, converted, record)
@@ -117,14 +114,20 @@ class _Block:
                 self._factorize(name, None)
         wanted = dense.after(self.twin, self.name)
         batches, settings = self.calibration.block_batches, self.calibration
-        masks = [token_mask(b, x) for b, x in zip(batches, wanted, strict=True)]
+        masks = [token_mask(b, x, "decoder" in self.name) for b, x in zip(batches, wanted, strict=True)]
         before = mean_error(converted.after(self.block, self.name), wanted, masks)
+        start = [(p, p.detach().clone()) for p in factors_of(self.block)]
         refine_block(
             self.block, converted.hidden, converted.calls[self.name], wanted, masks, settings.refine_epochs,
             settings.refine_learning_rate, settings.seed,
         )  # fmt: skip
         left = converted.after(self.block, self.name)
-        record.add_block(self.name, before, mean_error(left, wanted, masks))
+        after = mean_error(left, wanted, masks)
+        if after > before:  # nothing was left to gain, as at full rank
+            for parameter, value in start:
+                parameter.data.copy_(value)
+            left, after = converted.after(self.block, self.name), before
+        record.add_block(self.name, before, after)
         for name, module in self._dense(self.ranks).items():
             inputs = moments[name].inputs if name in moments else None
             record.add_linear(name, dense_weight(module), self.model.get_submodule(name), inputs)
@@ -134,9 +137,21 @@ class _Block:
         return {n: self.twin.get_submodule(n.removeprefix(f"{self.name}.")) for n in names}
 
     def _groups(self, dense: _Stream) -> list[list[str]]:
-        if self.method == "svd":
-            return []
-        return input_groups(self._dense(self.ranks), lambda: dense.forward(self.twin, self.name, 0))
+        groups: list[list[str]] = []
+        missing = {} if self.method == "svd" else self._dense(self.ranks)
+        for i in range(len(dense.hidden)):
+            if not missing:
+                break
+            groups += input_groups(missing, partial(dense.forward, self.twin, self.name, i))
+            missing = {n: m for n, m in missing.items() if not any(n in g for g in groups)}
+        if missing:
+            names = list(missing)
+            warnings.warn(
+                f"no calibration token reached {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}; "
+                "factorized by the weight alone",
+                stacklevel=2,
+            )
+        return groups
 
     def _moments(self, name: str, dense: _Stream, converted: _Stream) -> Moments:
         """Moments of the inputs of a linear that is still dense in the block under conversion."""
@@ -146,8 +161,11 @@ class _Block:
             x = here = input_of(twin, partial(dense.forward, self.twin, self.name, i))
             if self.method == "anchored":
                 here = input_of(module, partial(converted.forward, self.block, self.name, i))
-            if x is not None and here is not None:
-                moments.add(here, x, token_mask(batch, here, "decoder" in name), name)
+            if x is None or here is None:
+                continue
+            if here.dim() == 2 and len(here) != dense.hidden[i].shape[:-1].numel():
+                x = here  # tokens that a router chose, which need not be the same in both models
+            moments.add(here, x, token_mask(batch, here, "decoder" in name), name)
         return moments
 
     def _factorize(self, name: str, moments: Moments | None) -> None:
@@ -197,12 +215,12 @@ def dense_moments(model: nn.Module, names: Sequence[str], batches: Sequence[Batc
 
 @torch.no_grad()
 def input_groups(linears: Mapping[str, nn.Module], forward: Callable[[], Any]) -> list[list[str]]:
-    """Names of linears by the tensor that they read, in the order in which they run; who does not run is left out."""
+    """Names of linears by the tensor that they read, in the order in which they run; who gets no token is left out."""
     groups: list[list[str]] = []
     seen: dict[str, Tensor] = {}
 
     def note(name: str, x: Tensor) -> None:
-        if name in seen:
+        if name in seen or x.numel() == 0:
             return
         seen[name] = x
         for group in reversed(groups):
@@ -217,13 +235,6 @@ def input_groups(linears: Mapping[str, nn.Module], forward: Callable[[], Any]) -
             handle = module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
             stack.callback(handle.remove)
         forward()
-    missing = [n for n in linears if n not in seen]
-    if missing:
-        warnings.warn(
-            f"no calibration token reached {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}; "
-            "factorized by the weight alone",
-            stacklevel=2,
-        )
     return groups
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.calibration.activations import Activations
+from lowrank_ft.errors import DataError
 
 Batch = Mapping[str, Tensor]
 """Arguments of the model's forward, such as ``input_ids`` and ``attention_mask``, each ``(batch, ...)``."""
@@ -123,13 +124,18 @@ def capture(model: nn.Module, chain: Sequence[str], batches: Sequence[Batch], hi
 
 
 def token_mask(batch: Batch, x: Tensor, decoder: bool = False) -> Tensor | None:
-    """Which tokens of ``x (batch, length, ...)`` count: the attention mask of that shape, or None where all do."""
-    keys = ("attention_mask", "decoder_attention_mask")
-    for key in reversed(keys) if decoder else keys:
-        mask = batch.get(key)
-        if mask is not None and mask.shape == x.shape[:-1]:
-            return mask.to(x.device)
-    return None
+    """Which tokens of ``x (batch, length, features)`` or ``(batch * length, features)`` count; None where all do.
+
+    Args:
+        decoder: ``x`` is of a decoder or of the whole model. Of an encoder-decoder, its mask is then the decoder's,
+            unless ``x`` has as many tokens as the encoder and not the decoder has (the keys of cross-attention).
+    """
+    target = batch.get("decoder_input_ids")
+    of_decoder = decoder and target is not None and _tells_tokens_of(target, x)
+    mask = batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
+    if mask is None or not _tells_tokens_of(mask, x):
+        return None
+    return mask.to(x.device).reshape(x.shape[:-1])
 
 
 def run(model: Any, batch: Batch) -> Any:
@@ -139,8 +145,31 @@ def run(model: Any, batch: Batch) -> Any:
     return model(**{k: v.to(device) for k, v in batch.items()}, **extra)
 
 
+def answer_of(output: Any) -> tuple[Tensor, bool]:
+    """Logits, or where there are none the last hidden states; and whether a softmax of it is a distribution.
+
+    Raises:
+        DataError: the model returns no such tensor.
+    """
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits, logits.shape[-1] > 1  # of one logit, as rerankers have it, a softmax is always 1
+    hidden = getattr(output, "last_hidden_state", None)
+    hidden = output[0] if hidden is None else hidden
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.dim() == 0:
+        raise DataError(
+            f"a model that returns {type(output).__name__} has no logits and no hidden states to be held to; use "
+            "--allocation uniform or energy, and --distill-epochs 0"
+        )
+    return hidden, False
+
+
 class _Reached(Exception):
     """Raised inside a hook: the rest of the forward pass is not needed."""
+
+
+def _tells_tokens_of(mask: Tensor, x: Tensor) -> bool:
+    return mask.dim() == 2 and (mask.shape == x.shape[:-1] or (x.dim() == 2 and mask.numel() == len(x)))
 
 
 def _hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

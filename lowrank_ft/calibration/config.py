@@ -53,17 +53,30 @@ class Calibration:
     @property
     def block_batches(self) -> Sequence[Batch]:
         """The first batches, up to ``BLOCKWISE_TOKENS`` tokens and at least one batch."""
-        taken, tokens = 0, 0
-        for batch in self.batches:
-            tokens += _size(batch)
-            if taken and tokens > BLOCKWISE_TOKENS:
-                break
-            taken += 1
-        return self.batches[:taken]
+        return first_batches(self.batches, BLOCKWISE_TOKENS)
 
     def store(self) -> Activations:
         """An empty place for hidden states."""
         return Activations(folder=self.activations_dir)
+
+
+def first_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:
+    """As many as hold at most ``tokens`` positions, padding included, and at least one batch."""
+    taken, found = 0, 0
+    for batch in batches:
+        found += _positions(batch)
+        if taken and found > tokens:
+            break
+        taken += 1
+    return batches[:taken]
+
+
+def _positions(batch: Batch) -> int:
+    """How many hidden states a batch makes, roughly: an image is cut into patches of 16 x 16 pixels."""
+    first = next(iter(batch.values()))
+    if first.dim() == 4:
+        return max(len(first), first[:, 0].numel() // 256)
+    return len(first) * max(first.shape[1:], default=1)
 
 
 def _size(batch: Batch) -> int:

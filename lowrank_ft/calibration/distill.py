@@ -2,9 +2,10 @@
 
     minimize over all U, V    mean over tokens of KL(softmax(dense logits) || softmax(converted logits))
 
-(Hinton et al. 2015, arXiv 1503.02531). A model without logits is held to its last hidden states instead, by the squared
-error relative to their size. Block refinement stops errors from building up inside a block; this step lets blocks
-make up for each other, and it knows which directions of the hidden states the output cares about.
+(Hinton et al. 2015, arXiv 1503.02531). A model without logits is held to its last hidden states instead, one with a
+single logit to that, by the squared error relative to their size. Block refinement stops errors from building up inside
+a block; this step lets blocks make up for each other, and it knows which directions of the hidden states the output
+cares about.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from lowrank_ft.calibration.chains import Batch, run, token_mask
+from lowrank_ft.calibration.chains import Batch, answer_of, run, token_mask
 from lowrank_ft.calibration.refine import FactorTrainer, squared_error
 
 
@@ -56,11 +57,10 @@ def distill(
 
 def difference(found: Any, wanted: Any, batch: Batch) -> Tensor:
     """How far the output of a model is from that of another, as a float32 scalar; padding does not count."""
-    logits = getattr(found, "logits", None)
-    if logits is None:
-        hidden = found.last_hidden_state
-        return squared_error(hidden, wanted.last_hidden_state, token_mask(batch, hidden))
-    p, q = F.log_softmax(wanted.logits.float(), -1), F.log_softmax(logits.float(), -1)
+    answer, distribution = answer_of(found)
+    mask = token_mask(batch, answer, decoder=True)
+    if not distribution:
+        return squared_error(answer, answer_of(wanted)[0], mask)
+    p, q = F.log_softmax(answer_of(wanted)[0].float(), -1), F.log_softmax(answer.float(), -1)
     divergence = (p.exp() * (p - q)).sum(-1)
-    mask = token_mask(batch, logits, decoder=True)
     return divergence.mean() if mask is None else divergence[mask != 0].mean()

@@ -35,6 +35,8 @@ class Moments:
             NonFiniteError: an activation is NaN or infinite; the message names the linear.
         """
         a = rows(converted, mask)
+        if len(a) == 0:
+            return
         b = a if dense.shape != converted.shape else rows(dense, mask)
         exact = working_dtype(a.device)
         inputs, cross = (a.T @ a).to(exact), (b.T @ a).to(exact)

@@ -61,6 +61,11 @@ def squared_error(found: Tensor, wanted: Tensor, mask: Tensor | None = None) -> 
     return difference.sum() / size.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def factors_of(module: nn.Module) -> list[Tensor]:
+    """``U, V, U, V, ...`` of its factored linears."""
+    return [p for _, layer in lowrank_layers(module) for p in (layer.U.weight, layer.V.weight)]
+
+
 class FactorTrainer:
     """AdamW on the factors of a module and nothing else; the learning rate rises over a tenth, then falls to zero.
 
@@ -70,7 +75,7 @@ class FactorTrainer:
 
     def __init__(self, module: nn.Module, steps: int, learning_rate: float) -> None:
         self.module, self.steps, self.learning_rate = module, steps, learning_rate
-        self.parameters = [p for _, layer in lowrank_layers(module) for p in (layer.U.weight, layer.V.weight)]
+        self.parameters = factors_of(module)
         self.copies = [p.detach().float().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.copies, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
         self.done = 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lowrank_ft.errors import DataError
+from lowrank_ft.nn.modes import evaluating
 
 
 @torch.no_grad()
@@ -30,13 +31,14 @@ def sample_blocks(
             f"a {type(model).__name__} cannot write its own calibration text; give --calibration-data FILE, "
             "or --method svd, which needs none"
         )
-    was_training = model.training
-    model.eval()
     first = _first_token(model)
+    settings = model.generation_config
     written = []
     bar = tqdm(total=blocks * length, desc="write calibration text", unit="token", disable=None if progress else True)
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        # The checkpoint's own settings may punish repetition or ban tokens.
+        model.generation_config = type(settings)()
+        with evaluating(model), torch.random.fork_rng(devices=_cuda_devices(model)):
             torch.manual_seed(seed)
             for start in range(0, blocks, batch_size):
                 count = min(batch_size, blocks - start)
@@ -53,7 +55,7 @@ def sample_blocks(
                 bar.update(ids.numel())
     finally:
         bar.close()
-        model.train(was_training)
+        model.generation_config = settings
     return torch.cat(written)
 
 

@@ -6,8 +6,8 @@
 ``g`` is the gradient of the model's own loss at the linear's output. The tail of the second is the second-order
 estimate of what truncation adds to the loss: the Fisher information in its Kronecker-factored form (Martens and Grosse
 2015, arXiv 1503.05671), with the output side reduced to its diagonal. The loss is the negative log-likelihood of labels
-that the model draws itself, as the Fisher information wants it; a model without logits takes a random projection of its
-last hidden states. The tail of the first is the share of a linear's output that is lost, all linears counting the same.
+that the model draws itself, as the Fisher information wants it; a model without logits, or with one, takes a random
+projection of its output. The tail of the first is the share of a linear's output that is lost, all linears counting the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lowrank_ft.calibration.blockwise import dense_moments
-from lowrank_ft.calibration.chains import Batch, block_of, run, token_mask
-from lowrank_ft.calibration.config import Calibration
+from lowrank_ft.calibration.chains import Batch, answer_of, block_of, run, token_mask
+from lowrank_ft.calibration.config import Calibration, first_batches
 from lowrank_ft.nn.replace import dense_weight
 from lowrank_ft.schedule import require_choice
-from lowrank_ft.solvers import singular_values, whitening
+from lowrank_ft.solvers import singular_values, whitening, working_dtype
 
 SENSITIVITY_TOKENS = 16_384
 """Tokens of the gradients and moments that only weigh linears against each other."""
@@ -41,7 +41,7 @@ def squared_spectra(
         allocation: ``energy`` or ``loss``.
     """
     require_choice("allocation", allocation, ("energy", "loss"))
-    batches = list(_first(calibration.batches, SENSITIVITY_TOKENS))
+    batches = first_batches(calibration.batches, SENSITIVITY_TOKENS)
     weights = output_gradients(model, names, batches, calibration.seed, progress) if allocation == "loss" else {}
     spectra: dict[str, Tensor] = {}
     bar = tqdm(total=len(names), desc="allocate", unit="linear", disable=None if progress else True)
@@ -56,9 +56,12 @@ def squared_spectra(
                 matrix = weights[name].mean().sqrt().to(matrix) * matrix
             squares = singular_values(matrix, name).square()
             total = squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
-            spectra[name] = squares if allocation == "loss" else squares / total
+            spectra[name] = squares if name in weights else squares / total
             bar.update()
     bar.close()
+    if weights:  # what no token reached counts as much as the least of the others
+        least = min(spectra[n].sum() for n in weights)
+        spectra |= {n: s * least for n, s in spectra.items() if n not in weights}
     return spectra
 
 
@@ -70,11 +73,12 @@ def output_gradients(
 
     def watch(name: str) -> Any:
         def add(gradient: Tensor) -> None:
-            squares = gradient.detach().flatten(0, -2).double().square().sum(0)
+            squares = gradient.detach().flatten(0, -2).to(working_dtype(gradient.device)).square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.requires_grad_()
+            # A sum, because a leaf must not be changed in place, which the model may do with what it is given.
+            output = output if output.requires_grad else output.requires_grad_() + 0
             output.register_hook(add)
             return output
 
@@ -95,12 +99,12 @@ def output_gradients(
 
 def own_loss(output: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
     """A scalar whose gradient has the Fisher information as its second moment, and over how many positions it sums."""
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        hidden = output.last_hidden_state.float()
+    logits, distribution = answer_of(output)
+    if not distribution:
+        hidden = logits.float()
         signs = (torch.randint(0, 2, hidden.shape, generator=generator) * 2 - 1).to(hidden)
         scale = hidden.detach().square().mean().sqrt().clamp_min(1e-12)
-        mask = token_mask(batch, hidden)
+        mask = token_mask(batch, hidden, decoder=True)
         signs = signs if mask is None else signs * (mask != 0).to(signs)[..., None]
         return (hidden * signs).sum() / scale, int(signs.any(-1).sum())
     with torch.no_grad():
@@ -131,12 +135,3 @@ def _by_block(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
     for name in names:
         groups.setdefault(block_of(model, name), []).append(name)
     return list(groups.values())
-
-
-def _first(batches: Sequence[Batch], tokens: int) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch
-        first = next(iter(batch.values()))
-        tokens -= first.numel() if first.dim() == 2 else len(first)
-        if tokens <= 0:
-            return

@@ -66,6 +66,11 @@ def read_batches(
     Raises:
         DataError: the column is missing, the data are too short, or the tokenizer is not the model's.
     """
+    if model.main_input_name not in ("input_ids", "pixel_values"):
+        raise DataError(
+            f"a {type(model).__name__} reads {model.main_input_name}, and calibration data are read from text or images "
+            "here; give batches of your own from Python (lowrank_ft.convert(..., calibration=...)), or --method svd"
+        )
     column = "image" if model.main_input_name == "pixel_values" else text_column
     if column not in rows.column_names:
         raise DataError(f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}")
@@ -73,6 +78,9 @@ def read_batches(
     if column == "image":
         return _images(rows, preprocessor, min(tokens, len(rows)), generator)
     length = calibration_length(model, block_size)
+    least = max(LEAST_TOKENS, length)
+    if tokens < least:
+        raise DataError(f"{tokens} calibration tokens are too few; the least is {least}")
     texts = [t for t in rows[column] if t]
     if getattr(model, "can_generate", lambda: False)():
         blocks = _blocks(token_ids(texts, preprocessor), tokens, length, name, generator)
@@ -142,8 +150,6 @@ def _blocks(ids: np.ndarray, tokens: int, length: int, name: str, generator: tor
         raise DataError(
             f"{name} has {len(ids)} tokens; calibration needs at least {least}, and {CALIBRATION_TOKENS:,} do well"
         )
-    if tokens < least:
-        raise DataError(f"{tokens} calibration tokens are too few; the least is {least}")
     blocks = torch.from_numpy(ids[: len(ids) // length * length]).long().view(-1, length)
     return blocks[torch.randperm(len(blocks), generator=generator)[: max(1, tokens // length)]]
 
@@ -161,13 +167,17 @@ def _for_encoder_decoder(model: Any, blocks: Tensor) -> list[Batch]:
 def _rows_of_text(
     texts: Sequence[str], tokenizer: Any, tokens: int, length: int, name: str, generator: torch.Generator
 ) -> list[Batch]:
-    """Long texts are cut at paragraphs, then at ``length`` tokens; each batch is padded to its longest row."""
+    """Long texts are cut at paragraphs, then every ``length`` tokens; each batch is padded to its longest row."""
     paragraphs = [p.strip() for t in texts for p in t.split("\n\n") if p.strip()]
     rows, found = [], 0
     for i in torch.randperm(len(paragraphs), generator=generator).tolist():
-        ids = tokenizer(paragraphs[i], truncation=True, max_length=length)["input_ids"]
-        rows.append(ids)
-        found += len(ids)
+        # Tokenizers written in Python give what is past the first piece without its special tokens: it is dropped.
+        whole = tokenizer.is_fast
+        ids = tokenizer(paragraphs[i], truncation=True, max_length=length, return_overflowing_tokens=whole)["input_ids"]
+        for piece in ids if whole else [ids]:
+            if found < tokens:
+                rows.append(piece)
+                found += len(piece)
         if found >= tokens:
             break
     if found < LEAST_TOKENS:

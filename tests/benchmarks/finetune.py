@@ -122,6 +122,7 @@ class Bench:
             args = TrainArguments(
                 output_dir=folder, max_steps=steps, learning_rate=rate, weight_decay=options.weight_decay,
                 warmup_ratio=0.05, per_device_train_batch_size=options.batch_size, seed=options.seed,
+                guided_ratio=method.get("guided_ratio", TrainArguments.guided_ratio),
                 distill_weight=method.get("distill", 0.0), logging_steps=steps, load_best_model_at_end=False,
             )  # fmt: skip
             other = self.other if teacher is not None else None
@@ -193,8 +194,8 @@ def _missing_rates(found: dict[float, float]) -> list[float]:
     return [best * 2] if best == rates[-1] else [best / 2] if best == rates[0] else []
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Data and size of the runs."""
     common.add_common(parser)
     data = common.SHARED / "data"
     parser.add_argument("--data", default=str(data / "shakespeare.txt"), help="first 90 %% trains, last 10 %% tests")
@@ -203,9 +204,14 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--weight-decay", type=float, default=0.0)
-    parser.add_argument("--methods", nargs="+", help="only methods that begin so")
     parser.add_argument("--workers", type=int, default=2 if not torch.cuda.is_available() else 1)
     parser.add_argument("--output", type=Path, default=common.RESULTS / "finetune.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--methods", nargs="+", help="only methods that begin so")
     options = parser.parse_args()
 
     table = methods()

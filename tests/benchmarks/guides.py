@@ -1,0 +1,144 @@
+"""When does a guide help fine-tuning? By param ratio, length of training and length of the guided phase, with seeds.
+
+    python tests/benchmarks/guides.py --output tests/benchmarks/results/guides.json
+
+The seed decides which calibration text is drawn and the order of the training data; within a seed, runs differ in the
+guide alone, so the difference to no guide is taken seed by seed. A run that is broken off goes on where it was.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_ft.console import print_table
+from tests.benchmarks import common
+from tests.benchmarks.finetune import CALIBRATION_TOKENS, Bench, add_arguments
+
+RATE = 2e-3  # the winner of finetune.py's grid at every ratio
+
+
+def settings(steps: int) -> list[dict[str, Any]]:
+    """What is compared; the first three keys name the comparison, the others what differs in it."""
+    table: list[dict[str, Any]] = []
+    for ratio in (0.8, 0.6, 0.4, 0.25):
+        for guide in ("none", "residual", "frozen", "dense"):
+            table.append({"ratio": ratio, "steps": steps, "guide": guide, "guided_ratio": 0.25})
+    for share in (0.1, 0.5, 1.0):
+        for ratio in (0.6, 0.25):
+            table.append({"ratio": ratio, "steps": steps, "guide": "residual", "guided_ratio": share})
+    for guide in ("none", "residual"):
+        for ratio in (0.6, 0.25):
+            table.append({"ratio": ratio, "steps": 4 * steps, "guide": guide, "guided_ratio": 0.25})
+    return table
+
+
+_bench: Bench | None = None
+
+
+def start_worker(options: argparse.Namespace, threads: int) -> None:
+    global _bench
+    torch.set_num_threads(threads)
+    _bench = Bench(options)
+
+
+def measure(setting: dict[str, Any], seed: int) -> dict[str, Any]:
+    assert _bench is not None
+    _bench.options.seed = seed
+    method = {"kind": "ours", **setting}
+    model = _bench.train_one(method, RATE, setting["steps"])
+    return {**setting, "seed": seed, "test_perplexity": common.perplexity(model, _bench.test)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.set_defaults(max_steps=75, output=common.RESULTS / "guides.json")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    report: dict[str, Any] = {
+        "machine": common.machine(options.device), "model": Path(options.model).name, "data": Path(options.data).name,
+        "learning_rate": RATE, "calibration_tokens": CALIBRATION_TOKENS,
+        "tokens_per_step": options.batch_size * options.block_size, "rows": [],
+    }  # fmt: skip
+    if options.output.is_file():
+        report["rows"] = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
+    have = [{k: v for k, v in r.items() if k != "test_perplexity"} for r in report["rows"]]
+    jobs = [(s, seed) for seed in options.seeds for s in settings(options.max_steps) if {**s, "seed": seed} not in have]
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // options.workers)
+    with concurrent.futures.ProcessPoolExecutor(options.workers, context, start_worker, (options, threads)) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(measure, *job) for job in jobs]):
+            report["rows"].append(done.result())
+            report["summary"] = summary(report["rows"])
+            common.write_json(options.output, report)
+    show(report)
+    draw(report, options.output.with_suffix(".png"))
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per setting: mean perplexity, and the change in log-perplexity against no guide, seed by seed."""
+    plain = {(r["ratio"], r["steps"], r["seed"]): r["test_perplexity"] for r in rows if r["guide"] == "none"}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in rows:
+        groups.setdefault((r["ratio"], r["steps"], r["guide"], r["guided_ratio"]), []).append(r)
+    result = []
+    for (ratio, steps, guide, share), members in sorted(
+        groups.items(), key=lambda kv: (-kv[0][0], *map(str, kv[0][1:]))
+    ):
+        changes = [
+            math.log(r["test_perplexity"] / plain[ratio, steps, r["seed"]])
+            for r in members
+            if (ratio, steps, r["seed"]) in plain
+        ]
+        result.append({
+            "ratio": ratio, "steps": steps, "guide": guide, "guided_ratio": share, "seeds": len(members),
+            "perplexity": statistics.mean(r["test_perplexity"] for r in members),
+            "change": statistics.mean(changes) if changes else None,
+            "standard_error": statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None,
+        })  # fmt: skip
+    return result
+
+
+def show(report: dict[str, Any]) -> None:
+    rows = []
+    for s in report["summary"]:
+        change = "" if s["guide"] == "none" or s["change"] is None else f"{s['change'] * 100:+.2f} %"
+        error = "" if not change or s["standard_error"] is None else f"{s['standard_error'] * 100:.2f} %"
+        share = "" if s["guide"] == "none" else f"{s['guided_ratio']:g}"
+        rows.append((f"{s['ratio']:g}", str(s["steps"]), s["guide"], share, str(s["seeds"]), f"{s['perplexity']:.2f}",
+                     change, error))  # fmt: skip
+    columns = ("ratio", "steps", "guide", "guided", "seeds", "perplexity", "against none", "std. error")
+    print_table(columns, rows, title=f"{report['model']} on {report['data']}: held-out perplexity")
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Change against no guide, with standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = [s for s in report["summary"] if s["guide"] != "none" and s["change"] is not None]
+    labels = [f"{s['ratio']:g}, {s['steps']} steps, {s['guide']}, {s['guided_ratio']:g}" for s in found]
+    figure, axis = plt.subplots(figsize=(8, 0.32 * len(found) + 1.4), layout="constrained")
+    colors = {"residual": "#2b6cb0", "frozen": "#718096", "dense": "#c05621"}
+    for i, s in enumerate(found):
+        error = 100 * (s["standard_error"] or 0)
+        axis.errorbar(100 * s["change"], i, xerr=error, fmt="o", color=colors[s["guide"]], capsize=3)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(range(len(found)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel="held-out perplexity against no guide, %", title="param ratio, steps, guide, guided share")
+    axis.grid(alpha=0.25, axis="x")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
