@@ -1,6 +1,7 @@
 """Turn the calibration flags of ``plan`` and ``convert`` into calibration data."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def check_flags(options: argparse.Namespace) -> None:
     if options.allocation is not None:
         require_choice("--allocation", options.allocation, ALLOCATIONS)
     for flag in ("refine_epochs", "distill_epochs"):
-        if (getattr(options, flag) or 0) < 0:
+        if not 0 <= (getattr(options, flag) or 0) < math.inf:
             raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(options, flag)}; it must be 0 or more")
     if options.activations_dir is not None and not Path(options.activations_dir).is_dir():
         raise ConfigError(f"--activations-dir {options.activations_dir} is no folder; make it first")

@@ -34,8 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable Hub is reported once, by us
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    formatwarning = warnings.formatwarning
     if not options.debug:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     signal.signal(signal.SIGTERM, _interrupt)  # so that half-written output is cleaned up
     try:
         command = importlib.import_module(f"lowrank_ft_cli.{options.module}")
@@ -50,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = formatwarning
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--refine-epochs",
         type=int,
         metavar="N",
-        help="passes that train each block to match its dense twin (default: 3)",
+        help="passes that train each block to match its dense twin (default: 1)",
     )
     convert.add_argument(
         "--distill-epochs", type=float, metavar="N",

@@ -27,6 +27,8 @@ def run(options: argparse.Namespace) -> None:
     device = device_of(options)
     checkpoint = open_checkpoint(Source(options.checkpoint, trust_remote_code=options.trust_remote_code))
     output = _output(options, checkpoint.folder)
+    if options.baseline:  # a wrong name is an error also where nothing has to be read from there
+        Source(options.baseline, None, options.trust_remote_code).load_config()
     evaluation = read_evaluation(options.eval) if options.eval else None
     if options.update_card:
         card_with_table(checkpoint.folder, checkpoint.comparison, {"model": {}})  # finds out whether that will work

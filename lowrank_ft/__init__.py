@@ -5,6 +5,7 @@ PEFT, so ``AutoModel.from_pretrained`` and ``get_peft_model`` know them. Importi
 (``lowrank_ft.solvers``, ``lowrank_ft.nn``) still pays for that; the command line's ``--help`` does not import any of it.
 """
 
+from lowrank_ft.calibration import Calibration
 from lowrank_ft.conversion import attach_guides, convert, merge
 from lowrank_ft.errors import LowRankError
 from lowrank_ft.hub import loader as _loader
@@ -18,6 +19,7 @@ _loader.register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "GuidedLowRankLinear",
     "LowRankConfig",
     "LowRankError",

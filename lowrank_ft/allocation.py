@@ -85,20 +85,24 @@ class _Offers:
     def best(self, price: float) -> int:
         return int(np.argmin(self.losses + price * self.prices))
 
+    def best_next(self, chosen: int, left: int) -> tuple[float, int]:
+        """Of the offers above ``chosen`` for at most ``left`` more: the largest gain per parameter, and which."""
+        costs = self.prices[chosen + 1 :] - self.prices[chosen]
+        costs = costs[: np.searchsorted(costs, left, side="right")]
+        if len(costs) == 0:
+            return 0.0, chosen
+        gains = (self.losses[chosen] - self.losses[chosen + 1 : chosen + 1 + len(costs)]) / costs
+        best = int(np.argmax(gains))
+        return float(gains[best]), chosen + 1 + best
+
 
 def _spend_rest(offers: Sequence[_Offers], chosen: list[int], budget: int) -> None:
     """Improve ``chosen`` in place, the best gain per parameter first, while anything affordable gains."""
     left = budget - sum(int(o.prices[i]) for o, i in zip(offers, chosen, strict=True))
     while True:
-        best: tuple[float, int] | None = None
-        for k, (o, i) in enumerate(zip(offers, chosen, strict=True)):
-            if i + 1 == len(o.ranks) or (cost := int(o.prices[i + 1] - o.prices[i])) > left:
-                continue
-            gain = float(o.losses[i] - o.losses[i + 1]) / cost
-            if gain > 0 and (best is None or gain > best[0]):
-                best = (gain, k)
-        if best is None:
+        gains = [o.best_next(i, left) for o, i in zip(offers, chosen, strict=True)]
+        k = max(range(len(offers)), key=lambda k: gains[k][0])
+        if gains[k][0] <= 0:
             return
-        k = best[1]
-        left -= int(offers[k].prices[chosen[k] + 1] - offers[k].prices[chosen[k]])
-        chosen[k] += 1
+        left -= int(offers[k].prices[gains[k][1]] - offers[k].prices[chosen[k]])
+        chosen[k] = gains[k][1]

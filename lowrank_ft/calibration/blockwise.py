@@ -47,7 +47,7 @@ def convert_blocks(
         NonFiniteError: a weight or an activation holds NaN or infinity; the message names the linear.
         DivergedError: refinement failed.
     """
-    batches = calibration.block_batches
+    batches = calibration.batches
     chains = find_chains(model, siblings(model, [b for n in ranks if (b := block_of(model, n))]), batches[0])
     chains = [c for c in chains if any(_within(n, b) for b in c for n in ranks)]
     members = {b: {n: r for n, r in ranks.items() if _within(n, b)} for c in chains for b in c}
@@ -112,26 +112,34 @@ class _Block:
         for name in self.ranks:
             if name not in moments:  # none is wanted, or no token of the calibration data came by
                 self._factorize(name, None)
-        wanted = dense.after(self.twin, self.name)
-        batches, settings = self.calibration.block_batches, self.calibration
+        wanted, left = dense.after(self.twin, self.name), converted.after(self.block, self.name)
+        batches = self.calibration.batches
         masks = [token_mask(b, x, "decoder" in self.name) for b, x in zip(batches, wanted, strict=True)]
-        before = mean_error(converted.after(self.block, self.name), wanted, masks)
-        start = [(p, p.detach().clone()) for p in factors_of(self.block)]
-        refine_block(
-            self.block, converted.hidden, converted.calls[self.name], wanted, masks, settings.refine_epochs,
-            settings.refine_learning_rate, settings.seed,
-        )  # fmt: skip
-        left = converted.after(self.block, self.name)
-        after = mean_error(left, wanted, masks)
-        if after > before:  # nothing was left to gain, as at full rank
-            for parameter, value in start:
-                parameter.data.copy_(value)
-            left, after = converted.after(self.block, self.name), before
+        before = after = mean_error(left, wanted, masks)
+        if self.calibration.refine_epochs > 0:
+            left, after = self._refine(converted, wanted, masks, left, before)
         record.add_block(self.name, before, after)
         for name, module in self._dense(self.ranks).items():
             inputs = moments[name].inputs if name in moments else None
             record.add_linear(name, dense_weight(module), self.model.get_submodule(name), inputs)
         dense.hidden, converted.hidden = wanted, left
+
+    def _refine(
+        self, converted: _Stream, wanted: Activations, masks: Sequence[Tensor | None], left: Activations, error: float
+    ) -> tuple[Activations, float]:
+        """Refine the factors where that helps; what leaves the block then, and how far off it is."""
+        start = [(p, p.detach().clone()) for p in factors_of(self.block)]
+        settings = self.calibration
+        refine_block(
+            self.block, converted.hidden, converted.calls[self.name], wanted, masks, settings.refine_epochs,
+            settings.refine_learning_rate, settings.seed,
+        )  # fmt: skip
+        refined = converted.after(self.block, self.name)
+        if (refined_error := mean_error(refined, wanted, masks)) <= error:
+            return refined, refined_error
+        for parameter, value in start:  # nothing was left to gain, as at full rank
+            parameter.data.copy_(value)
+        return left, error
 
     def _dense(self, names: Iterable[str]) -> dict[str, nn.Module]:
         return {n: self.twin.get_submodule(n.removeprefix(f"{self.name}.")) for n in names}
@@ -157,7 +165,7 @@ class _Block:
         """Moments of the inputs of a linear that is still dense in the block under conversion."""
         twin, module = self._dense([name])[name], self.model.get_submodule(name)
         moments = Moments()
-        for i, batch in enumerate(self.calibration.block_batches):
+        for i, batch in enumerate(self.calibration.batches):
             x = here = input_of(twin, partial(dense.forward, self.twin, self.name, i))
             if self.method == "anchored":
                 here = input_of(module, partial(converted.forward, self.block, self.name, i))
@@ -190,7 +198,7 @@ def _convert_loose(
     model: nn.Module, ranks: Mapping[str, int], calibration: Calibration, method: str, record: ConversionRecord
 ) -> None:
     """Linears outside of any chain (a pooler, a block that runs several times): by the dense model's inputs."""
-    moments = dense_moments(model, list(ranks), calibration.block_batches) if ranks and method != "svd" else {}
+    moments = dense_moments(model, list(ranks), calibration.batches) if ranks and method != "svd" else {}
     for name, rank in ranks.items():
         weight, found = dense_weight(model.get_submodule(name)), moments.get(name)
         factorize_linear(model, name, rank, found, "activation", calibration.damping)

@@ -1,5 +1,6 @@
 """What a model is shown during its conversion, and how hard its factors are fitted to it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,6 @@ from pathlib import Path
 from lowrank_ft.calibration.activations import Activations
 from lowrank_ft.calibration.chains import Batch
 from lowrank_ft.errors import ConfigError, DataError
-
-BLOCKWISE_TOKENS = 65_536
-"""Tokens that block-by-block work sees at most: its hidden states are held, and a block learns little from more."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Calibration:
     batches: Sequence[Batch]
     source: str = "given batches"
     damping: float = 0.01
-    refine_epochs: int = 3
+    refine_epochs: int = 1
     distill_epochs: float = 1.0
     refine_learning_rate: float = 1e-3
     distill_learning_rate: float = 1e-3
@@ -42,18 +40,13 @@ class Calibration:
         if not self.batches:
             raise DataError("the calibration data hold no batch; give at least one")
         for name in ("damping", "refine_epochs", "distill_epochs", "refine_learning_rate", "distill_learning_rate"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
     @property
     def tokens(self) -> int:
-        """Positions of all batches, padding not counted."""
-        return sum(map(_size, self.batches))
-
-    @property
-    def block_batches(self) -> Sequence[Batch]:
-        """The first batches, up to ``BLOCKWISE_TOKENS`` tokens and at least one batch."""
-        return first_batches(self.batches, BLOCKWISE_TOKENS)
+        """Tokens of all batches, padding not counted; an image counts as its patches of 16 x 16 pixels."""
+        return sum(map(positions, self.batches))
 
     def store(self) -> Activations:
         """An empty place for hidden states."""
@@ -71,18 +64,15 @@ def first_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:
     return batches[:taken]
 
 
+def positions(batch: Batch) -> int:
+    """Tokens of a batch, padding not counted; an image counts as its patches of 16 x 16 pixels."""
+    mask = batch.get("attention_mask")
+    return int((mask != 0).sum()) if mask is not None else _positions(batch)
+
+
 def _positions(batch: Batch) -> int:
-    """How many hidden states a batch makes, roughly: an image is cut into patches of 16 x 16 pixels."""
+    """How many hidden states a batch makes, roughly where they are patches or frames."""
     first = next(iter(batch.values()))
     if first.dim() == 4:
         return max(len(first), first[:, 0].numel() // 256)
     return len(first) * max(first.shape[1:], default=1)
-
-
-def _size(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return int((mask != 0).sum())
-    first = next(iter(batch.values()))
-    # Pixels are no tokens: an image counts once.
-    return first.numel() if first.dim() == 2 else len(first)

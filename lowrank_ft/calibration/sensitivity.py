@@ -1,13 +1,14 @@
 """What a rank is worth in each linear: squared spectra, weighted by its inputs and by how much its outputs matter.
 
     energy    s_i^2 of  W A^1/2, over their sum                A = mean over tokens of x x^T
-    loss      s_i^2 of  G^1/2 W A^1/2                          G = diagonal of the mean over tokens of g g^T
+    loss      s_i^2 of  g W A^1/2                              g^2 = mean over tokens and outputs of a squared gradient
 
-``g`` is the gradient of the model's own loss at the linear's output. The tail of the second is the second-order
-estimate of what truncation adds to the loss: the Fisher information in its Kronecker-factored form (Martens and Grosse
-2015, arXiv 1503.05671), with the output side reduced to its diagonal. The loss is the negative log-likelihood of labels
-that the model draws itself, as the Fisher information wants it; a model without logits, or with one, takes a random
-projection of its output. The tail of the first is the share of a linear's output that is lost, all linears counting the same.
+The gradient is that of the model's own loss at the linear's output. The tail of the second is the second-order estimate
+of what truncation adds to the loss: the Fisher information in its Kronecker-factored form (Martens and Grosse 2015,
+arXiv 1503.05671), with the output side reduced to one number. The loss is the negative log-likelihood of labels that
+the model draws itself, as the Fisher information wants it; a model without logits, or with one, takes a random
+projection of its output. The tail of the first is the share of a linear's output that is lost, all linears counting the
+same.
 """
 
 from collections.abc import Iterator, Sequence

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lowrank_ft.calibration import Calibration
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion import convert
 from lowrank_ft.demo.reload import PROMPT
@@ -25,6 +26,7 @@ from lowrank_ft.evaluation import evaluate_blocks, to_blocks
 from lowrank_ft.hub.export import copy_companions, save_compact
 from lowrank_ft.hub.output import check_output_dir, whole_folder
 from lowrank_ft.plan import count_parameters
+from lowrank_ft.training.calibration import training_batches
 from lowrank_ft.training.config import TrainArguments
 from lowrank_ft.training.data import TokenizedData, pack, token_ids
 from lowrank_ft.training.trainer import Trainer
@@ -32,6 +34,7 @@ from lowrank_ft.training.trainer import Trainer
 MODEL = Path(__file__).parent / "model"
 BLOCK_SIZE = 256
 LORA_RANK = 16
+CALIBRATION_TOKENS = 32_768
 LEARNING_RATES = {"low-rank": 2e-3, "LoRA": 5e-3}
 
 
@@ -71,15 +74,16 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
 
     rows = [_row("dense, as it comes", _dense(), MODEL, held_out)]
 
-    _say(f"1. convert to param ratio {param_ratio}: lowrank-ft convert")
+    _say(f"1. convert to param ratio {param_ratio}, calibrated on the text to be learned: lowrank-ft convert")
+    calibration = calibration_of(train_data)
     model = _dense()
-    plan = convert(model, param_ratio=param_ratio, progress=True)
+    convert(model, param_ratio=param_ratio, calibration=calibration, progress=True)
     _save(model, output_dir / "converted")
     rows.append(_row("converted", model, output_dir / "converted", held_out))
 
     _say(f"2. fine-tune, {max_steps} steps, the dense weight phased out over the first quarter: lowrank-ft finetune")
     model = _dense()
-    convert(model, plan, guide="residual")
+    convert(model, param_ratio=param_ratio, calibration=calibration, guide="residual")
     run_dir = output_dir / "run"
     _train(model, train_data, eval_data, run_dir, max_steps, LEARNING_RATES["low-rank"])
     if (run_dir / "training.png").exists():
@@ -104,6 +108,11 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
     seconds = time.monotonic() - start
     _report(rows, output_dir, text, seconds)
     return rows
+
+
+def calibration_of(train_data: TokenizedData) -> Calibration:
+    """As ``lowrank-ft finetune`` does it: fit to the training text, and leave the training of factors to the run."""
+    return Calibration(training_batches(train_data, CALIBRATION_TOKENS), refine_epochs=0, distill_epochs=0)
 
 
 def _dense() -> Any:

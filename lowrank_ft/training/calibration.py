@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from lowrank_ft.calibration.chains import Batch
+from lowrank_ft.calibration.config import positions
 from lowrank_ft.calibration.sampling import sample_blocks
 from lowrank_ft.errors import ConfigError, DataError
 from lowrank_ft.training.data import Example, TokenizedData, collate, token_ids
@@ -61,7 +62,7 @@ def read_batches(
         rows: with a column of text, or of images for an image model.
         name: what error messages call the data.
         preprocessor: the checkpoint's tokenizer, or its image processor.
-        tokens: how many to take at most; an image counts as one.
+        tokens: how many to take at most; an image counts as its patches of 16 x 16 pixels.
 
     Raises:
         DataError: the column is missing, the data are too short, or the tokenizer is not the model's.
@@ -76,7 +77,7 @@ def read_batches(
         raise DataError(f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}")
     generator = torch.Generator().manual_seed(seed)
     if column == "image":
-        return _images(rows, preprocessor, min(tokens, len(rows)), generator)
+        return _images(rows, preprocessor, tokens, name, generator)
     length = calibration_length(model, block_size)
     least = max(LEAST_TOKENS, length)
     if tokens < least:
@@ -168,6 +169,9 @@ def _rows_of_text(
     texts: Sequence[str], tokenizer: Any, tokens: int, length: int, name: str, generator: torch.Generator
 ) -> list[Batch]:
     """Long texts are cut at paragraphs, then every ``length`` tokens; each batch is padded to its longest row."""
+    if tokenizer.pad_token_id is None:
+        raise DataError("the checkpoint's tokenizer has no padding token, which batches of texts need; set pad_token in "
+                        "its tokenizer_config.json")  # fmt: skip
     paragraphs = [p.strip() for t in texts for p in t.split("\n\n") if p.strip()]
     rows, found = [], 0
     for i in torch.randperm(len(paragraphs), generator=generator).tolist():
@@ -197,13 +201,23 @@ def _rows_of_text(
     return [batches[i] for i in order]
 
 
-def _images(rows: Dataset, processor: Any, count: int, generator: torch.Generator) -> list[Batch]:
-    chosen = torch.randperm(len(rows), generator=generator)[:count].tolist()
-    return [
-        {
-            "pixel_values": processor(images=[i.convert("RGB") for i in rows[part]["image"]], return_tensors="pt")[
-                "pixel_values"
-            ]
-        }
-        for part in (chosen[k : k + _BATCH_IMAGES] for k in range(0, count, _BATCH_IMAGES))
-    ]
+def _images(rows: Dataset, processor: Any, tokens: int, name: str, generator: torch.Generator) -> list[Batch]:
+    if len(rows) == 0:
+        raise DataError(f"{name} holds no image; calibration needs at least one, and some hundreds do well")
+    if not hasattr(rows[0]["image"], "convert"):
+        raise DataError(
+            f"the column 'image' of {name} holds {type(rows[0]['image']).__name__} and not images; "
+            "cast it to the Image feature of datasets"
+        )
+    chosen = torch.randperm(len(rows), generator=generator).tolist()
+    batches: list[Batch] = []
+    found = 0
+    for start in range(0, len(chosen), _BATCH_IMAGES):
+        images = [i.convert("RGB") for i in rows[chosen[start : start + _BATCH_IMAGES]]["image"]]
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        each = positions({"pixel_values": pixels[:1]})
+        batches.append({"pixel_values": pixels[: max(1, (tokens - found) // each)]})
+        found += positions(batches[-1])
+        if found + each > tokens:
+            break
+    return batches

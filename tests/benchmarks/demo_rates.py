@@ -17,22 +17,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_ft.console import print_table
 from lowrank_ft.conversion import convert
-from lowrank_ft.demo.demo import BLOCK_SIZE, LORA_RANK, MODEL
+from lowrank_ft.demo.demo import BLOCK_SIZE, LORA_RANK, MODEL, calibration_of
 from lowrank_ft.demo.text import prose
 from lowrank_ft.evaluation import evaluate_blocks, to_blocks
 from lowrank_ft.training import TrainArguments, Trainer
-from lowrank_ft.training.data import pack, token_ids
+from lowrank_ft.training.data import TokenizedData, pack, token_ids
 
 RATES = [5e-4, 1e-3, 2e-3, 3e-3, 5e-3]
 
 
-def build(method: str, param_ratio: float) -> torch.nn.Module:
+def build(method: str, param_ratio: float, train: TokenizedData) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(str(MODEL), dtype=torch.float32)
     if method == "full":
         return model
     if method == "LoRA":
         return get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"))
-    convert(model, param_ratio=param_ratio, guide=None if method == "none" else method)
+    calibration = calibration_of(train)
+    convert(model, param_ratio=param_ratio, calibration=calibration, guide=None if method == "none" else method)
     return model
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     for method in options.methods:
         results[method] = {}
         for rate in RATES:
-            model = build(method, options.param_ratio)
+            model = build(method, options.param_ratio, train)
             with tempfile.TemporaryDirectory() as folder:
                 args = TrainArguments(
                     output_dir=folder, max_steps=options.max_steps, learning_rate=rate, weight_decay=0.0,

@@ -112,7 +112,7 @@ def assert_one_line_error(done, message, code=1):
 @pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[m[:30] for _, m in DAMAGE])
 def test_damaged_checkpoints(dense, tmp_path, command, damage, message):
     damage(dense)
-    done = command("convert", dense, "--rank", "16", "--output-dir", tmp_path / "out")
+    done = command("convert", dense, "--rank", "16", "--method", "svd", "--output-dir", tmp_path / "out")
     assert_one_line_error(done, message)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
 
@@ -139,7 +139,8 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("flags", "message"), ARGUMENTS, ids=[" ".join(a) or "none" for a, _ in ARGUMENTS])
 def test_wrong_arguments(tmp_path, flags, message, command):
-    done = command("convert", DEMO_MODEL, *flags, "--output-dir", tmp_path / "out")
+    method = [] if "--method" in flags else ["--method", "svd"]
+    done = command("convert", DEMO_MODEL, *flags, *method, "--output-dir", tmp_path / "out")
     assert_one_line_error(done, message)
     assert list(tmp_path.iterdir()) == []
 
@@ -186,7 +187,7 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000));"
         "from lowrank_ft_cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["convert", str(dense), "--rank", "16", "--output-dir", str(tmp_path / "out")]
+    arguments = ["convert", str(dense), "--rank", "16", "--method", "svd", "--output-dir", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert_one_line_error(done, "GiB are free there. Nothing was left behind")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
@@ -204,7 +205,7 @@ def test_an_interrupt_leaves_nothing(dense, tmp_path, number):
         "lambda self, folder, **k: (save(self, folder, **k), print('halfway', flush=True), time.sleep(60));"
         "sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["convert", str(dense), "--rank", "16", "--output-dir", str(tmp_path / "out")]
+    arguments = ["convert", str(dense), "--rank", "16", "--method", "svd", "--output-dir", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -222,7 +223,8 @@ def test_the_whole_way(dense, tmp_path, command):
     plan = json.loads(command("plan", dense, "--param-ratio", "0.6", "--json").stdout)
     assert plan["totals"]["param_ratio"] <= 0.6
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    done = command("convert", dense, "--plan", tmp_path / "plan.json", "--output-dir", compact)
+    flags = ["--plan", tmp_path / "plan.json", "--method", "svd"]
+    done = command("convert", dense, *flags, "--output-dir", compact)
     assert done.stdout == f"{compact}\n"
     assert "param ratio 0.599" in done.stderr or "param ratio 0.600" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(compact)
@@ -269,10 +271,11 @@ def test_a_model_that_reads_a_weight_as_a_matrix(command, tmp_path):
 
     config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=20)
     MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
-    done = command("convert", tmp_path / "mamba", "--rank", "6", "--output-dir", tmp_path / "out")
+    svd = ["--rank", "6", "--method", "svd"]
+    done = command("convert", tmp_path / "mamba", *svd, "--output-dir", tmp_path / "out")
     assert_one_line_error(done, "ran before the conversion and fails after it")
     assert not (tmp_path / "out").exists()
-    flags = ["--rank", "6", "--exclude-modules", "dt_proj", "--output-dir", tmp_path / "out"]
+    flags = [*svd, "--exclude-modules", "dt_proj", "--output-dir", tmp_path / "out"]
     assert command("convert", tmp_path / "mamba", *flags).returncode == 0
 
 

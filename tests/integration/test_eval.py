@@ -38,7 +38,9 @@ def command(capsys):
 @pytest.fixture(scope="module")
 def compact(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "compact"
-    assert main(["convert", str(DEMO_MODEL), "--param-ratio", "0.6", "--output-dir", str(folder)]) == 0
+    assert (
+        main(["convert", str(DEMO_MODEL), "--param-ratio", "0.6", "--method", "svd", "--output-dir", str(folder)]) == 0
+    )
     return folder
 
 

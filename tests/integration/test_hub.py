@@ -86,8 +86,8 @@ def test_plan_and_convert_a_model_on_the_hub(hub, command, tmp_path):
     assert sum(r.body_bytes for r in served) < size / 10  # headers only
 
     command(
-        "convert", "me/dense", "--param-ratio", "0.6", "--output-dir", "compact", "--push-to-hub", "--hub-model-id",
-        "me/compact",
+        "convert", "me/dense", "--param-ratio", "0.6", "--method", "svd", "--output-dir", "compact", "--push-to-hub",
+        "--hub-model-id", "me/compact",
     )  # fmt: skip
     entry = json.loads(hub.files("me/compact")["config.json"])["quantization_config"]
     assert entry["base_model"] == "me/dense"

@@ -42,7 +42,7 @@ def write_config(tmp_path, **options):
 
 def test_convert_finetune_export_in_three_commands(cli, text, tmp_path):
     compact, tuned = tmp_path / "compact", tmp_path / "tuned"
-    cli("convert", DEMO_MODEL, "--param-ratio", "0.5", "--output-dir", compact)
+    cli("convert", DEMO_MODEL, "--param-ratio", "0.5", "--method", "svd", "--output-dir", compact)
     config = write_config(tmp_path, model=str(compact), dataset=str(text), output_dir=str(tuned))
     done = cli("finetune", "--config", config, "--seed", "3", "--", "--num_processes", "1", ACCELERATE_USE_CPU="true")
     assert done.stdout.splitlines()[-1] == str(tuned)

@@ -35,7 +35,7 @@ def command(capsys):
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "compact"
-    arguments = ["convert", str(DEMO_MODEL), "--param-ratio", "0.6", "--output-dir", str(folder)]
+    arguments = ["convert", str(DEMO_MODEL), "--param-ratio", "0.6", "--method", "svd", "--output-dir", str(folder)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lowrank-ft", *arguments])  # the card shows the command
         assert main(arguments) == 0
@@ -79,7 +79,7 @@ def test_size_and_cost_are_those_of_the_models(command, compact):
     assert page.row("multiply-adds per token, factored linears")[:2] == [f"{n:,}" for n in factored]
     # The origin is a folder here, so the spectra come from its weights.
     assert len(page.all("img")) == 3
-    assert "lowrank-ft convert model --param-ratio 0.6 --output-dir compact" in page.words
+    assert "lowrank-ft convert model --param-ratio 0.6 --method svd --output-dir compact" in page.words
     assert str(DEMO_MODEL) not in page.words
     assert command("report", compact).returncode == 0  # its own report is replaced unasked
 
@@ -136,7 +136,7 @@ def test_what_describes_a_checkpoint_is_pushed_and_not_copied_to_others(compact,
 
 def test_a_folder_with_a_report_can_be_overwritten(command, compact):
     (compact / "report.html").write_text("page")
-    done = command("convert", DEMO_MODEL, "--rank", "16", "--output-dir", compact, "--overwrite")
+    done = command("convert", DEMO_MODEL, "--rank", "16", "--method", "svd", "--output-dir", compact, "--overwrite")
     assert done.returncode == 0, done.stderr
     assert not (compact / "report.html").exists()
 

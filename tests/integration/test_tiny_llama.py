@@ -19,7 +19,7 @@ print(json.dumps({{"text": text, "parameters": model.num_parameters()}}))
 
 def test_the_main_job(shared, cli, python, tmp_path):
     model, plays = shared / "models" / "tiny-llama", shared / "data" / "shakespeare.txt"
-    cli("convert", model, "--param-ratio", "0.6", "--output-dir", tmp_path / "compact")
+    cli("convert", model, "--param-ratio", "0.6", "--method", "svd", "--output-dir", tmp_path / "compact")
     cli(
         "finetune", "--config", ROOT / "recipes/configs/tiny-llama-shakespeare.yaml", "--model", tmp_path / "compact",
         "--dataset", plays, "--output_dir", tmp_path / "tuned", "--max_steps", "60", "--eval_steps", "30",
