@@ -54,6 +54,9 @@ def read_calibration(options: argparse.Namespace, source: Source, model: Any) ->
     length, seed = options.calibration_block_size, options.seed
     if name == SELF:
         tokens = OWN_TOKENS if options.calibration_tokens is None else options.calibration_tokens
+        if options.calibration_data is None:
+            print(f"calibration: the model writes {tokens:,} tokens of text itself; --calibration-data FILE is faster "
+                  "and better, --method svd does without", file=sys.stderr)  # fmt: skip
         batches = own_batches(model, tokens, length, seed, progress=True)
     else:
         tokens = CALIBRATION_TOKENS if options.calibration_tokens is None else options.calibration_tokens

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from lowrank_ft import checkpoint_format
 from lowrank_ft.allocation import ALLOCATIONS
 from lowrank_ft.calibration import METHODS, Calibration, ConversionRecord, convert_blocks, distill, squared_spectra
+from lowrank_ft.calibration.refine import factors_of
 from lowrank_ft.errors import ConfigError, PlanError
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers
 from lowrank_ft.nn.modes import evaluating
@@ -28,6 +29,11 @@ from lowrank_ft.plan import Plan, make_plan, reallocate
 from lowrank_ft.schedule import require_choice
 from lowrank_ft.solvers import singular_values, truncated_svd
 from lowrank_ft.targets import LinearSpec, Patterns, is_linear, refuse_tied
+
+_NO_MEMORY = (
+    "end-to-end distillation does not fit into the device's memory; the factors are what block refinement makes them "
+    "(try fewer tokens per text, another device, or --distill-epochs 0)"
+)
 
 
 def convert(
@@ -149,19 +155,26 @@ def _fit(
     progress: bool,
 ) -> None:
     with evaluating(model):  # dropout would be noise in what the factors are fitted to
-        dense = copy.deepcopy(model) if calibration.distill_epochs > 0 else None
+        dense = _copy_for_distillation(model) if calibration.distill_epochs > 0 else None
         convert_blocks(model, plan.ranks, calibration, method, record or ConversionRecord(), progress)
         if dense is None:
             return
+        fitted = [(p, p.detach().to("cpu", copy=True)) for p in factors_of(model)]
         try:
             epochs, rate, seed = calibration.distill_epochs, calibration.distill_learning_rate, calibration.seed
             distill(model, dense, calibration.batches, epochs, rate, seed, progress)
         except torch.OutOfMemoryError:
-            warnings.warn(
-                "end-to-end distillation does not fit into the device's memory; the factors stay as block refinement "
-                "left them (a smaller batch, another device, or --distill-epochs 0)",
-                stacklevel=3,
-            )
+            warnings.warn(_NO_MEMORY, stacklevel=3)
+            for parameter, value in fitted:
+                parameter.data.copy_(value)
+
+
+def _copy_for_distillation(model: nn.Module) -> nn.Module | None:
+    try:
+        return copy.deepcopy(model)
+    except torch.OutOfMemoryError:
+        warnings.warn(_NO_MEMORY, stacklevel=4)
+        return None
 
 
 def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str) -> None:

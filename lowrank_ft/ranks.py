@@ -68,11 +68,19 @@ def ranks_for_param_ratio(shapes: Sequence[Shape], param_ratio: float, multiple:
     over is then spent one multiple at a time, on the linears that lost the largest share of their rank first.
 
     Returns:
-        One rank per shape, each at least 1; their total is at most ``param_ratio`` of the dense parameters wherever
-        rank 1 everywhere fits.
+        One rank per shape, each at least 1; their total is at most ``param_ratio`` of the dense parameters.
+
+    Raises:
+        RankError: ``param_ratio`` is not in (0, 1], or below what rank 1 everywhere needs.
     """
     check_fraction("param ratio", param_ratio)
-    budget = math.floor(param_ratio * sum(dense_parameters(s) for s in shapes) + 1e-9)
+    total, least = sum(map(dense_parameters, shapes)), sum(factored_parameters(s, 1) for s in shapes)
+    budget = math.floor(param_ratio * total + 1e-9)
+    if least > budget:
+        raise RankError(
+            f"param ratio {param_ratio} keeps {budget:,} of {total:,} parameters, and rank 1 in all {len(shapes)} linears "
+            f"needs {least:,}; the smallest feasible ratio is {math.ceil(least / total * 1e4) / 1e4:g}"
+        )
     ideal = [param_ratio * break_even_rank(s) for s in shapes]
     steps = [rank_step(s, param_ratio, multiple) for s in shapes]
     ranks = [max(1, int(i / s + 1e-9) * s) for i, s in zip(ideal, steps, strict=True)]

@@ -4,10 +4,12 @@
 
 The yardstick is whitened SVD at uniform ranks (SVD-LLM's formula, in ``common.py``) on the same calibration text. The
 last rungs are what ``lowrank-ft convert --calibration-data FILE`` and ``lowrank-ft convert`` (on text that the model
-writes) do with no other flag, run as commands. Excess is ``ln(ppl) - ln(ppl of the dense model)``.
+writes) do with no other flag, run as commands. Excess is ``ln(ppl) - ln(ppl of the dense model)``. A run that is broken
+off goes on where it was: rows that the output file holds are not measured again.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -74,7 +76,7 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", default=[str(data / "heldout.txt"), str(data / "wikitext2-test.txt")])
     parser.add_argument("--eval-blocks", type=int, default=400, help="evenly spaced blocks of each text; 0: all")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(TARGETS))
-    parser.add_argument("--only", nargs="+", help="rungs to run, by their beginnings")
+    parser.add_argument("--only", nargs="+", metavar="RUNG", help="rungs to run, by their names (default: all)")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "quality.json")
     options = parser.parse_args()
 
@@ -94,9 +96,15 @@ def main() -> None:
         "dense": {"parameters": count_parameters(dense), "perplexity": base},
         "rows": [],
     }  # fmt: skip
+    if options.output.is_file():  # go on where an earlier run stopped
+        earlier = json.loads(options.output.read_text(encoding="utf-8"))
+        same = ("model", "calibration", "block_size", "eval_tokens", "dense")
+        if all(earlier.get(k) == report[k] for k in same):
+            report["rows"] = earlier["rows"]
+    have = {(r["param_ratio"], r["rung"]) for r in report["rows"]}
     for ratio in options.ratios:
         for name, build in rungs(options, ratio, batches).items():
-            if options.only and not any(name.startswith(o) for o in options.only):
+            if (options.only and name not in options.only) or (ratio, name) in have:
                 continue
             start = time.monotonic()
             if name.startswith(DEFAULT):
@@ -114,6 +122,9 @@ def main() -> None:
             compare(report)
             common.write_json(options.output, report)
             print(ratio, name, f"{seconds:.0f} s", {n: round(p, 2) for n, p in found.items()}, file=sys.stderr)
+    order = list(rungs(options, 1.0, batches))
+    report["rows"].sort(key=lambda r: (-r["param_ratio"], order.index(r["rung"])))
+    common.write_json(options.output, report)
     show(report)
     draw(report, options.output.with_suffix(".png"))
 

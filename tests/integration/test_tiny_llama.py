@@ -19,7 +19,8 @@ print(json.dumps({{"text": text, "parameters": model.num_parameters()}}))
 
 def test_the_main_job(shared, cli, python, tmp_path):
     model, plays = shared / "models" / "tiny-llama", shared / "data" / "shakespeare.txt"
-    cli("convert", model, "--param-ratio", "0.6", "--method", "svd", "--output-dir", tmp_path / "compact")
+    calibration = ["--calibration-data", shared / "data" / "calibration.txt", "--calibration-tokens", "16384"]
+    cli("convert", model, "--param-ratio", "0.6", *calibration, "--output-dir", tmp_path / "compact")
     cli(
         "finetune", "--config", ROOT / "recipes/configs/tiny-llama-shakespeare.yaml", "--model", tmp_path / "compact",
         "--dataset", plays, "--output_dir", tmp_path / "tuned", "--max_steps", "60", "--eval_steps", "30",
@@ -35,7 +36,11 @@ def test_the_main_job(shared, cli, python, tmp_path):
     assert answer["text"].startswith("KING:")
     assert len(answer["text"]) > 20
     assert answer["parameters"] < 0.66 * 2_828_736
-    flags = ["--data", plays, "--block-size", "256", "--baseline", model, "--json"]
+    # The run held the last tenth out, by tokens; the last fifteenth of the characters lies within it.
+    text = plays.read_text(encoding="utf-8")
+    (tmp_path / "end.txt").write_text(text[-len(text) // 15 :], encoding="utf-8")
+    flags = ["--data", tmp_path / "end.txt", "--block-size", "256", "--baseline", model, "--json"]
     results = json.loads(cli("eval", tmp_path / "tuned", *flags, OMP_NUM_THREADS="2").stdout)
     assert results["model"]["perplexity"] < results["baseline"]["perplexity"]
+    assert results["agreement"]["tokens"] == results["model"]["tokens"]
     assert results["model"]["bytes"] < 0.7 * results["baseline"]["bytes"]

@@ -347,6 +347,9 @@ def test_moments_are_the_naive_sums():
     moments.add(torch.empty(0, 6), torch.empty(0, 6))
     moments.add(a, b, torch.zeros_like(mask))
     assert moments.tokens == count
+    nothing = Moments()
+    nothing.add(torch.empty(0, 6), torch.empty(0, 6))
+    assert nothing.inputs is None
 
 
 def test_moments_of_other_tokens_are_not_crossed():
@@ -416,6 +419,26 @@ def test_padding_does_not_matter(case):
     convert(other, plan, calibration=bare(wider, damping=0.1))
     for name, layer in lowrank_layers(model):
         torch.testing.assert_close(product(layer), product(other.get_submodule(name)), atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_the_error_of_a_decoder_block_counts_the_tokens_of_the_decoder():
+    model, batches = build("t5")
+    targets = padded(seed=7)
+    for batch, target in zip(batches, targets, strict=True):  # as long as the encoder's, and padded in other rows
+        batch |= {f"decoder_{k}": v.flip(0) for k, v in target.items()}
+    dense, record = copy.deepcopy(model), ConversionRecord()
+    convert(model, rank=4, target_modules=r"decoder\.block\.0\..*", calibration=bare(batches), record=record)
+    errors = []
+    for batch in batches:
+        left = []
+        for m in (model, dense):
+            handle = m.decoder.block[0].register_forward_hook(lambda _, a, out, left=left: left.append(out[0]))
+            answer(m, batch)
+            handle.remove()
+        a, b = (x[batch["decoder_attention_mask"].bool()] for x in left)
+        errors.append(((a - b).norm() / b.norm()).item())
+    assert [b["name"] for b in record.blocks] == ["decoder.block.0"]
+    assert record.blocks[0]["error_before"] == pytest.approx(sum(errors) / 3, rel=1e-4)
 
 
 # --- the methods
