@@ -6,12 +6,17 @@ Every method takes its learning rate from the same grid by a pilot of a quarter 
 training text that is not trained on; a grid whose best is at its end grows by a factor of two. Then each runs in full
 and is measured on the held-out end of the text, and on general text for what it forgot. A run that is broken off goes
 on where it was: measurements that the output file holds are not repeated.
+
+"Ours" is what a user does: ``lowrank-ft convert MODEL --param-ratio R --calibration-data TEXT`` once, on general text,
+then fine-tuning of the result. "Ours, fitted to the training text" is ``finetune`` from the dense model instead.
 """
 
 import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 
 from lowrank_ft.calibration import Calibration
 from lowrank_ft.console import print_table
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion import attach_guides, convert
 from lowrank_ft.plan import count_parameters
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.calibration import training_batches
@@ -54,6 +59,9 @@ def methods() -> dict[str, dict[str, Any]]:
         for guide in GUIDES:
             table[f"ours {ratio}, guide {guide}"] = {"kind": "ours", "ratio": ratio, "guide": guide,
                                                      "rate_of": f"ours {ratio}, guide none"}  # fmt: skip
+        table[f"ours {ratio}, fitted to the training text"] = {
+            "kind": "direct", "ratio": ratio, "guide": "none", "rate_of": f"ours {ratio}, guide none",
+        }  # fmt: skip
     for weight in (0.5, 0.8):
         table[f"ours 0.6, distilled on general text {weight}"] = {
             "kind": "ours", "ratio": 0.6, "guide": "none", "distill": weight, "rate_of": "ours 0.6, guide none",
@@ -89,10 +97,15 @@ class Bench:
         model = self.dense()
         if method["kind"] == "full":
             return model.train()
+        guide = None if method.get("guide") in (None, "none") else method["guide"]
         if method["kind"] == "ours":
+            converted = common.load(str(conversion_folder(self.options, method["ratio"])), self.options.device)
+            if guide is not None:
+                attach_guides(converted, model, guide)
+            return converted
+        if method["kind"] == "direct":
             batches = training_batches(self.train, CALIBRATION_TOKENS, self.options.seed)
             data = Calibration(batches, refine_epochs=0, distill_epochs=0)
-            guide = None if method["guide"] == "none" else method["guide"]
             convert(model, param_ratio=method["ratio"], calibration=data, guide=guide)
             return model
         if method["kind"] == "svd-lora":
@@ -135,6 +148,20 @@ class Bench:
             "test_perplexity": common.perplexity(model, self.test),
             "general_perplexity": common.perplexity(model, self.general),
         }
+
+
+def conversion_folder(options: argparse.Namespace, ratio: float) -> Path:
+    return options.work / f"{Path(options.model).name}-{ratio}"
+
+
+def convert_all(options: argparse.Namespace, ratios: list[float]) -> None:
+    """The conversions that fine-tuning starts from, by the command; kept in ``--work`` for the next time."""
+    for ratio in ratios:
+        folder = conversion_folder(options, ratio)
+        if not folder.is_dir():
+            command = ["convert", options.model, "--param-ratio", str(ratio), "--calibration-data", options.other]
+            command += ["--output-dir", str(folder), "--device", options.device]
+            subprocess.run([sys.executable, "-m", "lowrank_ft_cli.main", *command], check=True)
 
 
 _bench: Bench | None = None
@@ -200,7 +227,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = common.SHARED / "data"
     parser.add_argument("--data", default=str(data / "shakespeare.txt"), help="first 90 %% trains, last 10 %% tests")
     parser.add_argument("--general", default=str(data / "heldout.txt"), help="text to measure forgetting on")
-    parser.add_argument("--other", default=str(data / "calibration.txt"), help="text to distil on")
+    parser.add_argument("--other", default=str(data / "calibration.txt"), help="general text to convert and distil on")
+    parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="conversions are kept there")
     parser.add_argument("--max-steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--weight-decay", type=float, default=0.0)
@@ -229,6 +257,7 @@ def main() -> None:
     def save() -> None:
         common.write_json(options.output, report)
 
+    convert_all(options, sorted({table[n]["ratio"] for n in chosen if table[n]["kind"] == "ours"}))
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // options.workers)
     with concurrent.futures.ProcessPoolExecutor(options.workers, context, start_worker, (options, threads)) as pool:
@@ -300,7 +329,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
         name = row["method"]
-        if name.startswith("ours") and "guide" in name:
+        if name.startswith("ours"):
             key = "ours, " + name.split(", ")[1]
         else:
             key = name.rpartition(", ")[0] if name.rpartition(", ")[2].startswith("0.") else name

@@ -51,7 +51,7 @@ def start_worker(options: argparse.Namespace, threads: int) -> None:
 def measure(setting: dict[str, Any], seed: int) -> dict[str, Any]:
     assert _bench is not None
     _bench.options.seed = seed
-    method = {"kind": "ours", **setting}
+    method = {"kind": "direct", **setting}
     model = _bench.train_one(method, RATE, setting["steps"])
     return {**setting, "seed": seed, "test_perplexity": common.perplexity(model, _bench.test)}
 

@@ -72,8 +72,12 @@ def test_it_loads_as_it_was_in_memory(case, tmp_path):
     loaded, info = cls.from_pretrained(tmp_path / "compact", output_loading_info=True)
     assert not any(info.values()), info
     assert {n: layer.rank for n, layer in lowrank_layers(loaded)} == plan.ranks
+    written, read = model.state_dict(), loaded.state_dict()
+    assert written.keys() == read.keys()
+    assert all(torch.equal(read[k], v) for k, v in written.items())
     with torch.no_grad():
-        assert torch.equal(loaded(**inputs)[0], expected)
+        # Not to the bit: kernels may round differently where a file's mapping aligns a weight differently.
+        torch.testing.assert_close(loaded(**inputs)[0], expected, atol=1e-6, rtol=1e-5)
         lowrank_ft.merge(loaded)
         torch.testing.assert_close(loaded(**inputs)[0], expected, atol=2e-4, rtol=1e-3)
     loaded.save_pretrained(tmp_path / "dense")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from lowrank_ft.hub.source import Source, load_model
 from lowrank_ft.nn import lowrank_layers
 from lowrank_ft.training import ModelArguments
 from lowrank_ft.training.arguments import as_rank, parse_args
+from lowrank_ft.training.data import pack
 from lowrank_ft.training.records import read_metrics
 from tests.conftest import DEMO_MODEL, ROOT
 
@@ -188,6 +190,7 @@ def test_the_teacher_is_the_dense_model_and_a_copy(tmp_path):
     """From a dense model, from a compact checkpoint with and without a guide, and not at all."""
     from recipes.finetune import prepare_model
 
+    train_data = pack(np.arange(2048, dtype=np.int32) % 500, 64)
     dense = load_model(Source(str(DEMO_MODEL)), torch.float32)
     lowrank_ft.save_compact(converted(dense), tmp_path / "compact", base_model=str(DEMO_MODEL))
     for name, options in (
@@ -197,7 +200,7 @@ def test_the_teacher_is_the_dense_model_and_a_copy(tmp_path):
         (str(tmp_path / "compact"), {"guide": "none"}),
     ):
         args = ModelArguments(model=name, **options)
-        model, base_model, teacher = prepare_model(args, Source(name), distill=True)
+        model, base_model, teacher = prepare_model(args, Source(name), train_data, distill=True)
         assert base_model == str(DEMO_MODEL)
         assert any(lowrank_layers(model))
         expected = load_model(Source(str(DEMO_MODEL)), torch.float32).state_dict()
@@ -205,17 +208,17 @@ def test_the_teacher_is_the_dense_model_and_a_copy(tmp_path):
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[k], v) for k, v in found.items())
         assert {p.data_ptr() for p in model.parameters()}.isdisjoint(p.data_ptr() for p in teacher.parameters())
-        assert prepare_model(args, Source(name))[2] is None
+        assert prepare_model(args, Source(name), train_data)[2] is None
 
     dense.save_pretrained(tmp_path / "other")
     options = {"model": str(tmp_path / "compact"), "guide": "none", "guide_model": str(tmp_path / "other")}
-    _, base_model, teacher = prepare_model(ModelArguments(**options), Source(options["model"]), distill=True)
+    _, base_model, teacher = prepare_model(ModelArguments(**options), Source(options["model"]), train_data, distill=True)
     assert (base_model, teacher.config._name_or_path) == (str(DEMO_MODEL), options["guide_model"])
 
     lowrank_ft.save_compact(converted(dense), tmp_path / "orphan", base_model="")
     args = ModelArguments(model=str(tmp_path / "orphan"), guide="none")
     with pytest.raises(ConfigError, match=r"does not say which dense model .* --guide none --distill_weight 0"):
-        prepare_model(args, Source(args.model), distill=True)
+        prepare_model(args, Source(args.model), train_data, distill=True)
 
 
 def converted(dense):
