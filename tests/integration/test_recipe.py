@@ -212,7 +212,9 @@ def test_the_teacher_is_the_dense_model_and_a_copy(tmp_path):
 
     dense.save_pretrained(tmp_path / "other")
     options = {"model": str(tmp_path / "compact"), "guide": "none", "guide_model": str(tmp_path / "other")}
-    _, base_model, teacher = prepare_model(ModelArguments(**options), Source(options["model"]), train_data, distill=True)
+    _, base_model, teacher = prepare_model(
+        ModelArguments(**options), Source(options["model"]), train_data, distill=True
+    )
     assert (base_model, teacher.config._name_or_path) == (str(DEMO_MODEL), options["guide_model"])
 
     lowrank_ft.save_compact(converted(dense), tmp_path / "orphan", base_model="")

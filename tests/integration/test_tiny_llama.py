@@ -23,7 +23,7 @@ def test_the_main_job(shared, cli, python, tmp_path):
     cli("convert", model, "--param-ratio", "0.6", *calibration, "--output-dir", tmp_path / "compact")
     cli(
         "finetune", "--config", ROOT / "recipes/configs/tiny-llama-shakespeare.yaml", "--model", tmp_path / "compact",
-        "--dataset", plays, "--output_dir", tmp_path / "tuned", "--max_steps", "60", "--eval_steps", "30",
+        "--dataset", plays, "--output_dir", tmp_path / "tuned", "--max_steps", "60", "--eval_steps", "30", "--eval_ratio", "0.03",
         "--", "--cpu", OMP_NUM_THREADS="2",
     )  # fmt: skip
     evals = [e["eval_loss"] for e in read_metrics(tmp_path / "tuned" / "metrics.jsonl") if "eval_loss" in e]
@@ -36,9 +36,9 @@ def test_the_main_job(shared, cli, python, tmp_path):
     assert answer["text"].startswith("KING:")
     assert len(answer["text"]) > 20
     assert answer["parameters"] < 0.66 * 2_828_736
-    # The run held the last tenth out, by tokens; the last fifteenth of the characters lies within it.
+    # The run held the last 3 % out, by tokens; the last fortieth of the characters lies within it.
     text = plays.read_text(encoding="utf-8")
-    (tmp_path / "end.txt").write_text(text[-len(text) // 15 :], encoding="utf-8")
+    (tmp_path / "end.txt").write_text(text[-len(text) // 40 :], encoding="utf-8")
     flags = ["--data", tmp_path / "end.txt", "--block-size", "256", "--baseline", model, "--json"]
     results = json.loads(cli("eval", tmp_path / "tuned", *flags, OMP_NUM_THREADS="2").stdout)
     assert results["model"]["perplexity"] < results["baseline"]["perplexity"]
