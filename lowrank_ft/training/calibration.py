@@ -29,6 +29,7 @@ OWN_TOKENS = 65_536
 BLOCK_SIZE = 512
 LEAST_TOKENS = 1_024
 _BATCH_TOKENS = 2_048
+_CHARACTERS_PER_TOKEN = 10  # more than tokenizers of any language reach on the average
 _BATCH_IMAGES = 8
 
 
@@ -82,7 +83,7 @@ def read_batches(
     least = max(LEAST_TOKENS, length)
     if tokens < least:
         raise DataError(f"{tokens} calibration tokens are too few; the least is {least}")
-    texts = [t for t in rows[column] if t]
+    texts = _some_texts(rows, column, tokens, generator)
     if getattr(model, "can_generate", lambda: False)():
         blocks = _blocks(token_ids(texts, preprocessor), tokens, length, name, generator)
         check_vocabulary(model, blocks, name)
@@ -91,6 +92,19 @@ def read_batches(
     for batch in batches:
         check_vocabulary(model, batch["input_ids"], name)
     return batches
+
+
+def _some_texts(rows: Dataset, column: str, tokens: int, generator: torch.Generator) -> list[str]:
+    """Rows drawn at random, enough for ``tokens``: of a large dataset only a small part is read and tokenized."""
+    texts: dict[int, str] = {}
+    characters = 0
+    for i in torch.randperm(len(rows), generator=generator).tolist():
+        if text := rows[i][column]:
+            texts[i] = text
+            characters += len(text)
+        if characters > _CHARACTERS_PER_TOKEN * tokens:
+            break
+    return [texts[i] for i in sorted(texts)]
 
 
 def training_batches(data: TokenizedData, tokens: int, seed: int = 0) -> list[Batch]:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from lowrank_ft.errors import ConfigError, DataError
 from lowrank_ft.training.calibration import calibration_length, own_batches, read_batches
 from lowrank_ft.training.data import token_ids
-from tests.conftest import tiny_gpt2, tiny_llama
+from tests.conftest import DEMO_MODEL, tiny_gpt2, tiny_llama
 from tests.unit.test_calibration import SIZES, SMALL, T5, WHISPER
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -219,3 +219,25 @@ def test_a_tokenizer_that_cannot_pad(tokenizer):
 def test_speech_is_not_read_from_text(tokenizer):
     with pytest.raises(DataError, match="a WhisperForConditionalGeneration reads input_features, and calibration data"):
         read_batches(tf.WhisperForConditionalGeneration(WHISPER), data(words(4000)), "d", tokenizer)
+
+
+def test_of_a_large_dataset_a_part_is_read():
+    class Counted:
+        column_names = ("text",)
+
+        def __init__(self):
+            self.read = set()
+
+        def __len__(self):
+            return 100_000
+
+        def __getitem__(self, index):
+            self.read.add(index)
+            return {"text": f"{index} " + "To be, or not to be, that is the question. " * 20}
+
+    rows, model = Counted(), tiny_llama(max_position_embeddings=64, vocab_size=2048)
+    tokenizer = tf.AutoTokenizer.from_pretrained(str(DEMO_MODEL))
+    batches = read_batches(model, rows, "many", tokenizer, tokens=4096)
+    assert sum(b["input_ids"].numel() for b in batches) == 4096
+    assert 5 <= len(rows.read) < 100
+    assert max(rows.read) > 10_000  # drawn from all over
