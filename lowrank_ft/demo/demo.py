@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lowrank_ft.calibration import Calibration
 from lowrank_ft.console import human_bytes, human_count, print_table
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion import attach_guides, convert
 from lowrank_ft.demo.reload import PROMPT
 from lowrank_ft.demo.text import prose
 from lowrank_ft.errors import CheckpointError
@@ -75,15 +75,14 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
     rows = [_row("dense, as it comes", _dense(), MODEL, held_out)]
 
     _say(f"1. convert to param ratio {param_ratio}, calibrated on the text to be learned: lowrank-ft convert")
-    calibration = calibration_of(train_data)
     model = _dense()
-    convert(model, param_ratio=param_ratio, calibration=calibration, progress=True)
+    convert(model, param_ratio=param_ratio, calibration=calibration_of(train_data), progress=True)
     _save(model, output_dir / "converted")
     rows.append(_row("converted", model, output_dir / "converted", held_out))
 
     _say(f"2. fine-tune, {max_steps} steps, the dense weight phased out over the first quarter: lowrank-ft finetune")
-    model = _dense()
-    convert(model, param_ratio=param_ratio, calibration=calibration, guide="residual")
+    model = _reload_here(output_dir / "converted")
+    attach_guides(model, _dense(), "residual")
     run_dir = output_dir / "run"
     _train(model, train_data, eval_data, run_dir, max_steps, LEARNING_RATES["low-rank"])
     if (run_dir / "training.png").exists():
@@ -96,6 +95,7 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
     text = _reload_in_fresh_process(final, held_out, rows[-1])
 
     _say(f"4. for comparison, LoRA r={LORA_RANK} on the dense model, same steps and data")
+    torch.manual_seed(0)  # its first factor is random
     lora: Any = get_peft_model(_dense(), LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"))
     _train(lora, train_data, None, output_dir / "run-lora", max_steps, LEARNING_RATES["LoRA"])
     merged = lora.merge_and_unload()
