@@ -181,10 +181,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for i, name in enumerate(names):
             rows = sorted((r["parameters"], r["perplexity"][text]) for r in report["rows"] if r["rung"] == name)
             style = dict(color="black", ls="--") if name == YARDSTICK else dict(color=plt.cm.viridis(i / len(names)))
-            axis.plot([p / 1e6 for p, _ in rows], [q for _, q in rows], "o-", ms=4, lw=1.5, label=name, **style)
+            axis.plot([p / 1e6 for p, _ in rows], [q for _, q in rows], marker="o", ms=4, lw=1.5, label=name, **style)
         base = report["dense"]
         axis.plot([base["parameters"] / 1e6], [base["perplexity"][text]], "k*", ms=11, label="dense")
         axis.set(xlabel="parameters of the model (millions)", ylabel="perplexity", yscale="log", title=text)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.25, which="both")
     axes[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
