@@ -1,6 +1,6 @@
 """Fine-tuning side by side: same model, data, tokens and evaluation; a learning rate of its own for each method.
 
-    python tests/benchmarks/finetune.py --output tests/benchmarks/results/finetune.json
+    PYTHONPATH=. python tests/benchmarks/finetune.py --output tests/benchmarks/results/finetune.json
 
 Every method takes its learning rate from the same grid by a pilot of a quarter of the steps, judged on a slice of the
 training text that is not trained on; a grid whose best is at its end grows by a factor of two. Then each runs in full

@@ -1,6 +1,6 @@
 """When does a guide help fine-tuning? By param ratio, length of training and length of the guided phase, with seeds.
 
-    python tests/benchmarks/guides.py --output tests/benchmarks/results/guides.json
+    PYTHONPATH=. python tests/benchmarks/guides.py --output tests/benchmarks/results/guides.json
 
 The seed decides which calibration text is drawn and the order of the training data; within a seed, runs differ in the
 guide alone, so the difference to no guide is taken seed by seed. A run that is broken off goes on where it was.

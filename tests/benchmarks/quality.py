@@ -1,6 +1,6 @@
 """Zero-shot quality of a converted model, rung by rung, beside the yardstick that people use today.
 
-    python tests/benchmarks/quality.py --output tests/benchmarks/results/quality.json
+    PYTHONPATH=. python tests/benchmarks/quality.py --output tests/benchmarks/results/quality.json
 
 The yardstick is whitened SVD at uniform ranks (SVD-LLM's formula, in ``common.py``) on the same calibration text. The
 last rungs are what ``lowrank-ft convert --calibration-data FILE`` and ``lowrank-ft convert`` (on text that the model
