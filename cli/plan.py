@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 from collections import defaultdict
 from math import prod
@@ -20,6 +19,7 @@ from lowrank_ft.hub.source import Source, is_compact, load_model, skeleton
 from lowrank_ft.plan import LinearPlan, Plan, make_plan
 from lowrank_ft.ranks import break_even_rank
 from lowrank_ft.schedule import require_choice
+from lowrank_ft.targets import kind_of
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I64": 8, "I32": 4}
 
@@ -35,13 +35,11 @@ def run(options: argparse.Namespace) -> None:
     tensors = source.tensors()
     allocation = options.allocation or "uniform"
     require_choice("--allocation", allocation, ALLOCATIONS)
-    if allocation != "uniform":
+    if allocation != "uniform" or options.energy is not None:
         weights = load_model(source, dtype_of(options), device_of(options))
         plan = make_plan(weights, **size_options(options), spectrum=spectrum_of(weights))
-        plan = allocate(weights, plan, allocation, read_calibration(options, source, weights), progress=True)
-    elif options.energy is not None:
-        weights = load_model(source, dtype_of(options), device_of(options))
-        plan = make_plan(weights, **size_options(options), spectrum=spectrum_of(weights))
+        if allocation != "uniform":
+            plan = allocate(weights, plan, allocation, read_calibration(options, source, weights), progress=True)
     else:
         plan = make_plan(skeleton(config, source.name, source.trust_remote_code), **size_options(options))
     if picture is not None:
@@ -71,7 +69,7 @@ def print_plan(plan: Plan, to_stderr: bool = False) -> None:
     """One row for all linears of a kind (same place in every block), then the totals."""
     kinds: dict[str, list[LinearPlan]] = defaultdict(list)
     for p in plan.linears:
-        kinds[re.sub(r"(?<=\.)\d+(?=\.)", "*", p.name)].append(p)
+        kinds[kind_of(p.name)].append(p)
     rows = []
     for kind, members in kinds.items():
         ranks = [p.rank for p in members if p.rank is not None]

@@ -12,6 +12,7 @@ from lowrank_ft_cli.options import device_of
 
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.hub.model_card import card_with_table
+from lowrank_ft.hub.output import open_permissions
 from lowrank_ft.hub.pictures import require_plotting
 from lowrank_ft.hub.report import REPORT_FILE, build_report, dense_folder, open_checkpoint
 from lowrank_ft.hub.source import Source
@@ -86,9 +87,7 @@ def _write(path: Path, text: str) -> None:
         ) as file:
             draft = Path(file.name)
             file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        draft.chmod(0o666 & ~umask)
+        open_permissions(draft)
         os.replace(draft, path)
     except OSError as error:
         raise OutputError(f"writing {path} failed ({error.strerror}); choose another place with --output") from error

@@ -25,7 +25,6 @@ def allocate_ranks(
     budget: int,
     param_ratio: float,
     multiple: int = 8,
-    names: Sequence[str] = (),
 ) -> list[int | None]:
     """Ranks that lose the least within ``budget`` parameters.
 

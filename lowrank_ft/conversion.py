@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from lowrank_ft import checkpoint_format
 from lowrank_ft.allocation import ALLOCATIONS
 from lowrank_ft.calibration import METHODS, Calibration, ConversionRecord, convert_blocks, distill, squared_spectra
+from lowrank_ft.calibration.config import default_method
 from lowrank_ft.calibration.refine import factors_of
 from lowrank_ft.errors import ConfigError, PlanError
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers
@@ -77,7 +78,7 @@ def convert(
             converted already.
         DivergedError: refinement or distillation failed.
     """
-    method = method or ("anchored" if calibration else "svd")
+    method = method or default_method(calibration)
     require_choice("method", method, METHODS)
     if calibration is None and method != "svd":
         raise ConfigError(f"method {method} needs calibration data; give some, or use method svd, which needs none")
@@ -156,7 +157,7 @@ def _fit(
 ) -> None:
     with evaluating(model):  # dropout would be noise in what the factors are fitted to
         dense = _copy_for_distillation(model) if calibration.distill_epochs > 0 else None
-        convert_blocks(model, plan.ranks, calibration, method, record or ConversionRecord(), progress)
+        convert_blocks(model, plan.ranks, calibration, method, record, progress)
         if dense is None:
             return
         fitted = [(p, p.detach().to("cpu", copy=True)) for p in factors_of(model)]

@@ -5,7 +5,6 @@ of all linears are counted, output head included, each once per token; one multi
 which grow with the context, norms, activations and the embedding's look-up are not counted.
 """
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +12,7 @@ from torch import nn
 from lowrank_ft.nn import GuidedLowRankLinear, lowrank_layers
 from lowrank_ft.plan import LinearPlan, count_parameters
 from lowrank_ft.ranks import dense_parameters
-from lowrank_ft.targets import find_linears
+from lowrank_ft.targets import find_linears, kind_of
 
 FLOPS_PER_MULTIPLY_ADD = 2
 
@@ -69,8 +68,8 @@ def compare(model: nn.Module) -> Comparison:
         for p in layer.guide.parameters()
     )
     parameters = count_parameters(model) - guides
-    kinds = {_kind(name) for name in layers}
-    shapes = {s.name: s.shape for s in dense if _kind(s.name) in kinds}
+    kinds = {kind_of(name) for name in layers}
+    shapes = {s.name: s.shape for s in dense if kind_of(s.name) in kinds}
     linears = tuple(
         LinearPlan(name, (layer.out_features, layer.in_features), layer.rank)
         if (layer := layers.get(name)) is not None
@@ -81,8 +80,3 @@ def compare(model: nn.Module) -> Comparison:
     return Comparison(
         Cost(parameters - after + before, rest + before, before), Cost(parameters, rest + after, after), linears
     )
-
-
-def _kind(name: str) -> str:
-    """The same for all linears in the same place of their blocks."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

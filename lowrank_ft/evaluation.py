@@ -8,7 +8,6 @@ positions where both rank the same token first.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lowrank_ft.errors import ConfigError, DataError
+from lowrank_ft.nn.modes import evaluating
 
 DEFAULT_BLOCK_SIZE = 1024
 IGNORED = -100
@@ -137,7 +137,7 @@ def evaluate_blocks(
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     start = time.perf_counter()
-    with _evaluating(model):
+    with evaluating(model):
         for batch, wanted in _batches(blocks, labels, batch_size, "evaluate" if progress else None):
             wanted = wanted.to(device)
             total += summed_loss(model(input_ids=batch.to(device)).logits, wanted).item()
@@ -165,7 +165,7 @@ def agreement(
     """
     device, other = next(model.parameters()).device, next(baseline.parameters()).device
     kl, same, tokens = 0.0, 0, 0
-    with _evaluating(model), _evaluating(baseline):
+    with evaluating(model), evaluating(baseline):
         for batch, wanted in _batches(blocks, labels, batch_size, "agreement" if progress else None):
             logits = model(input_ids=batch.to(device)).logits
             reference = baseline(input_ids=batch.to(other)).logits.to(device)
@@ -196,14 +196,3 @@ def _batches(
     labels = blocks if labels is None else labels
     pairs = list(zip(blocks.split(batch_size), labels.split(batch_size), strict=True))
     yield from tqdm(pairs, desc=title, unit="batch", disable=None if title else True)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards the mode that there was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -63,6 +63,11 @@ def find_linears(model: nn.Module) -> list[LinearSpec]:
     return [linear_spec(name, m) for name, m in model.named_modules() if name and is_linear(m)]
 
 
+def kind_of(name: str) -> str:
+    """The same for all linears in the same place of their blocks: ``layers.3.mlp.up_proj`` is ``layers.*.mlp.up_proj``."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 def matches(name: str, patterns: Patterns) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or dotted suffixes."""
     if isinstance(patterns, str):

@@ -31,7 +31,7 @@ from lowrank_ft.training import (
     make_accelerator,
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
-from lowrank_ft.training.calibration import training_batches
+from lowrank_ft.training.calibration import training_calibration
 from lowrank_ft.training.data import TokenizedData
 
 
@@ -142,8 +142,7 @@ def calibration_of(args: ModelArguments, train_data: TokenizedData) -> Calibrati
     """The training text, for fitting factors to it; what training does better itself is left to it."""
     if args.method == "svd" and args.allocation in (None, "uniform"):
         return None
-    batches = training_batches(train_data, args.calibration_tokens)
-    return Calibration(batches, "training data", refine_epochs=0, distill_epochs=0)
+    return training_calibration(train_data, args.calibration_tokens)
 
 
 def load_dense(args: ModelArguments, name: str, revision: str | None, teaches: bool) -> PreTrainedModel:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,5 +91,19 @@ def cli(python: Run) -> Run:
 
     def run(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
         return python("-m", "lowrank_ft_cli.main", *map(str, arguments), check=check, **environment)
+
+    return run
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """``lowrank-ft`` in this process; looks like what ``subprocess.run`` returns."""
+    from lowrank_ft_cli.main import main
+
+    def run(*arguments: object) -> SimpleNamespace:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
     return run

@@ -34,10 +34,10 @@ def convert_blocks(
     ranks: Mapping[str, int],
     calibration: Calibration,
     method: str,
-    record: ConversionRecord,
+    record: ConversionRecord | None = None,
     progress: bool = False,
 ) -> None:
-    """Replace the linears named in ``ranks`` by factors, in place; ``record`` is told what was lost where.
+    """Replace the linears named in ``ranks`` by factors, in place; a ``record`` is told what was lost where.
 
     Args:
         method: ``svd`` (the weight alone), ``activation`` (the dense model's inputs), or ``anchored`` (the dense
@@ -101,7 +101,7 @@ class _Block:
         self.block = model.get_submodule(name)
         self.twin = copy.deepcopy(self.block)
 
-    def convert(self, dense: _Stream, converted: _Stream, record: ConversionRecord) -> None:
+    def convert(self, dense: _Stream, converted: _Stream, record: ConversionRecord | None) -> None:
         """Convert the block, and move both streams past it."""
         moments: dict[str, Moments] = {}
         for group in self._groups(dense):
@@ -118,11 +118,13 @@ class _Block:
         before = after = mean_error(left, wanted, masks)
         if self.calibration.refine_epochs > 0:
             left, after = self._refine(converted, wanted, masks, left, before)
+        dense.hidden, converted.hidden = wanted, left
+        if record is None:
+            return
         record.add_block(self.name, before, after)
         for name, module in self._dense(self.ranks).items():
             inputs = moments[name].inputs if name in moments else None
             record.add_linear(name, dense_weight(module), self.model.get_submodule(name), inputs)
-        dense.hidden, converted.hidden = wanted, left
 
     def _refine(
         self, converted: _Stream, wanted: Activations, masks: Sequence[Tensor | None], left: Activations, error: float
@@ -195,14 +197,15 @@ def factorize_linear(
 
 
 def _convert_loose(
-    model: nn.Module, ranks: Mapping[str, int], calibration: Calibration, method: str, record: ConversionRecord
+    model: nn.Module, ranks: Mapping[str, int], calibration: Calibration, method: str, record: ConversionRecord | None
 ) -> None:
     """Linears outside of any chain (a pooler, a block that runs several times): by the dense model's inputs."""
     moments = dense_moments(model, list(ranks), calibration.batches) if ranks and method != "svd" else {}
     for name, rank in ranks.items():
         weight, found = dense_weight(model.get_submodule(name)), moments.get(name)
         factorize_linear(model, name, rank, found, "activation", calibration.damping)
-        record.add_linear(name, weight, model.get_submodule(name), found.inputs if found else None)
+        if record is not None:
+            record.add_linear(name, weight, model.get_submodule(name), found.inputs if found else None)
 
 
 @torch.no_grad()

@@ -53,6 +53,11 @@ class Calibration:
         return Activations(folder=self.activations_dir)
 
 
+def default_method(calibration: Calibration | None) -> str:
+    """The best there is with these data, or without any."""
+    return "svd" if calibration is None else "anchored"
+
+
 def first_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:
     """As many as hold at most ``tokens`` positions, padding included, and at least one batch."""
     taken, found = 0, 0

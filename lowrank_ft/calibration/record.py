@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft.calibration.config import Calibration
+from lowrank_ft.calibration.config import Calibration, default_method
 from lowrank_ft.plan import Plan
+from lowrank_ft.records import CONVERSION_VERSION
 from lowrank_ft.solvers import singular_values
 
 _MOST_VALUES = 256
@@ -40,10 +41,10 @@ class ConversionRecord:
     ) -> dict[str, Any]:
         """What ``conversion.json`` holds; the format is in docs/reference/checkpoint-format.md."""
         return {
-            "format_version": 1,
+            "format_version": CONVERSION_VERSION,
             "command": command,
             "base_model": base_model,
-            "method": method or ("anchored" if calibration else "svd"),
+            "method": method or default_method(calibration),
             "allocation": allocation or "uniform",
             "refine_epochs": calibration.refine_epochs if calibration else 0,
             "distill_epochs": calibration.distill_epochs if calibration else 0,
@@ -59,15 +60,21 @@ class ConversionRecord:
 
     def add_linear(self, name: str, weight: Tensor, layer: nn.Module, inputs: Tensor | None) -> None:
         """Note what ``layer`` lost of ``weight (out, in)``, given moments ``inputs (in, in)`` or None."""
-        values = singular_values(weight, name)
-        index = torch.linspace(0, len(values) - 1, min(_MOST_VALUES, len(values))).round().long()
+        values, places = thinned_spectrum(weight, name)
         weight_error, output_error = relative_errors(weight, layer, inputs)
         self.linears[name] = {
-            "spectrum": [float(f"{v:.6g}") for v in values[index].tolist()],
-            "spectrum_index": (index + 1).tolist(),
+            "spectrum": [float(f"{v:.6g}") for v in values],
+            "spectrum_index": places,
             "weight_error": weight_error,
             "output_error": output_error,
         }
+
+
+def thinned_spectrum(weight: Tensor, name: str) -> tuple[list[float], list[int]]:
+    """Singular values of ``weight (out, in)``, descending, evenly thinned to 256, and their places, from 1."""
+    values = singular_values(weight, name)
+    index = torch.linspace(0, len(values) - 1, min(_MOST_VALUES, len(values))).round().long()
+    return values[index].tolist(), (index + 1).tolist()
 
 
 @torch.no_grad()

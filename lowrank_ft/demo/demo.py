@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lowrank_ft.calibration import Calibration
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion import attach_guides, convert
 from lowrank_ft.demo.reload import PROMPT
@@ -26,7 +25,7 @@ from lowrank_ft.evaluation import evaluate_blocks, to_blocks
 from lowrank_ft.hub.export import copy_companions, save_compact
 from lowrank_ft.hub.output import check_output_dir, whole_folder
 from lowrank_ft.plan import count_parameters
-from lowrank_ft.training.calibration import training_batches
+from lowrank_ft.training.calibration import training_calibration
 from lowrank_ft.training.config import TrainArguments
 from lowrank_ft.training.data import TokenizedData, pack, token_ids
 from lowrank_ft.training.trainer import Trainer
@@ -76,7 +75,9 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
 
     _say(f"1. convert to param ratio {param_ratio}, calibrated on the text to be learned: lowrank-ft convert")
     model = _dense()
-    convert(model, param_ratio=param_ratio, calibration=calibration_of(train_data), progress=True)
+    convert(
+        model, param_ratio=param_ratio, calibration=training_calibration(train_data, CALIBRATION_TOKENS), progress=True
+    )
     _save(model, output_dir / "converted")
     rows.append(_row("converted", model, output_dir / "converted", held_out))
 
@@ -108,11 +109,6 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
     seconds = time.monotonic() - start
     _report(rows, output_dir, text, seconds)
     return rows
-
-
-def calibration_of(train_data: TokenizedData) -> Calibration:
-    """As ``lowrank-ft finetune`` does it: fit to the training text, and leave the training of factors to the run."""
-    return Calibration(training_batches(train_data, CALIBRATION_TOKENS), refine_epochs=0, distill_epochs=0)
 
 
 def _dense() -> Any:

@@ -72,7 +72,7 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
         raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another --output-dir") from error
     try:
         yield draft
-        _open_permissions(draft)
+        open_permissions(draft)
         if keep_existing and path.exists():
             _move_in(draft, path)
         else:
@@ -99,7 +99,7 @@ def _move_in(draft: Path, path: Path) -> None:
         os.replace(file, target)
 
 
-def _open_permissions(folder: Path) -> None:
+def open_permissions(folder: Path) -> None:
     """What mkdtemp and safetensors make private becomes like any other file: a server may run as another user."""
     umask = os.umask(0)
     os.umask(umask)

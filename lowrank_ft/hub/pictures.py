@@ -153,7 +153,7 @@ def spectra(linears: Sequence[LinearPlan], records: Mapping[str, LinearRecord]) 
     for panel in panels.flat[len(modules) :]:
         panel.set_visible(False)
     lowest, lowest_cut = 1.0, 1.0
-    for panel, module in zip(panels.flat, modules, strict=False):
+    for panel, module in zip(panels.flat[: len(modules)], modules, strict=True):
         for i, block in enumerate(rows):
             for p in cells.get((block, module), []):
                 record = records[p.name]
@@ -202,7 +202,7 @@ def errors(
     down = 2 if count == 3 else 1
     figure = _figure((8.4 if count > 1 else 4.8, 3.1 * down + (0.6 if down == 1 else 0)))
     panels = list(figure.subplots(down, 2 if count > 1 else 1, squeeze=False).flat)
-    for panel, (key, title) in zip(panels, shown, strict=False):
+    for panel, (key, title) in zip(panels[: len(shown)], shown, strict=True):
         for i, module in enumerate(modules):
             points = [
                 (rows.index(b), value)

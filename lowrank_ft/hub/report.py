@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
+from lowrank_ft.calibration.record import relative_errors, thinned_spectrum
 from lowrank_ft.console import human_bytes, human_count
 from lowrank_ft.cost import Comparison, compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError
@@ -26,12 +26,9 @@ from lowrank_ft.nn.replace import dense_weight, swap
 from lowrank_ft.plan import LinearPlan
 from lowrank_ft.ranks import break_even_rank, resolve_rank
 from lowrank_ft.records import METRICS_FILE, ConversionRecord, LinearRecord, read_conversion, read_metrics, run_figure
-from lowrank_ft.solvers import singular_values
 from lowrank_ft.targets import is_linear
 
 REPORT_FILE = "report.html"
-
-_MOST_VALUES_OF_A_SPECTRUM = 256
 
 
 @dataclass(frozen=True)
@@ -140,12 +137,9 @@ def measure_linears(checkpoint: Checkpoint, dense: Source, device: str = "cpu") 
                 f"{checkpoint.source.name}; name the dense model that it came from with --baseline"
             )
         weight = weight.to(device)
-        product = layer.U.weight.detach().to(device).float() @ layer.V.weight.detach().to(device).float()
-        error = (weight.float() - product).norm() / weight.float().norm()
-        values = singular_values(weight, f"{name}.weight")
-        count = min(len(values), _MOST_VALUES_OF_A_SPECTRUM)
-        places = torch.linspace(1, len(values), count).round().long()
-        records[name] = LinearRecord(tuple(values[places - 1].tolist()), tuple(places.tolist()), error.item())
+        values, places = thinned_spectrum(weight, f"{name}.weight")
+        error, _ = relative_errors(weight, layer.to(device), None)
+        records[name] = LinearRecord(tuple(values), tuple(places), error)
     return records
 
 

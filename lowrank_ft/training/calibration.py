@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from lowrank_ft.calibration.chains import Batch
-from lowrank_ft.calibration.config import positions
+from lowrank_ft.calibration.config import Calibration, positions
 from lowrank_ft.calibration.sampling import sample_blocks
 from lowrank_ft.errors import ConfigError, DataError
 from lowrank_ft.training.data import Example, TokenizedData, collate, token_ids
@@ -129,6 +129,15 @@ def training_batches(data: TokenizedData, tokens: int, seed: int = 0) -> list[Ba
     return [*batches, _inputs(examples)] if examples else batches
 
 
+def training_calibration(data: TokenizedData, tokens: int, seed: int = 0) -> Calibration:
+    """Regression and allocation on the text of a run; training factors on it is what the run itself does.
+
+    Raises:
+        DataError: as :func:`training_batches`.
+    """
+    return Calibration(training_batches(data, tokens, seed), "training data", refine_epochs=0, distill_epochs=0)
+
+
 def _inputs(examples: list[Example]) -> Batch:
     return {k: v for k, v in collate(examples).items() if k != "labels"}
 
@@ -159,12 +168,15 @@ def to_batches(blocks: Tensor) -> list[Batch]:
     return [{"input_ids": b} for b in blocks.split(max(1, _BATCH_TOKENS // blocks.shape[1]))]
 
 
-def _blocks(ids: np.ndarray, tokens: int, length: int, name: str, generator: torch.Generator) -> Tensor:
-    least = max(LEAST_TOKENS, length)
-    if len(ids) < least:
+def _require_tokens(found: int, least: int, name: str) -> None:
+    if found < least:
         raise DataError(
-            f"{name} has {len(ids)} tokens; calibration needs at least {least}, and {CALIBRATION_TOKENS:,} do well"
+            f"{name} has {found} tokens; calibration needs at least {least}, and {CALIBRATION_TOKENS:,} do well"
         )
+
+
+def _blocks(ids: np.ndarray, tokens: int, length: int, name: str, generator: torch.Generator) -> Tensor:
+    _require_tokens(len(ids), max(LEAST_TOKENS, length), name)
     blocks = torch.from_numpy(ids[: len(ids) // length * length]).long().view(-1, length)
     return blocks[torch.randperm(len(blocks), generator=generator)[: max(1, tokens // length)]]
 
@@ -198,10 +210,7 @@ def _rows_of_text(
                 found += len(piece)
         if found >= tokens:
             break
-    if found < LEAST_TOKENS:
-        raise DataError(
-            f"{name} has {found} tokens; calibration needs at least {LEAST_TOKENS}, and {CALIBRATION_TOKENS:,} do well"
-        )
+    _require_tokens(found, LEAST_TOKENS, name)
     rows.sort(key=len)  # rows of like length share a batch, so that little of it is padding
     batches: list[Batch] = []
     start = 0

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_ft.console import print_table
 from lowrank_ft.conversion import convert
-from lowrank_ft.demo.demo import BLOCK_SIZE, LORA_RANK, MODEL, calibration_of
+from lowrank_ft.demo.demo import BLOCK_SIZE, CALIBRATION_TOKENS, LORA_RANK, MODEL
 from lowrank_ft.demo.text import prose
 from lowrank_ft.evaluation import evaluate_blocks, to_blocks
 from lowrank_ft.training import TrainArguments, Trainer
+from lowrank_ft.training.calibration import training_calibration
 from lowrank_ft.training.data import TokenizedData, pack, token_ids
 
 RATES = [5e-4, 1e-3, 2e-3, 3e-3, 5e-3]
@@ -32,7 +33,7 @@ def build(method: str, param_ratio: float, train: TokenizedData) -> torch.nn.Mod
         return model
     if method == "LoRA":
         return get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"))
-    calibration = calibration_of(train)
+    calibration = training_calibration(train, CALIBRATION_TOKENS)
     convert(model, param_ratio=param_ratio, calibration=calibration, guide=None if method == "none" else method)
     return model
 

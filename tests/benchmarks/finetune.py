@@ -25,12 +25,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lowrank_ft.calibration import Calibration
 from lowrank_ft.console import print_table
 from lowrank_ft.conversion import attach_guides, convert
 from lowrank_ft.plan import count_parameters
 from lowrank_ft.training import TrainArguments, Trainer
-from lowrank_ft.training.calibration import training_batches
+from lowrank_ft.training.calibration import training_batches, training_calibration
 from lowrank_ft.training.data import pack, token_ids
 from tests.benchmarks import common
 
@@ -104,8 +103,7 @@ class Bench:
                 attach_guides(converted, model, guide)
             return converted
         if method["kind"] == "direct":
-            batches = training_batches(self.train, CALIBRATION_TOKENS, self.options.seed)
-            data = Calibration(batches, refine_epochs=0, distill_epochs=0)
+            data = training_calibration(self.train, CALIBRATION_TOKENS, self.options.seed)
             convert(model, param_ratio=method["ratio"], calibration=data, guide=guide)
             return model
         if method["kind"] == "svd-lora":
@@ -167,7 +165,20 @@ def convert_all(options: argparse.Namespace, ratios: list[float]) -> None:
 _bench: Bench | None = None
 
 
-def start_worker(options: argparse.Namespace, threads: int) -> None:
+def bench() -> Bench:
+    """Model and data of this worker."""
+    assert _bench is not None
+    return _bench
+
+
+def workers(options: argparse.Namespace) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that share the machine's threads, each with a :func:`bench` of its own."""
+    threads = max(1, torch.get_num_threads() // options.workers)
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(options.workers, context, _start_worker, (options, threads))
+
+
+def _start_worker(options: argparse.Namespace, threads: int) -> None:
     global _bench
     torch.set_num_threads(threads)
     _bench = Bench(options)
@@ -175,26 +186,24 @@ def start_worker(options: argparse.Namespace, threads: int) -> None:
 
 def pilot(name: str, rate: float) -> tuple[str, float, float]:
     """Perplexity on the slice that was kept from the training text."""
-    assert _bench is not None
-    steps = max(1, _bench.options.max_steps // 4)
-    model = _bench.train_one(methods()[name], rate, steps)
-    return name, rate, common.perplexity(model, _bench.pilot)
+    steps = max(1, bench().options.max_steps // 4)
+    model = bench().train_one(methods()[name], rate, steps)
+    return name, rate, common.perplexity(model, bench().pilot)
 
 
 def full_run(names: list[str], rate: float) -> list[dict[str, Any]]:
     """Train once; a further name takes the trained model and compresses it."""
-    assert _bench is not None
     start = time.monotonic()
     table, rows = methods(), []
-    model = _bench.train_one({**table[names[0]], "compress": None}, rate, _bench.options.max_steps)
+    model = bench().train_one({**table[names[0]], "compress": None}, rate, bench().options.max_steps)
     seconds = round(time.monotonic() - start, 1)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for name in names:
         if table[name].get("compress"):
-            model = _bench.dense()
+            model = bench().dense()
             model.load_state_dict(state)
-            _bench.compress(model, table[name]["compress"])
-        rows.append({"method": name, "learning_rate": rate, "train_seconds": seconds, **_bench.measure(model)})
+            bench().compress(model, table[name]["compress"])
+        rows.append({"method": name, "learning_rate": rate, "train_seconds": seconds, **bench().measure(model)})
     return rows
 
 
@@ -258,9 +267,7 @@ def main() -> None:
         common.write_json(options.output, report)
 
     convert_all(options, sorted({table[n]["ratio"] for n in chosen if table[n]["kind"] == "ours"}))
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // options.workers)
-    with concurrent.futures.ProcessPoolExecutor(options.workers, context, start_worker, (options, threads)) as pool:
+    with workers(options) as pool:
         families = list(dict.fromkeys(table[n].get("rate_of", n) for n in chosen))
         rates = choose_rates(pool, families, report, save)
         have = {r["method"] for r in report["rows"]}

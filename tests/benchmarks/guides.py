@@ -10,16 +10,13 @@ import argparse
 import concurrent.futures
 import json
 import math
-import multiprocessing
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowrank_ft.console import print_table
 from tests.benchmarks import common
-from tests.benchmarks.finetune import CALIBRATION_TOKENS, Bench, add_arguments
+from tests.benchmarks.finetune import CALIBRATION_TOKENS, add_arguments, bench, workers
 
 RATE = 2e-3  # the winner of finetune.py's grid at every ratio
 
@@ -39,21 +36,11 @@ def settings(steps: int) -> list[dict[str, Any]]:
     return table
 
 
-_bench: Bench | None = None
-
-
-def start_worker(options: argparse.Namespace, threads: int) -> None:
-    global _bench
-    torch.set_num_threads(threads)
-    _bench = Bench(options)
-
-
 def measure(setting: dict[str, Any], seed: int) -> dict[str, Any]:
-    assert _bench is not None
-    _bench.options.seed = seed
+    bench().options.seed = seed
     method = {"kind": "direct", **setting}
-    model = _bench.train_one(method, RATE, setting["steps"])
-    return {**setting, "seed": seed, "test_perplexity": common.perplexity(model, _bench.test)}
+    model = bench().train_one(method, RATE, setting["steps"])
+    return {**setting, "seed": seed, "test_perplexity": common.perplexity(model, bench().test)}
 
 
 def main() -> None:
@@ -71,9 +58,7 @@ def main() -> None:
         report["rows"] = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
     have = [{k: v for k, v in r.items() if k != "test_perplexity"} for r in report["rows"]]
     jobs = [(s, seed) for seed in options.seeds for s in settings(options.max_steps) if {**s, "seed": seed} not in have]
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // options.workers)
-    with concurrent.futures.ProcessPoolExecutor(options.workers, context, start_worker, (options, threads)) as pool:
+    with workers(options) as pool:
         for done in concurrent.futures.as_completed([pool.submit(measure, *job) for job in jobs]):
             report["rows"].append(done.result())
             report["summary"] = summary(report["rows"])

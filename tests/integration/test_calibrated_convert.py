@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
-from lowrank_ft_cli.main import main
 
 from lowrank_ft.calibration import sample_blocks
 from lowrank_ft.demo.text import prose
@@ -31,19 +29,6 @@ with torch.no_grad():
     loss = model(input_ids=ids, labels=ids).loss.item()
 print(json.dumps({"perplexity": math.exp(loss), "ranks": {n: l.rank for n, l in lowrank_layers(model)}}))
 """
-
-
-@pytest.fixture
-def command(capsys):
-    """``lowrank-ft`` in this process; looks like what ``subprocess.run`` returns."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,19 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import lowrank_ft
 from tests.conftest import DEMO_MODEL
-
-
-@pytest.fixture
-def command(capsys):
-    """``lowrank-ft`` in this process; looks like what ``subprocess.run`` returns."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
-
-    return run
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -23,16 +23,8 @@ TASKS = {"lowrank_ft_agreement": 2, "lowrank_ft_cloze": 4}
 
 
 @pytest.fixture
-def command(capsys):
-    """``lowrank-ft eval`` in this process; looks like what ``subprocess.run`` returns."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main(["eval", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
-
-    return run
+def evaluate(command):
+    return partial(command, "eval")
 
 
 @pytest.fixture(scope="module")
@@ -76,22 +68,22 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("flags", "message"), WRONG, ids=[" ".join(f) or "none" for f, _ in WRONG])
-def test_wrong_arguments(command, data, flags, message):
-    assert_one_line_error(command(DEMO_MODEL, *(data if f == "DATA" else f for f in flags)), message)
+def test_wrong_arguments(evaluate, data, flags, message):
+    assert_one_line_error(evaluate(DEMO_MODEL, *(data if f == "DATA" else f for f in flags)), message)
 
 
-def test_tasks_without_the_harness(command, monkeypatch):
+def test_tasks_without_the_harness(evaluate, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in [n for n in sys.modules if n.startswith("lm_eval.")]:
         monkeypatch.delitem(sys.modules, name)
-    done = command(DEMO_MODEL, "--tasks", "lowrank_ft")
+    done = evaluate(DEMO_MODEL, "--tasks", "lowrank_ft")
     assert_one_line_error(done, "--tasks needs lm-evaluation-harness")
     assert 'pip install "lowrank-ft[eval]"' in done.stderr
 
 
 @harness
-def test_unknown_tasks_and_those_that_need_a_network(command, monkeypatch):
-    done = command(DEMO_MODEL, "--tasks", "lowrank_ft_close")
+def test_unknown_tasks_and_those_that_need_a_network(evaluate, monkeypatch):
+    done = evaluate(DEMO_MODEL, "--tasks", "lowrank_ft_close")
     assert_one_line_error(done, "--tasks 'lowrank_ft_close' is no task; did you mean lowrank_ft_cloze")
     from lm_eval.tasks import TaskManager
 
@@ -99,15 +91,15 @@ def test_unknown_tasks_and_those_that_need_a_network(command, monkeypatch):
         raise ConnectionError("no route\nto the Hub")
 
     monkeypatch.setattr(TaskManager, "load", unreachable)
-    done = command(DEMO_MODEL, "--tasks", "lowrank_ft_cloze")
+    done = evaluate(DEMO_MODEL, "--tasks", "lowrank_ft_cloze")
     assert_one_line_error(done, "--tasks lowrank_ft_cloze cannot be read: no route; tasks of the harness download")
 
 
-def test_stride_and_max_tokens(command, data):
+def test_stride_and_max_tokens(evaluate, data):
     flags = ["--data", data, "--block-size", "64", "--json"]
-    plain = json.loads(command(DEMO_MODEL, *flags).stdout)["model"]
-    strided = json.loads(command(DEMO_MODEL, *flags, "--stride", "16").stdout)["model"]
-    first = json.loads(command(DEMO_MODEL, *flags, "--stride", "16", "--max-tokens", "300").stdout)["model"]
+    plain = json.loads(evaluate(DEMO_MODEL, *flags).stdout)["model"]
+    strided = json.loads(evaluate(DEMO_MODEL, *flags, "--stride", "16").stdout)["model"]
+    first = json.loads(evaluate(DEMO_MODEL, *flags, "--stride", "16", "--max-tokens", "300").stdout)["model"]
     assert plain["stride"] is None
     assert (strided["stride"], strided["block_size"]) == (16, 64)
     assert first["tokens"] == 299
@@ -116,9 +108,9 @@ def test_stride_and_max_tokens(command, data):
     assert strided["perplexity"] < plain["perplexity"]  # more context
 
 
-def test_agreement_with_the_baseline(command, compact, data):
+def test_agreement_with_the_baseline(evaluate, compact, data):
     flags = ["--baseline", DEMO_MODEL, "--data", data, "--block-size", "64", "--dtype", "float32"]
-    found = json.loads(command(compact, *flags, "--json").stdout)
+    found = json.loads(evaluate(compact, *flags, "--json").stdout)
     mine, base, difference = found["model"], found["baseline"], found["difference"]
     assert difference["loss"] == pytest.approx(mine["loss"] - base["loss"])
     assert difference["parameters"] == mine["parameters"] - base["parameters"] < 0
@@ -126,45 +118,45 @@ def test_agreement_with_the_baseline(command, compact, data):
     assert found["agreement"]["kl"] > 0.01
     assert 0.1 < found["agreement"]["top1"] < 1
 
-    same = json.loads(command(DEMO_MODEL, *flags, "--json").stdout)
+    same = json.loads(evaluate(DEMO_MODEL, *flags, "--json").stdout)
     assert same["agreement"]["kl"] == pytest.approx(0, abs=1e-6)
     assert same["agreement"]["top1"] == 1
 
-    table = command(compact, *flags).stdout
+    table = evaluate(compact, *flags).stdout
     assert "KL/token" in table
     assert f"{found['agreement']['kl']:.4f}" in table
     assert f"{found['agreement']['top1']:.1%}" in table
 
 
-def test_both_models_get_the_same_blocks(command, tmp_path, data):
+def test_both_models_get_the_same_blocks(evaluate, tmp_path, data):
     """The baseline has fewer positions: its block size holds for both."""
     short = shutil.copytree(DEMO_MODEL, tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
-    found = json.loads(command(DEMO_MODEL, "--baseline", short, "--data", data, "--json").stdout)
+    found = json.loads(evaluate(DEMO_MODEL, "--baseline", short, "--data", data, "--json").stdout)
     assert found["model"]["block_size"] == found["baseline"]["block_size"] == 128
     assert found["agreement"]["top1"] == 1
 
 
-def test_no_agreement_between_other_tokenizers(command, tmp_path, data):
+def test_no_agreement_between_other_tokenizers(evaluate, tmp_path, data):
     other = shutil.copytree(DEMO_MODEL, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    done = command(DEMO_MODEL, "--baseline", other, "--data", data, "--json")
+    done = evaluate(DEMO_MODEL, "--baseline", other, "--data", data, "--json")
     assert json.loads(done.stdout)["agreement"] is None
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert notes == [
         "note: no agreement with the baseline is shown, because the tokenizers cut the text into different tokens"
     ]
-    assert "KL/token" not in command(DEMO_MODEL, "--baseline", other, "--data", data).stdout
+    assert "KL/token" not in evaluate(DEMO_MODEL, "--baseline", other, "--data", data).stdout
 
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
     model.resize_token_embeddings(2056)
     model.save_pretrained(tmp_path / "wider")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, tmp_path / "wider")
-    done = command(DEMO_MODEL, "--baseline", tmp_path / "wider", "--data", data, "--json")
+    done = evaluate(DEMO_MODEL, "--baseline", tmp_path / "wider", "--data", data, "--json")
     assert json.loads(done.stdout)["agreement"] is None
     assert "the vocabularies have 2048 and 2056 tokens" in done.stderr
 
@@ -198,9 +190,9 @@ def naive_accuracy(model, tokenizer, items) -> float:
 
 
 @harness
-def test_tasks(command, compact):
+def test_tasks(evaluate, compact):
     """No ``--data``; one tag for both tasks; the compact model, the dense one, and the difference."""
-    done = command(compact, "--baseline", DEMO_MODEL, "--tasks", "lowrank_ft", "--dtype", "float32", "--json")
+    done = evaluate(compact, "--baseline", DEMO_MODEL, "--tasks", "lowrank_ft", "--dtype", "float32", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found) == {"model", "baseline", "difference"}
@@ -221,27 +213,28 @@ def test_tasks(command, compact):
 
 
 @harness
-def test_tasks_beside_a_text_with_a_limit(command, compact, data):
+def test_tasks_beside_a_text_with_a_limit(evaluate, compact, data):
     flags = ["--tasks", "lowrank_ft_c*", "--limit", "8", "--data", data, "--max-tokens", "400"]
     assert (
-        json.loads(command(compact, *flags, "--json").stdout)["model"]["tasks"]["lowrank_ft_cloze"]["acc"]["items"] == 8
+        json.loads(evaluate(compact, *flags, "--json").stdout)["model"]["tasks"]["lowrank_ft_cloze"]["acc"]["items"]
+        == 8
     )
-    table = command(compact, "--baseline", DEMO_MODEL, *flags).stdout
+    table = evaluate(compact, "--baseline", DEMO_MODEL, *flags).stdout
     for words in ("perplexity", "KL/token", "lowrank_ft_cloze", "acc_norm", "difference", "standard error"):
         assert words in table
 
 
 @harness
-def test_a_task_file_of_ones_own(command, tmp_path):
+def test_a_task_file_of_ones_own(evaluate, tmp_path):
     """By the path of its YAML file, as the harness allows; a file that does not load is one line."""
     for file in ("data.py", "cloze.jsonl"):
         shutil.copy(FOLDER / file, tmp_path)
     text = (FOLDER / "lowrank_ft_cloze.yaml").read_text(encoding="utf-8").replace("lowrank_ft_cloze", "mine")
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-    done = command(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml", "--limit", "4", "--json")
+    done = evaluate(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml", "--limit", "4", "--json")
     assert json.loads(done.stdout)["model"]["tasks"]["mine"]["acc"]["items"] == 4
     (tmp_path / "cloze.jsonl").unlink()
-    assert_one_line_error(command(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml"), "cannot be read: ")
+    assert_one_line_error(evaluate(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml"), "cannot be read: ")
 
 
 @harness

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
 from lowrank_ft_cli.main import main
@@ -19,17 +18,6 @@ pytest.importorskip("matplotlib")
 
 PNG = b"\x89PNG\r\n"
 UP = "model.layers.0.mlp.up_proj"
-
-
-@pytest.fixture
-def command(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -25,20 +25,9 @@ from lowrank_ft.nn.replace import dense_weight
 from lowrank_ft.plan import make_plan
 from lowrank_ft.targets import find_linears
 from tests.conftest import tiny_gpt2, tiny_llama
+from tests.integration.test_architectures import GROUPED, SMALL, T5, WHISPER
 from tests.numerics.test_regression import naive_regression
 
-SMALL = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=64,
-)  # fmt: skip
-GROUPED = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-T5 = tf.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-WHISPER = tf.WhisperConfig(
-    vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-    encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=16, max_target_positions=32,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
-    begin_suppress_tokens=None,
-)  # fmt: skip
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32)
 SWIN = tf.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
 ALBERT = tf.AlbertConfig(**{**SMALL, "num_hidden_layers": 3}, embedding_size=16)
