@@ -8,7 +8,7 @@ embedding or the output head.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +52,16 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def linear_spec(name: str, module: Any) -> LinearSpec:
-    transposed = is_transposed(module)
-    rows, columns = module.weight.shape
-    shape = (columns, rows) if transposed else (rows, columns)
-    return LinearSpec(name, shape, module.bias is not None, transposed)
+    if is_transposed(module):
+        rows, columns = module.weight.shape
+        return LinearSpec(name, (columns, rows), module.bias is not None, transposed=True)
+    # Not the shape of the weight, which a quantized linear packs.
+    return LinearSpec(name, (module.out_features, module.in_features), module.bias is not None)
 
 
-def find_linears(model: nn.Module) -> list[LinearSpec]:
-    """Every linear of ``model``, in module order; works on the meta device."""
-    return [linear_spec(name, m) for name, m in model.named_modules() if name and is_linear(m)]
+def find_linears(model: nn.Module, counts: Callable[[nn.Module], bool] = is_linear) -> list[LinearSpec]:
+    """Every linear of ``model``, in module order; works on the meta device. ``counts`` says what a linear is."""
+    return [linear_spec(name, m) for name, m in model.named_modules() if name and counts(m)]
 
 
 def kind_of(name: str) -> str:
@@ -99,14 +100,16 @@ def select_targets(
     model: nn.Module,
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
+    counts: Callable[[nn.Module], bool] = is_linear,
 ) -> list[LinearSpec]:
-    """The linears to factorize, in module order.
+    """The linears to factorize, in module order. ``counts`` says what a linear is.
 
     Raises:
-        TargetError: a pattern matches no linear, is no valid regular expression, everything is excluded, or a target
-            shares its weight with another module (a tied output head).
+        TargetError: a pattern matches no linear, is no valid regular expression, everything is excluded, a target
+            shares its weight with another module (a tied output head), or the model is quantized.
     """
-    linears = find_linears(model)
+    _refuse_quantized(model, counts)
+    linears = find_linears(model, counts)
     if not linears:
         raise TargetError(f"{type(model).__name__} has no nn.Linear or Conv1D module; there is nothing to factorize")
     _check_patterns("target_modules", target_modules, linears)
@@ -126,6 +129,16 @@ def select_targets(
             raise TargetError(f"exclude_modules {_show(exclude_modules)} removes every target; nothing is left")
     refuse_tied(model, [s.name for s in chosen])
     return chosen
+
+
+def _refuse_quantized(model: nn.Module, counts: Callable[[nn.Module], bool]) -> None:
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and not counts(module) and not weight.is_floating_point():
+            raise TargetError(
+                f"{name} is a {type(module).__name__}, quantized to {weight.dtype}; convert the model as it was before "
+                "quantization, or train beside the quantized one with PEFT: get_peft_model(model, LowRankConfig(...))"
+            )
 
 
 def _in_repeated_block(model: nn.Module, spec: LinearSpec) -> bool:

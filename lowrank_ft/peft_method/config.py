@@ -1,13 +1,18 @@
 """Options of the PEFT method ``lowrank``."""
 
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
+from torch import nn
 
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.plan import Plan, make_plan
 from lowrank_ft.schedule import require_choice
+from lowrank_ft.targets import Patterns
 
 PEFT_TYPE = "LOWRANK"
 PEFT_GUIDES = ("residual", "frozen", "none")
@@ -100,8 +105,55 @@ class LowRankConfig(PeftConfig):
             )
 
     @classmethod
+    def from_plan(cls, plan: Plan, **options: Any) -> "LowRankConfig":
+        """The options that give every linear the rank that it has in ``plan``; what stays dense there is no target.
+
+        Args:
+            plan: from :func:`lowrank_ft.make_plan`, ``Plan.load`` or ``Plan.from_dict``.
+            options: further options, such as ``guide`` or ``modules_to_save``.
+
+        Raises:
+            ConfigError: the plan factorizes nothing, or an option is what the plan decides.
+        """
+        if not plan.ranks:
+            raise ConfigError("the plan leaves every linear dense; lower its ranks, or train without this method")
+        decided = {"r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+        if decided & options.keys():
+            raise ConfigError(
+                f"a plan says which linears get which rank; leave out {', '.join(decided & options.keys())}"
+            )
+        common = Counter(plan.ranks.values()).most_common(1)[0][0]
+        # Anchored, as PEFT reads a pattern as an expression for the tail of a name.
+        others: dict[str, int | float] = {
+            f"^{re.escape(name)}": rank for name, rank in plan.ranks.items() if rank != common
+        }
+        return cls(r=common, rank_pattern=others, target_modules=sorted(plan.ranks), **options)
+
+    def to_plan(self, model: nn.Module) -> Plan:
+        """What these options would do to a dense ``model``, which may be on the meta device: ranks, sizes, savings.
+
+        Raises:
+            ConfigError: ``layers_to_transform`` is set, which a plan has no word for.
+            RankError, TargetError: see :func:`lowrank_ft.make_plan`.
+        """
+        if self.layers_to_transform is not None:
+            raise ConfigError("layers_to_transform has no place in a plan; name the linears in target_modules instead")
+        return make_plan(
+            model,
+            rank=self.r,
+            rank_pattern=self.rank_pattern,
+            target_modules=_as_patterns(self.target_modules),
+            exclude_modules=_as_patterns(self.exclude_modules),
+            allow_past_break_even=True,  # an adapter of any rank is trained
+        )
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """As PEFT's. The weights of that adapter most likely follow, so layers then put off the SVD until needed."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         config.weights_may_follow = True
         return config
+
+
+def _as_patterns(names: list[str] | set[str] | str | None) -> Patterns | None:
+    return sorted(names) if isinstance(names, set | list) else names

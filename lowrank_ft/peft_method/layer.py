@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ft.errors import NonFiniteError
-from lowrank_ft.nn.replace import dense_weight
 from lowrank_ft.peft_method.config import LowRankConfig
+from lowrank_ft.peft_method.quantized import dense_weight, is_quantized, keep_unpacked, requantized
 from lowrank_ft.ranks import resolve_rank
 from lowrank_ft.solvers import Factors, truncated_svd
 from lowrank_ft.targets import linear_spec
@@ -49,6 +49,7 @@ class LowRankLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         self.base_layer = base_layer
+        keep_unpacked(base_layer)
         self.name = name
         self.transposed = linear_spec(name, self.get_base_layer()).transposed
         self.out_features, self.in_features = linear_spec(name, self.get_base_layer()).shape
@@ -64,6 +65,7 @@ class LowRankLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._unfilled: set[str] = set()
         self._unmerged_weight: Tensor | None = None
+        self._unmerged_layer: list[nn.Module] = []  # a quantized base layer while another is in its place
 
     # Adapters come and go
 
@@ -202,6 +204,10 @@ class LowRankLayer(BaseTunerLayer):
 
     def _store(self, weight: Tensor) -> None:
         base: Any = self.get_base_layer()
+        if is_quantized(base):
+            self._unmerged_layer = self._unmerged_layer or [base]
+            self.base_layer = requantized(base, weight.to(self._dense_weight().dtype))
+            return
         base.weight.data = (weight.T if self.transposed else weight).to(base.weight.dtype).contiguous()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -227,8 +233,10 @@ class LowRankLayer(BaseTunerLayer):
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base: Any = self.get_base_layer()
-        self._store(self._unmerged_weight.to(base.weight.device))
+        if self._unmerged_layer:
+            self.base_layer = self._unmerged_layer.pop().to(self.weight.device)
+        else:
+            self._store(self._unmerged_weight.to(self.weight.device))
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -273,12 +281,21 @@ class LowRankAdapterLinear(nn.Module, LowRankLayer):
         result = sum(terms[1:], start=terms[0])
         base: Any = self.get_base_layer()
         if isinstance(dense_share, Tensor) or dense_share != 0:
-            weight = base.weight.T if self.transposed else base.weight
-            result = result + dense_share * F.linear(self._cast_input_dtype(x, weight.dtype), weight)
+            result = result + dense_share * self._dense_output(x)
         if base.bias is not None:
             result = result + base.bias.to(result.dtype)
         # Adapters stay in float32 beside a half-precision base; autocast picks the dtype of the output itself.
         return result if _autocasts(x.device.type) else result.to(x.dtype)
+
+    def _dense_output(self, x: Tensor) -> Tensor:
+        """``W x``, without the bias."""
+        base: Any = self.get_base_layer()
+        if is_quantized(base):
+            # Its own kernels, which keep no dequantized copy of W for the backward pass.
+            y = base(x)
+            return y if base.bias is None else y - base.bias
+        weight = base.weight.T if self.transposed else base.weight
+        return F.linear(self._cast_input_dtype(x, weight.dtype), weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LowRankAdapterLinear":
         super()._apply(fn, recurse)

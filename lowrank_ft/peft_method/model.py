@@ -1,8 +1,10 @@
 """The tuner: puts adapters beside the linears of a model, and takes them out again."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 from lowrank_ft.conversion import describe_in_config
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.nn import lowrank_layers
-from lowrank_ft.nn.replace import factorized
+from lowrank_ft.nn.replace import factorized, swap
 from lowrank_ft.peft_method.config import LowRankConfig
 from lowrank_ft.peft_method.layer import LowRankAdapterLinear, LowRankLayer
+from lowrank_ft.peft_method.quantized import dequantized, is_quantized
 from lowrank_ft.ranks import largest_saving_rank
 from lowrank_ft.solvers import Factors
 from lowrank_ft.targets import is_linear, pattern_value, select_targets
@@ -43,7 +46,7 @@ class LowRankModel(BaseTuner):
                 "put LoRA on them, or merge it first"
             )
         if peft_config.target_modules is None:
-            names = {spec.name.removesuffix(".base_layer") for spec in select_targets(self.model)}
+            names = {spec.name.removesuffix(".base_layer") for spec in select_targets(self.model, counts=_is_target)}
             # On top of an earlier adapter the copies that modules_to_save made are linears of blocks, too.
             names = {n for n in names if not {"modules_to_save", "original_module"} & set(n.split("."))}
             peft_config.target_modules = shortest_suffixes(names, _module_names(self.model))
@@ -64,10 +67,10 @@ class LowRankModel(BaseTuner):
         if isinstance(target, LowRankLayer):
             target.update_layer(adapter_name, rank, peft_config)
             return
-        if not is_linear(target):
+        if not _is_target(target):
             raise TargetError(
                 f"Target module {current_key} is {type(target).__name__}, which is not supported; lowrank takes "
-                "nn.Linear and Conv1D: name others in target_modules, or this one in exclude_modules"
+                "nn.Linear, Conv1D and bitsandbytes' linears: name others in target_modules, or this one in exclude_modules"
             )
         layer = LowRankAdapterLinear(target, current_key, adapter_name, rank, peft_config)
         peft_config.fan_in_fan_out = layer.transposed
@@ -120,10 +123,11 @@ class LowRankModel(BaseTuner):
             layer.fill_pending()
             layer.drop_guide()
             parent, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), leaf, _compact(layer, adapter_name))
-        describe_in_config(self.model, self.peft_config[adapter_name].base_model_name_or_path)
+            setattr(self.model.get_submodule(parent), leaf, _compact(layer, adapter_name, _plain_dtype(self.model)))
         # What PEFT wraps beside our layers: modules_to_save, and linears that only other adapters touched.
         self._unload_and_optionally_merge(adapter_names=[adapter_name])
+        _leave_quantization(self.model)
+        describe_in_config(self.model, self.peft_config[adapter_name].base_model_name_or_path)
         return self.model
 
     def _one_adapter(self, adapter_name: str | None) -> str:
@@ -178,9 +182,39 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:
             yield name, module
 
 
-def _compact(layer: LowRankLayer, adapter_name: str) -> nn.Module:
+def _is_target(module: nn.Module) -> bool:
+    return is_linear(module) or is_quantized(module)
+
+
+def _compact(layer: LowRankLayer, adapter_name: str, dtype: torch.dtype) -> nn.Module:
     u, v = layer.lowrank_U[adapter_name].detach(), layer.lowrank_V[adapter_name].detach()
+    base: Any = layer.get_base_layer()
+    if is_quantized(base):
+        layer.base_layer = dequantized(base, dtype)
     if v.shape[0] <= largest_saving_rank((layer.out_features, layer.in_features)):
         return factorized(layer.get_base_layer(), Factors(u, v))
     layer.merge(adapter_names=[adapter_name])
     return layer.get_base_layer()
+
+
+def _plain_dtype(model: nn.Module) -> torch.dtype:
+    """Of what is neither quantized nor an adapter: embeddings, norms, the head."""
+    plain = (p for n, p in model.named_parameters() if p.is_floating_point() and LowRankModel.prefix not in n)
+    return next((p.dtype for p in plain), torch.get_default_dtype())
+
+
+def _leave_quantization(model: nn.Module) -> None:
+    """Make a plain model of what bitsandbytes had quantized, for a checkpoint holds one format or the other."""
+    left = [(name, module) for name, module in model.named_modules() if is_quantized(module)]
+    dtype = _plain_dtype(model)
+    for name, module in left:
+        swap(model, name, dequantized(module, dtype))
+    if left:
+        warnings.warn(
+            f"{len(left)} quantized linears that the adapter left alone, the first being {left[0][0]}, are {dtype} now; "
+            "a compact model is not quantized",
+            stacklevel=3,
+        )
+    # transformers refuses to cast, move or train a model that carries these marks.
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        model.__dict__.pop(mark, None)

@@ -148,6 +148,26 @@ def test_transformers_own_adapter_methods(dense_dir, tmp_path):
     assert torch.equal(logits(plain.eval()), logits(model.eval()))
 
 
+def test_automodel_loads_an_adapter_folder(dense_dir, tmp_path):
+    """transformers follows ``base_model_name_or_path`` of the adapter's config."""
+    model = get_peft_model(load_dense(dense_dir), LowRankConfig(r=6))
+    train(model, 2)
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save(logits(model.eval()), tmp_path / "expected.pt")
+    script = """
+        import sys
+        import torch
+        from transformers import AutoModelForCausalLM
+        import lowrank_ft.peft_method
+
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+        assert any("lowrank_U" in n for n, _ in model.named_parameters())
+        found = model(input_ids=torch.tensor([[3, 9, 27, 17, 51, 25, 11, 33]])).logits
+        assert torch.equal(found, torch.load(sys.argv[2]))
+    """
+    run_fresh(script, tmp_path / "adapter", tmp_path / "expected.pt")
+
+
 LOAD_COMPACT = """
     import sys
     import torch

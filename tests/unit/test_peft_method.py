@@ -15,6 +15,7 @@ from lowrank_ft.errors import ConfigError, LowRankError, NonFiniteError, RankErr
 from lowrank_ft.nn import LowRankLinear, compact_view, end_guidance, guided_layers, lowrank_layers, set_alpha
 from lowrank_ft.peft_method import LowRankConfig, LowRankLayer, register
 from lowrank_ft.peft_method.model import shortest_suffixes
+from lowrank_ft.plan import make_plan
 from lowrank_ft.solvers import truncated_svd
 
 OUT, IN, RANK = 12, 10, 4
@@ -318,6 +319,35 @@ def test_rank_pattern_overrides_r():
     assert ranks["model.layers.1.mlp.up_proj"] == 8
     assert ranks["model.layers.0.mlp.up_proj"] == 4
     assert ranks["model.layers.0.mlp.down_proj"] == 16
+
+
+def test_a_plan_becomes_a_config_and_back():
+    plan = make_plan(tiny_llama(), param_ratio=0.6, rank_pattern={r"layers\.1\.mlp\.up_proj": 5, "v_proj": 16})
+    assert len(set(plan.ranks.values())) > 2
+    assert any(p.rank is None for p in plan.linears)  # v_proj, at break-even
+    config = LowRankConfig.from_plan(plan, guide="none")
+    net = tiny_llama()
+    get_peft_model(net, config)
+    ranks = {n: m.lowrank_V["default"].shape[0] for n, m in net.named_modules() if isinstance(m, LowRankLayer)}
+    assert ranks == plan.ranks
+    again = config.to_plan(tiny_llama())
+    assert again.ranks == plan.ranks
+    assert again.converted_model_parameters == plan.converted_model_parameters
+    # Layer 1 is not taken for layer 11.
+    deep = LowRankConfig.from_plan(
+        make_plan(tiny_llama(num_hidden_layers=12), rank=8, rank_pattern={"layers.1.mlp.*": 4})
+    )
+    assert deep.to_plan(tiny_llama(num_hidden_layers=12)).ranks["model.layers.11.mlp.up_proj"] == 8
+
+
+def test_what_a_plan_and_a_config_cannot_say_to_each_other():
+    plan = make_plan(tiny_llama(), rank=8)
+    with pytest.raises(ConfigError, match="leave out r$"):
+        LowRankConfig.from_plan(plan, r=4)
+    with pytest.raises(ConfigError, match="leaves every linear dense"):
+        LowRankConfig.from_plan(make_plan(tiny_llama(), rank=1.0))
+    with pytest.raises(ConfigError, match="layers_to_transform has no place in a plan"):
+        LowRankConfig(r=8, target_modules=["q_proj"], layers_to_transform=[0]).to_plan(tiny_llama())
 
 
 def tiny_llama(**options) -> LlamaForCausalLM:
