@@ -24,7 +24,7 @@ from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.calibration import training_calibration
 from lowrank_ft.training.data import TokenizedData, pack, token_ids
 
-RATES = [5e-4, 1e-3, 2e-3, 3e-3, 5e-3]
+RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 
 
 def build(method: str, param_ratio: float, train: TokenizedData) -> torch.nn.Module:
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-steps", type=int, default=120)
     parser.add_argument("--param-ratio", type=float, default=0.6)
-    parser.add_argument("--methods", nargs="+", default=["residual", "none", "dense", "LoRA"])
+    parser.add_argument("--methods", nargs="+", default=["residual", "none", "LoRA"])
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
     train_text, held_out_text = prose()

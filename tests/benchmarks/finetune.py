@@ -30,6 +30,7 @@ from lowrank_ft.conversion import attach_guides, convert
 from lowrank_ft.plan import count_parameters
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.calibration import training_batches, training_calibration
+from lowrank_ft.training.config import ModelArguments
 from lowrank_ft.training.data import pack, token_ids
 from tests.benchmarks import common
 
@@ -315,14 +316,30 @@ def verdicts(rows: dict[str, dict[str, Any]]) -> list[str]:
             mine, limit = rows[ours]["test_perplexity"], rows[theirs]["test_perplexity"] * slack
             lines.append(f"{'met' if mine <= limit else 'MISSED'}: {what}: {mine:.2f}, wanted at most {limit:.2f}")
 
-    default = {r: f"ours {r}, guide residual" for r in RATIOS}
+    default = {r: f"ours {r}, guide {ModelArguments.guide}" for r in RATIOS}
     check("0.6 within 3 % of full fine-tuning", default[0.6], "full fine-tuning", 1.03)
     check("0.6 better than LoRA r64 on the dense model", default[0.6], "LoRA r64")
     check("0.4 better than LoRA r16 on the dense model", default[0.4], "LoRA r16")
     for ratio in RATIOS:
         for peer in ("LoRA r16, then whitened SVD", "LoRA r64, then whitened SVD", "whitened SVD, then LoRA r16"):
             check(f"{ratio} better than {peer}", default[ratio], f"{peer}, {ratio}")
-    return lines
+    return lines + forgetting(rows)
+
+
+def forgetting(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Whether a setting of ours is at least as good as LoRA r16 on the plays, and forgets no more."""
+    peer = rows.get("LoRA r16")
+    ours = [(n, r) for n, r in rows.items() if n.startswith("ours") and "distilled" in n]
+    if peer is None or not ours:
+        return []
+    as_good = [(n, r) for n, r in ours if r["test_perplexity"] <= peer["test_perplexity"]]
+    name, best = min(as_good or ours, key=lambda nr: nr[1]["general_perplexity"])
+    met = bool(as_good) and best["general_perplexity"] <= peer["general_perplexity"]
+    return [
+        f"{'met' if met else 'MISSED'}: forgets no more than LoRA r16 at equal perplexity: {name}: "
+        f"{best['test_perplexity']:.2f} on the plays and {best['general_perplexity']:.1f} on general text; LoRA r16 "
+        f"{peer['test_perplexity']:.2f} and {peer['general_perplexity']:.1f}"
+    ]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
