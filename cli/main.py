@@ -7,6 +7,7 @@ Nothing heavy is imported before a command is known, so ``--help`` answers at on
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 import warnings
@@ -16,6 +17,7 @@ _DESCRIPTION = """\
 Fine-tune a Hugging Face model into a smaller one.
 
   lowrank-ft plan    MODEL --param-ratio 0.6                        what would change, what it saves
+  lowrank-ft plan    --preset wei2024-s-r63                         what a training from scratch costs
   lowrank-ft convert MODEL --param-ratio 0.6 --output-dir compact   factorize every linear of the blocks
   lowrank-ft finetune --model compact --dataset text.jsonl --output_dir tuned
   lowrank-ft eval    tuned --data held-out.txt --baseline MODEL     perplexity, size, speed
@@ -78,10 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     plan = add("plan", "show what would change and what it saves; reads headers, not weights")
-    _model(plan)
+    _model(plan, or_preset=True)
     _size(plan)
     _calibration(plan)
     _device(plan)
+    _training_cost(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON; convert --plan reads it back")
     plan.add_argument(
         "--picture", metavar="FILE", help="draw the ranks into a .png, .svg or .pdf (needs the extra plot)"
@@ -186,8 +189,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder or Hub id")
+def _model(parser: argparse.ArgumentParser, or_preset: bool = False) -> None:
+    model = parser.add_argument("model", help="folder or Hub id")
+    if or_preset:
+        parser.add_argument(
+            "--preset", metavar="NAME", action=_InPlaceOf, replaces=model,
+            help="in place of a model, one of Wei et al. (2024): wei2024-{s,m,l,xl}[-r63|-r32] or wei2024-{m,l}-wide",
+        )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--token", help="Hub token (default: the stored one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
@@ -212,6 +220,22 @@ def _size(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--allow-past-break-even", action="store_true", help="factorize linears even where that makes them larger"
     )
+
+
+def _training_cost(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("cost of a training from scratch")
+    group.add_argument(
+        "--tokens", type=count, metavar="N",
+        help="add training FLOPs for so many tokens: 2.2B, 300M (a preset has a number of its own)",
+    )  # fmt: skip
+    group.add_argument(
+        "--sequence-length", type=count, metavar="N",
+        help="tokens of context in the FLOPs (default: 1024, or what the model allows)",
+    )  # fmt: skip
+    group.add_argument(
+        "--set", nargs="+", action="extend", metavar="NAME=VALUE",
+        help="change values of a preset: hidden_size=512 num_hidden_layers=8 vocab_size=4096 ...",
+    )  # fmt: skip
 
 
 def _calibration(parser: argparse.ArgumentParser) -> None:
@@ -267,6 +291,33 @@ def _number(text: str) -> int | float:
         return int(text)
     except ValueError:
         return float(text)
+
+
+def count(text: str) -> int:
+    """``2.2B`` is 2,200,000,000; the suffixes are k, M, B and T.
+
+    Raises:
+        argparse.ArgumentTypeError: not such a number, not whole, or not positive.
+    """
+    found = re.fullmatch(r"(\d+)(?:\.(\d+))?([kMBT]?)", text.replace("_", "").replace(",", ""))
+    if found:
+        whole, fraction, scale = found[1], found[2] or "", 10 ** (3 * " kMBT".index(found[3] or " "))
+        number, rest = divmod(int(whole + fraction) * scale, 10 ** len(fraction))
+        if number > 0 and not rest:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number such as 1024, 300M or 2.2B")
+
+
+class _InPlaceOf(argparse.Action):
+    """A flag that makes a positional argument unnecessary (one that may always be left out would be lost after flags)."""
+
+    def __init__(self, *args: Any, replaces: argparse.Action, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.replaces = replaces
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, values: Any, *_: Any) -> None:
+        setattr(options, self.dest, values)
+        self.replaces.required = False
 
 
 class _Version(argparse.Action):

@@ -4,27 +4,34 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
 from lowrank_ft_cli.calibration import read_calibration
 from lowrank_ft_cli.options import device_of, dtype_of, size_options, source_of
+from lowrank_ft_cli.preset import print_training_cost, run_preset, sequence_length_of
 
 from lowrank_ft.allocation import ALLOCATIONS
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion import allocate, spectrum_of
+from lowrank_ft.cost import training_cost
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.hub.pictures import check_picture_path, require_plotting, save_rank_map
-from lowrank_ft.hub.source import Source, is_compact, load_model, skeleton
+from lowrank_ft.hub.source import Source, TensorInfo, is_compact, load_model, skeleton
 from lowrank_ft.plan import LinearPlan, Plan, make_plan
 from lowrank_ft.ranks import break_even_rank
 from lowrank_ft.schedule import require_choice
 from lowrank_ft.targets import kind_of
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I64": 8, "I32": 4}
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.preset is not None:
+        run_preset(options)
+        return
     picture = Path(options.picture) if options.picture else None
     if picture is not None:
         require_plotting()
@@ -32,28 +39,45 @@ def run(options: argparse.Namespace) -> None:
     source = source_of(options)
     config = source.load_config()
     refuse_compact(config, source)
-    tensors = source.tensors()
+    length = sequence_length_of(options, config, source.name)
+    tensors = {} if length is not None and has_no_weights(source) else source.tensors()
     allocation = options.allocation or "uniform"
     require_choice("--allocation", allocation, ALLOCATIONS)
     if allocation != "uniform" or options.energy is not None:
-        weights = load_model(source, dtype_of(options), device_of(options))
-        plan = make_plan(weights, **size_options(options), spectrum=spectrum_of(weights))
+        model = load_model(source, dtype_of(options), device_of(options))
+        plan = make_plan(model, **size_options(options), spectrum=spectrum_of(model))
         if allocation != "uniform":
-            plan = allocate(weights, plan, allocation, read_calibration(options, source, weights), progress=True)
+            plan = allocate(model, plan, allocation, read_calibration(options, source, model), progress=True)
     else:
-        plan = make_plan(skeleton(config, source.name, source.trust_remote_code), **size_options(options))
+        model = skeleton(config, source.name, source.trust_remote_code)
+        plan = make_plan(model, **size_options(options))
+    cost = None if length is None else training_cost(model, plan, options.tokens, length)
     if picture is not None:
         save_rank_map(plan.linears, picture)
     if options.json:
-        print(json.dumps(plan.to_dict(), indent=2))
+        print(json.dumps(plan.to_dict() | ({} if cost is None else {"training": asdict(cost)}), indent=2))
         return
     print_plan(plan)
+    if cost is not None and length is not None:
+        print_training_cost(cost, options.tokens, length)
+    if tensors:
+        print_stored(plan, tensors)
+    if picture is not None:
+        print(f"picture   {picture}")
+
+
+def has_no_weights(source: Source) -> bool:
+    """Whether a folder describes a model that is not trained yet; a config is enough to count what that will cost."""
+    folder = source.folder
+    return folder is not None and not any(p.name.endswith(_WEIGHT_FILES) for p in folder.iterdir())
+
+
+def print_stored(plan: Plan, tensors: dict[str, TensorInfo]) -> None:
+    """Size of the weight files before, and about what it will be."""
     stored = sum(_BYTES.get(t.dtype, 4) * prod(t.shape) for t in tensors.values())
     per_parameter = stored / max(1, sum(prod(t.shape) for t in tensors.values()))
     saved = (plan.model_parameters - plan.converted_model_parameters) * per_parameter
     print(f"on disk   {human_bytes(stored)} -> about {human_bytes(stored - saved)}")
-    if picture is not None:
-        print(f"picture   {picture}")
 
 
 def refuse_compact(config: object, source: Source) -> None:

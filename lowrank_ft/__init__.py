@@ -8,7 +8,9 @@ PEFT, so ``AutoModel.from_pretrained`` and ``get_peft_model`` know them. Importi
 from lowrank_ft.calibration import Calibration
 from lowrank_ft.conversion import attach_guides, convert, merge
 from lowrank_ft.errors import LowRankError
+from lowrank_ft.from_scratch import initialize_lowrank
 from lowrank_ft.hub import loader as _loader
+from lowrank_ft.hub.configs import preset_config
 from lowrank_ft.hub.export import save_compact
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, end_guidance, set_alpha
 from lowrank_ft.peft_method import LowRankConfig  # registers the method with PEFT
@@ -28,8 +30,10 @@ __all__ = [
     "attach_guides",
     "convert",
     "end_guidance",
+    "initialize_lowrank",
     "make_plan",
     "merge",
+    "preset_config",
     "save_compact",
     "set_alpha",
 ]

@@ -141,15 +141,42 @@ def _refuse_quantized(model: nn.Module, counts: Callable[[nn.Module], bool]) -> 
             )
 
 
-def _in_repeated_block(model: nn.Module, spec: LinearSpec) -> bool:
-    if min(spec.shape) < _NARROWEST_DEFAULT_TARGET:
-        return False
-    parent, path = model, spec.name.split(".")
-    for part in path:
+def ffn_linears(model: nn.Module) -> list[LinearSpec]:
+    """The default targets that belong to a feed-forward network: linears of the blocks outside of attention.
+
+    Raises:
+        TargetError: as :func:`select_targets`; or no linear of the blocks can be told to be attention's, so nothing
+            says which of them are not.
+    """
+    blocks = select_targets(model)
+    ffn = [s for s in blocks if is_ffn_linear(model, s)]
+    if len(ffn) in (0, len(blocks)):
+        raise TargetError(
+            f"{type(model).__name__} does not tell feed-forward linears from attention by name; "
+            f"name target_modules out of {_leaf_names(blocks)}"
+        )
+    return ffn
+
+
+def is_ffn_linear(model: nn.Module, spec: LinearSpec) -> bool:
+    """Whether a linear lies in a repeated block, in no module that is named after attention."""
+    # Every architecture calls its attention that (self_attn, attn, SelfAttention); names of the FFN have less in common.
+    attention = any(word in spec.name.lower() for word in ("attn", "attention"))
+    return block_index(model, spec.name) is not None and not attention
+
+
+def block_index(model: nn.Module, name: str) -> int | None:
+    """Which of the repeated blocks (the outermost ``ModuleList``) a module lies in; None where it is in none."""
+    parent: Any = model
+    for part in name.split("."):
         if isinstance(parent, nn.ModuleList):
-            return True
+            return int(part)
         parent = getattr(parent, part)
-    return False
+    return None
+
+
+def _in_repeated_block(model: nn.Module, spec: LinearSpec) -> bool:
+    return min(spec.shape) >= _NARROWEST_DEFAULT_TARGET and block_index(model, spec.name) is not None
 
 
 def _is_output_head(model: nn.Module, spec: LinearSpec) -> bool:
