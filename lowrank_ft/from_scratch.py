@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lowrank_ft import checkpoint_format
 from lowrank_ft.conversion import convert
 from lowrank_ft.errors import ConfigError, RankError, TargetError
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers
@@ -82,6 +83,9 @@ def initialize_lowrank(
     )
     _warn_about_dense(plan)
     convert(model, plan, progress=progress)
+    if (config := getattr(model, "config", None)) is not None:
+        # A config that was read from a checkpoint names it, but the weights are not that checkpoint's.
+        config.quantization_config = checkpoint_format.quantization_config(plan.ranks)
     if guide is not None:
         for name, layer in list(lowrank_layers(model)):
             swap(model, name, guided_by_product(layer, guide))

@@ -1,11 +1,12 @@
 """Low-rank initialization against a full SVD in float64, and what training starts from."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowrank_ft
 from lowrank_ft.errors import ConfigError, PlanError, RankError, TargetError
@@ -13,7 +14,7 @@ from lowrank_ft.from_scratch import initialize_lowrank
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, guided_layers, lowrank_layers
 from lowrank_ft.nn.replace import dense_weight
 from lowrank_ft.targets import ffn_linears
-from tests.conftest import tiny_gpt2, tiny_llama
+from tests.conftest import DEMO_MODEL, tiny_gpt2, tiny_llama
 
 LLAMA_FFN = {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")}
 GPT2_FFN = {"transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"}
@@ -118,6 +119,16 @@ def test_train_export_and_load_a_small_wide_model(tmp_path, ids):
     assert [n for n, _ in lowrank_layers(loaded)] == ["model.layers.1.mlp.c_fc", "model.layers.1.mlp.c_proj"]
     assert not any(isinstance(m, GuidedLowRankLinear) for m in loaded.modules())
     torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_no_checkpoint_is_named_as_origin_of_weights_that_are_new(tmp_path):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(DEMO_MODEL))
+    assert model.config._name_or_path == str(DEMO_MODEL)
+    initialize_lowrank(model, rank=8)
+    lowrank_ft.save_compact(model, tmp_path / "out")
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert len(entry["ranks"]) == 3 * (model.config.num_hidden_layers - 1)
+    assert "base_model" not in entry
 
 
 def test_what_is_past_break_even_stays_dense_with_a_warning():
