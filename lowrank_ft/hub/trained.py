@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
 from lowrank_ft.hub.source import RUN_FILE, Source, first_line, load_model, model_class
 
-_GUIDE = ".guide.weight"
+_GUIDE = (".guide.weight", ".guide.absmax")
 
 
 def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any, Path]:

@@ -7,7 +7,7 @@ from typing import Any
 from lowrank_ft.allocation import ALLOCATIONS
 from lowrank_ft.calibration import METHODS
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.nn import GUIDES
+from lowrank_ft.nn import GUIDES, check_guide_bits
 from lowrank_ft.schedule import ALPHA_SCHEDULES, LR_SCHEDULES, require_choice
 
 
@@ -37,6 +37,9 @@ class ModelArguments:
         65_536, "tokens of the training data that the factors of a dense model are fitted to"
     )
     guide: str = _opt("residual", f"dense branch that is phased out: {', '.join(GUIDES)}, or none")
+    guide_bits: int | None = _opt(
+        None, "store a residual or frozen guide in 16, 8 or 4 bits; 8 and 4 need bitsandbytes; default: as --dtype"
+    )
     guide_model: str | None = _opt(
         None, "dense model of the guide and of distillation; default: the one the checkpoint was made from"
     )
@@ -49,6 +52,7 @@ class ModelArguments:
             require_choice("allocation", self.allocation, ALLOCATIONS)
         _require_range("calibration_tokens", self.calibration_tokens, 1)
         require_choice("guide", self.guide, (*GUIDES, "none"))
+        check_guide_bits(self.guide, self.guide_bits)
         require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require_choice("export_dtype", self.export_dtype, ("auto", "float32", "bfloat16", "float16"))
 

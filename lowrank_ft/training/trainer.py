@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from lowrank_ft.errors import ConfigError, DivergedError, TrainingStateError
 from lowrank_ft.evaluation import Evaluation, predicted_tokens, summed_loss
-from lowrank_ft.nn import compact_state_dict, compact_view, end_guidance, guided_layers, set_alpha
+from lowrank_ft.nn import compact_state_dict, compact_view, end_guidance, guide_label, guided_layers, set_alpha
 from lowrank_ft.schedule import alpha_at, lr_factor_at
 from lowrank_ft.training import checkpoints
 from lowrank_ft.training.checkpoints import TrainerState
@@ -98,7 +98,7 @@ class Trainer:
         self.best_step: int | None = None
         self._bare: Any = model
         self._forward_options = forward_options(model)
-        self._guide_kinds = sorted({str(getattr(layer, "kind", "peft")) for _, layer in guided_layers(model)})
+        self._guide_kinds = sorted({guide_label(layer) for _, layer in guided_layers(model)})
         if args.gradient_checkpointing:
             if not hasattr(model, "gradient_checkpointing_enable"):
                 raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing")
