@@ -131,9 +131,7 @@ def pack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     return packed, scales.view(torch.uint8)
 
 
-def unpack(
-    packed: Tensor, scales: Tensor | None, code: Tensor | None, shape: Shape, dtype: torch.dtype
-) -> Tensor:
+def unpack(packed: Tensor, scales: Tensor | None, code: Tensor | None, shape: Shape, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`pack`, up to rounding, ``(out, in)``. ``code (256,)`` is there for 8 bits alone."""
     if scales is None:
         return packed.view(torch.bfloat16).to(dtype)

@@ -38,7 +38,9 @@ def guided(kind, bits, shape=(96, 72), rank=8):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", GUIDE_BITS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 def test_product_and_gradient(bits, shape, dtype, tolerance):
     guide = QuantizedGuideLinear(matrix(shape), bits)
     x = matrix((3, 5, shape[1])).to(dtype).requires_grad_()
@@ -66,7 +68,9 @@ def test_the_guided_layer(bits, kind, alpha):
     x_ref = x.detach().clone().requires_grad_()
     share = torch.tensor(alpha, dtype=torch.float32).double()
     low = x_ref @ v.T @ u.T
-    expected = (low + share * x_ref @ packed.T if kind == "residual" else share * x_ref @ packed.T + (1 - share) * low) + b
+    expected = (
+        low + share * x_ref @ packed.T if kind == "residual" else share * x_ref @ packed.T + (1 - share) * low
+    ) + b
     actual = layer(x)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     upstream = matrix((4, 96)).double()
@@ -169,7 +173,9 @@ def test_convert_and_attach_guides_and_the_end(bits):
     ids = torch.arange(3, 20)[None]
     apart = (model(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm()
     assert apart < {16: 0.01, 8: 0.02, 4: 0.15}[bits]
-    expected = sum(guide_bytes((m.out_features, m.in_features), bits) for m in model.modules() if hasattr(m, "drop_guide"))
+    expected = sum(
+        guide_bytes((m.out_features, m.in_features), bits) for m in model.modules() if hasattr(m, "drop_guide")
+    )
     assert end_guidance(model) == expected
     assert not any(p.dtype == torch.uint8 for p in model.parameters())
 
