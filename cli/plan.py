@@ -4,9 +4,12 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import torch
 from lowrank_ft_cli.calibration import read_calibration
 from lowrank_ft_cli.options import device_of, dtype_of, size_options, source_of
 
@@ -14,8 +17,10 @@ from lowrank_ft.allocation import ALLOCATIONS
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion import allocate, spectrum_of
 from lowrank_ft.errors import CheckpointError
+from lowrank_ft.evaluation import context_length
 from lowrank_ft.hub.pictures import check_picture_path, require_plotting, save_rank_map
 from lowrank_ft.hub.source import Source, is_compact, load_model, skeleton
+from lowrank_ft.memory import MODES, Architecture, Settings, estimate
 from lowrank_ft.plan import LinearPlan, Plan, make_plan
 from lowrank_ft.ranks import break_even_rank
 from lowrank_ft.schedule import require_choice
@@ -42,18 +47,53 @@ def run(options: argparse.Namespace) -> None:
             plan = allocate(weights, plan, allocation, read_calibration(options, source, weights), progress=True)
     else:
         plan = make_plan(skeleton(config, source.name, source.trust_remote_code), **size_options(options))
+    memory = (
+        memory_of(plan, options, skeleton(config, source.name, source.trust_remote_code)) if options.memory else None
+    )
     if picture is not None:
         save_rank_map(plan.linears, picture)
     if options.json:
-        print(json.dumps(plan.to_dict(), indent=2))
+        print(json.dumps({**plan.to_dict(), **({"memory": memory} if memory else {})}, indent=2))
         return
     print_plan(plan)
     stored = sum(_BYTES.get(t.dtype, 4) * prod(t.shape) for t in tensors.values())
     per_parameter = stored / max(1, sum(prod(t.shape) for t in tensors.values()))
     saved = (plan.model_parameters - plan.converted_model_parameters) * per_parameter
     print(f"on disk   {human_bytes(stored)} -> about {human_bytes(stored - saved)}")
+    if memory is not None:
+        print_memory(memory)
     if picture is not None:
         print(f"picture   {picture}")
+
+
+def memory_of(plan: Plan, options: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Peak memory of a training step in every mode, with the settings that it holds for."""
+    settings = Settings(
+        batch_size=options.batch_size,
+        block_size=context_length(
+            options.block_size, getattr(model.config, "max_position_embeddings", None), options.model
+        ),
+        dtype="float32" if options.dtype == "auto" else options.dtype,
+        mixed_precision=options.mixed_precision,
+        optim=options.optim,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        device=torch.device(options.device or "cuda").type,
+    )
+    architecture = Architecture.of(model)
+    modes = [{"mode": m.name, **asdict(estimate(plan, architecture, m, settings))} for m in MODES]
+    return {"settings": asdict(settings), "modes": modes}
+
+
+def print_memory(memory: dict[str, Any]) -> None:
+    """One row for each mode."""
+    settings, parts = memory["settings"], ("weights", "guide", "optimizer", "gradients", "activations", "peak")
+    rows = [(m["mode"], *(human_bytes(m[p]) if m[p] else "" for p in parts)) for m in memory["modes"]]
+    title = f"memory of training, {settings['batch_size']} x {settings['block_size']} tokens, {settings['dtype']}"
+    if settings["mixed_precision"] != "no":
+        title += f", {settings['mixed_precision']} arithmetic"
+    print_table(("mode", *parts), rows, title=f"{title}, {settings['optim']}, on {settings['device']}")
+    print(f"peak      of one process, tensors only; LoRA and QLoRA of rank {settings['lora_r']} on the same linears")
 
 
 def refuse_compact(config: object, source: Source) -> None:

@@ -26,8 +26,10 @@ from lowrank_ft.targets import find_linears
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LOGIT = 12  # at the peak three of: logits, their float32 copy, the log-probabilities, the gradients of both
-_BLOCKWISE = 2 + 2 * 4 / 256  # bytes per number of two 8-bit moments, with a scale for 256 of them
-_ADAM = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8}
+_TORCH = ("adamw_torch", "adamw_torch_fused")  # moments in the dtype of the weights
+_FLOAT32 = ("paged_adamw_32bit",)
+_BLOCKWISE = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+OPTIMIZERS = (*_TORCH, *_BLOCKWISE, *_FLOAT32)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,11 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Settings:
-    """How it is trained; names and meanings of the options of a run."""
+    """How it is trained; names and meanings of the options of a run.
+
+    Raises:
+        ConfigError: a value that such an option could not have.
+    """
 
     batch_size: int = 8
     block_size: int = 1024
@@ -113,6 +119,14 @@ class Settings:
     gradient_accumulation_steps: int = 1
     lora_r: int = 16
     device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, tuple(DTYPE_BYTES))
+        require_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        require_choice("optim", self.optim, OPTIMIZERS)
+        for name in ("batch_size", "block_size", "gradient_accumulation_steps", "lora_r"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
 
     @property
     def tokens(self) -> int:
@@ -175,19 +189,11 @@ class Estimate:
 
 
 def estimate(plan: Plan, architecture: Architecture, mode: Mode, settings: Settings) -> Estimate:
-    """Peak memory of one step of training in ``mode``.
-
-    Raises:
-        ConfigError: a dtype, precision or optimizer that is not known.
-    """
-    require_choice("dtype", settings.dtype, tuple(DTYPE_BYTES))
-    require_choice("mixed_precision", settings.mixed_precision, ("no", "bf16", "fp16"))
-    if settings.optim not in _ADAM and "8bit" not in settings.optim:
-        raise ConfigError(f"optim {settings.optim!r} is unknown here; see the option optim of a run")
+    """Peak memory of one step of training in ``mode``."""
     size = DTYPE_BYTES[settings.dtype]
     stored = _Stored.of(plan, mode, settings)
     gradients = size * stored.trained
-    state = round(stored.trained * _ADAM.get(settings.optim, _BLOCKWISE) * (1 if settings.optim not in _ADAM else size / 4))
+    state = round(stored.trained * _state_bytes(settings))
     casts = 2 * stored.cast if settings.mixed_precision != "no" and size == 4 else 0
     one, every, ends = _activations(plan, architecture, mode, settings)
     kept = ends + casts + every
@@ -259,6 +265,13 @@ class _Stored:
         return cls(weights, guide, trained, trained_rest, cast, unpacked)
 
 
+def _state_bytes(settings: Settings) -> float:
+    """Bytes of both moments, for each number that is trained."""
+    if settings.optim in _BLOCKWISE:
+        return 2 + 2 * 4 / 256  # each with a float32 scale for 256 of them
+    return 2 * DTYPE_BYTES[settings.dtype] if settings.optim in _TORCH else 8
+
+
 def _width(settings: Settings) -> int:
     """Bytes of a linear's output."""
     return 2 if settings.mixed_precision != "no" else DTYPE_BYTES[settings.dtype]
@@ -299,10 +312,11 @@ def _inner(plan: Plan, a: Architecture, mode: Mode, settings: Settings) -> int:
 
 
 def _copies_of_the_step(a: Architecture, stored: _Stored, settings: Settings) -> int:
-    """AdamW's denominators: of all parameters at once on a GPU, of one after the other on a CPU."""
-    size = DTYPE_BYTES[settings.dtype]
-    if settings.optim != "adamw_torch":
-        return 0
-    return 2 * size * min(a.largest, stored.trained) if settings.device == "cpu" else size * stored.trained
-
-
+    """What the optimizer's step allocates: for all parameters at once on a GPU, for one after the other on a CPU."""
+    size, largest = DTYPE_BYTES[settings.dtype], min(a.largest, stored.trained)
+    on_cpu = settings.device == "cpu"
+    if settings.optim == "adamw_torch":  # the denominators
+        return 2 * size * largest if on_cpu else size * stored.trained
+    if settings.optim in _BLOCKWISE and on_cpu:  # float32 copies of moments, gradient and (of 16 bits) weight, too
+        return (20 if size == 4 else 24) * largest
+    return 0

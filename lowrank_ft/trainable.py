@@ -78,7 +78,7 @@ def merge_adapters(model: nn.Module) -> int:
         for leaf in LEAVES:
             adapted: Any = getattr(layer, leaf)
             if isinstance(adapted, LoraLayer):
-                adapted.merge()  # type: ignore[attr-defined]
+                adapted.merge()
                 setattr(layer, leaf, adapted.get_base_layer())
                 count += 1
     if count and hasattr(model, "peft_config"):

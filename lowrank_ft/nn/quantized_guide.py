@@ -95,9 +95,10 @@ class QuantizedGuideLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``W`` as it is used, ``(out, in)``."""
-        return unpack(*self._stored(), dtype)
+        packed, scales, code, shape = self._stored()
+        return unpack(packed, scales, code, shape, dtype)
 
-    def _stored(self) -> tuple[Any, ...]:
+    def _stored(self) -> tuple[Tensor, Tensor | None, Tensor | None, Shape]:
         if self._code is not None and self._code.device != self.weight.device:
             self._code = self._code.to(self.weight.device)
         return self.weight, self.absmax, self._code, (self.out_features, self.in_features)
@@ -119,8 +120,9 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(*stored)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad @ unpack(*ctx.saved_tensors, ctx.shape, grad.dtype), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        packed, scales, code = ctx.saved_tensors
+        return grad @ unpack(packed, scales, code, ctx.shape, grad.dtype), None, None, None, None
 
 
 def pack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:

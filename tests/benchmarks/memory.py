@@ -80,7 +80,9 @@ def _quantize(model: nn.Module, plan: Plan) -> None:
 
     for p in plan.linears:
         dense: Any = model.get_submodule(p.name)
-        packed = Linear4bit(p.shape[1], p.shape[0], bias=False, quant_type="nf4", compute_dtype=dense.weight.dtype, device="meta")
+        packed = Linear4bit(
+            p.shape[1], p.shape[0], bias=False, quant_type="nf4", compute_dtype=dense.weight.dtype, device="meta"
+        )
         device = dense.weight.device
         packed.weight = Params4bit(
             dense.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=False, module=packed
@@ -151,7 +153,9 @@ class _OnGpu:
 
 def row(name: str, mode: Mode, changes: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     kind = torch.device(options.device).type
-    settings = Settings(**{"batch_size": options.batch_size, "block_size": options.block_size, "device": kind, **changes})
+    settings = Settings(
+        **{"batch_size": options.batch_size, "block_size": options.block_size, "device": kind, **changes}
+    )
     model = random_model(MODELS[name], settings.dtype)
     plan = make_plan(model, param_ratio=options.param_ratio)
     guess = estimate(plan, Architecture.of(model), mode, settings)
@@ -173,7 +177,9 @@ def show(report: dict[str, Any]) -> None:
         for r in report["rows"]
     ]  # fmt: skip
     columns = ("model", "mode", "changed", "estimated", "measured", "error", f"within {TARGET:.0%}")
-    print_table(columns, rows, title=f"Peak memory of a training step, {report['tokens']} tokens, {report['machine']['device']}")
+    print_table(
+        columns, rows, title=f"Peak memory of a training step, {report['tokens']} tokens, {report['machine']['device']}"
+    )
 
 
 def chosen(options: argparse.Namespace) -> Callable[[tuple[str, Mode, dict[str, Any]]], bool]:
