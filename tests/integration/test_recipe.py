@@ -173,6 +173,11 @@ def test_yaml_and_flags(tmp_path):
         ({"distill_weight": 2}, "distill_weight is 2; it must be 0 to 1"),
         ({"distill_temperature": 0}, "distill_temperature is 0; it must be above 0"),
         ({"distill_dataset": "a.txt"}, "distill_dataset a.txt is named, and distill_weight 0 would not use it"),
+        ({"guide": "dense", "guide_bits": 4}, "a dense guide is trained, which takes its full precision"),
+        ({"guide_bits": 5}, "guide_bits is 5; it must be one of 16, 8, 4"),
+        ({"guide": "dense", "trainable": "lora"}, "trainable is lora, and a dense guide is trained in full"),
+        ({"optim": "sgd"}, "optim 'sgd' is unknown"),
+        ({"lora_r": 0}, "lora_r is 0; it must be 1 or more"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
