@@ -90,6 +90,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--picture", metavar="FILE", help="draw the ranks into a .png, .svg or .pdf (needs the extra plot)"
     )
 
+    memory = plan.add_argument_group("memory of training, and the options of the run that it is estimated for")
+    memory.add_argument("--memory", action="store_true", help="estimate the peak of a training step in every mode")
+    memory.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks per forward pass (default: 8)")
+    memory.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens per block (default: 1024, or what the model has)"
+    )
+    memory.add_argument(
+        "--gradient-accumulation-steps", type=int, default=1, metavar="N", help="forward passes per step (default: 1)"
+    )
+    memory.add_argument("--gradient-checkpointing", action="store_true", help="activations are recomputed in backward")
+    memory.add_argument(
+        "--mixed-precision", choices=("no", "bf16", "fp16"), default="no",
+        help="arithmetic; weights are in --dtype, which stands for float32 here if it is not given (default: no)",
+    )  # fmt: skip
+    memory.add_argument("--optim", default="adamw_torch", metavar="NAME", help="form of AdamW (default: adamw_torch)")
+
     convert = add("convert", "factorize a dense checkpoint into a compact one")
     _model(convert)
     _size(convert)

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 
 from lowrank_ft_cli.calibration import read_calibration
+from lowrank_ft_cli.memory import memory_of, print_memory
 from lowrank_ft_cli.options import device_of, dtype_of, size_options, source_of
 from lowrank_ft_cli.preset import print_training_cost, run_preset, sequence_length_of
 
@@ -52,14 +53,18 @@ def run(options: argparse.Namespace) -> None:
         model = skeleton(config, source.name, source.trust_remote_code)
         plan = make_plan(model, **size_options(options))
     cost = None if length is None else training_cost(model, plan, options.tokens, length)
+    memory = memory_of(plan, options, model) if options.memory else None
     if picture is not None:
         save_rank_map(plan.linears, picture)
     if options.json:
-        print(json.dumps(plan.to_dict() | ({} if cost is None else {"training": asdict(cost)}), indent=2))
+        extra = {"training": None if cost is None else asdict(cost), "memory": memory}
+        print(json.dumps(plan.to_dict() | {k: v for k, v in extra.items() if v is not None}, indent=2))
         return
     print_plan(plan)
     if cost is not None and length is not None:
         print_training_cost(cost, options.tokens, length)
+    if memory is not None:
+        print_memory(memory)
     if tensors:
         print_stored(plan, tensors)
     if picture is not None:

@@ -23,7 +23,7 @@ from lowrank_ft.calibration import METHODS, Calibration, ConversionRecord, conve
 from lowrank_ft.calibration.config import default_method
 from lowrank_ft.calibration.refine import factors_of
 from lowrank_ft.errors import ConfigError, PlanError
-from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers
+from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, check_guide_bits, lowrank_layers
 from lowrank_ft.nn.modes import evaluating
 from lowrank_ft.nn.replace import dense_weight, factorized, swap
 from lowrank_ft.plan import Plan, make_plan, reallocate
@@ -48,6 +48,7 @@ def convert(
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
     guide: str | None = None,
+    guide_bits: int | None = None,
     method: str | None = None,
     calibration: Calibration | None = None,
     allocation: str | None = None,
@@ -60,6 +61,8 @@ def convert(
         model: a dense model. Parameters that are not factorized keep their identity and their values.
         plan: what to do; without one it is made here from ``rank``, ``param_ratio`` or ``energy`` and the patterns.
         guide: None for the deployed layers, or one of ``GUIDES`` to keep a dense branch for fine-tuning.
+        guide_bits: store a ``residual`` or ``frozen`` guide in 16, 8 or 4 bits; None for the dtype of the model. 8 and
+            4 need bitsandbytes, on the model's device and on the one that it is trained on.
         method: how the factors are found, one of ``METHODS``; by default ``anchored`` with calibration data and
             ``svd`` without.
         calibration: data and settings for everything but ``svd`` alone: fitting, refinement, distillation.
@@ -73,7 +76,9 @@ def convert(
 
     Raises:
         RankError, TargetError, PlanError: see :func:`make_plan`; or the plan does not fit this model.
-        ConfigError: a method or an allocation needs calibration data, and there are none.
+        ConfigError: a method or an allocation needs calibration data, and there are none; or the guide cannot be
+            stored in ``guide_bits``, or not on this device.
+        MissingPackageError: ``guide_bits`` needs bitsandbytes.
         NonFiniteError: a weight or an activation holds NaN or infinity; the message names it. Modules before it are
             converted already.
         DivergedError: refinement or distillation failed.
@@ -82,6 +87,7 @@ def convert(
     require_choice("method", method, METHODS)
     if calibration is None and method != "svd":
         raise ConfigError(f"method {method} needs calibration data; give some, or use method svd, which needs none")
+    check_guide_bits(guide, guide_bits, next(model.parameters()).device)
     if any(lowrank_layers(model)):
         raise PlanError("the model has factored linears already; convert the dense model, or merge this one first")
     if plan is None:
@@ -108,7 +114,7 @@ def convert(
         _fit(model, plan, method, calibration, record, progress)
     for name, weight in weights.items():
         layer: Any = model.get_submodule(name)
-        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide)))
+        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide), guide_bits))
     describe_in_config(model)
     return plan
 
@@ -178,17 +184,23 @@ def _copy_for_distillation(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str) -> None:
+def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str, guide_bits: int | None = None) -> None:
     """Put a guide beside every factored linear of ``model``, from the linear of the same name in ``dense_model``.
 
+    Args:
+        guide: one of ``GUIDES``.
+        guide_bits: as in :func:`convert`.
+
     Raises:
+        ConfigError, MissingPackageError: the guide cannot be stored in ``guide_bits`` (see :func:`convert`).
         PlanError: the dense model lacks one of the linears, has it in another shape, or is another model.
     """
+    check_guide_bits(guide, guide_bits, next(model.parameters()).device)
     weights = {name: _matching_dense_weight(dense_model, name, layer) for name, layer in lowrank_layers(model)}
     _require_kinship(model, weights)
     for name, layer in list(lowrank_layers(model)):
         weight = weights[name]
-        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, guide))
+        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, guide, guide_bits))
 
 
 def merge(model: nn.Module) -> nn.Module:

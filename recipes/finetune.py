@@ -21,6 +21,7 @@ from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation import context_length
 from lowrank_ft.hub.export import begin_run
 from lowrank_ft.hub.source import Source, check_causal_lm, check_finite, is_compact, load_model
+from lowrank_ft.nn import check_guide_bits
 from lowrank_ft.targets import as_patterns
 from lowrank_ft.training import (
     ModelArguments,
@@ -50,6 +51,7 @@ def main() -> None:
     positions = getattr(config, "max_position_embeddings", None)
     data_args.block_size = context_length(data_args.block_size, positions, source.name)
     accelerator = make_accelerator(train_args)
+    check_guide_bits(model_args.guide, model_args.guide_bits, accelerator.device)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
         distill_data = load_distill_data(data_args, tokenizer)
@@ -114,6 +116,7 @@ def prepare_model(
             target_modules=as_patterns(args.target_modules),
             exclude_modules=as_patterns(args.exclude_modules),
             guide=guide,
+            guide_bits=args.guide_bits,
             method=args.method,
             allocation=args.allocation or default_allocation(args.param_ratio, calibration),
             calibration=calibration,
@@ -132,7 +135,7 @@ def prepare_model(
         )
     dense = load_dense(args, base_model, None if args.guide_model else origin.base_revision, distill)
     if guide is not None:
-        lowrank_ft.attach_guides(model, dense, guide)
+        lowrank_ft.attach_guides(model, dense, guide, args.guide_bits)
     else:  # a teacher may be any model of the same vocabulary, and then it is not where the factors came from
         base_model = origin.base_model or base_model
     return model, base_model, dense if distill else None

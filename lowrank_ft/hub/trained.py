@@ -11,8 +11,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
 from lowrank_ft.hub.source import RUN_FILE, Source, first_line, load_model, model_class
+from lowrank_ft.trainable import fold_adapters
 
-_GUIDE = ".guide.weight"
+_GUIDE = (".guide.weight", ".guide.absmax")
 
 
 def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any, Path]:
@@ -29,6 +30,7 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {first_line(error)}") from error
     tensors = {k: v for k, v in tensors.items() if not k.endswith(_GUIDE)}
+    tensors = fold_adapters(tensors, _adapter_scale(folder))
     cls: Any = model_class(config, str(folder), trust_remote_code)
     dtype = next(v.dtype for v in tensors.values() if v.is_floating_point())
     model, info = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
@@ -40,6 +42,12 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
     if (run / RUN_FILE).is_file():
         model.to(getattr(torch, json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["export_dtype"]))
     return model, model.config.quantization_config.base_model, run
+
+
+def _adapter_scale(folder: Path) -> float:
+    """``lora_alpha / lora_r`` of the run, where it trained adapters on the factors."""
+    run = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["must_match"]
+    return float(run["lora_alpha"] / run["lora_r"]) if run.get("trainable") == "lora" else 1.0
 
 
 def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, str, Path]:

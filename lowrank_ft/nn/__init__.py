@@ -11,15 +11,20 @@ from lowrank_ft.nn.guided import (
     set_alpha,
 )
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
+from lowrank_ft.nn.quantized_guide import GUIDE_BITS, QuantizedGuideLinear, check_guide_bits, guide_label
 
 __all__ = [
     "GUIDES",
+    "GUIDE_BITS",
     "GuideLinear",
     "GuidedLowRankLinear",
     "LowRankLinear",
+    "QuantizedGuideLinear",
+    "check_guide_bits",
     "compact_state_dict",
     "compact_view",
     "end_guidance",
+    "guide_label",
     "guided_layers",
     "lowrank_layers",
     "set_alpha",

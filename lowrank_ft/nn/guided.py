@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ft.nn.lowrank_linear import LowRankLinear
+from lowrank_ft.nn.quantized_guide import QuantizedGuideLinear, check_guide_bits
 from lowrank_ft.schedule import require_choice
 from lowrank_ft.solvers import working_dtype
 
@@ -59,20 +60,24 @@ class GuidedLowRankLinear(LowRankLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.guide: GuideLinear | None = None
+        self.guide: GuideLinear | QuantizedGuideLinear | None = None
         self.kind = "residual"
         self.guide_enabled = True
         self.register_buffer("alpha", torch.ones((), dtype=torch.float32, device=self.weight.device), persistent=False)
 
     @classmethod
-    def from_lowrank(cls, layer: LowRankLinear, dense_weight: Tensor, kind: str) -> "GuidedLowRankLinear":
+    def from_lowrank(
+        cls, layer: LowRankLinear, dense_weight: Tensor, kind: str, bits: int | None = None
+    ) -> "GuidedLowRankLinear":
         """Put a guide beside the factors of ``layer``, whose parameters are shared, not copied.
 
         Args:
             dense_weight: ``W (out, in)``; for ``residual`` the product of the present factors is taken off.
             kind: one of ``GUIDES``.
+            bits: store a guide that is not trained in 16, 8 or 4 bits; None for the dtype of the factors.
         """
         require_choice("guide", kind, GUIDES)
+        check_guide_bits(kind, bits)
         meta = {"device": "meta", "dtype": layer.weight.dtype}
         has_bias = layer.bias is not None
         guided = cls(layer.in_features, layer.out_features, layer.rank, has_bias, layer.transposed, **meta)
@@ -80,12 +85,16 @@ class GuidedLowRankLinear(LowRankLinear):
         guided.weight = layer.weight
         guided.alpha = torch.ones((), dtype=torch.float32, device=layer.weight.device)
         guided.kind = kind
-        weight = dense_weight.detach().to(layer.U.weight)
+        weight = dense_weight.detach()
         if kind == "residual":
             work = working_dtype(layer.U.weight.device)
             product = layer.U.weight.detach().to(work) @ layer.V.weight.detach().to(work)
-            weight = (dense_weight.detach().to(product) - product).to(layer.U.weight)
-        guided.guide = GuideLinear(weight.clone(memory_format=torch.contiguous_format), trainable=kind == "dense")
+            weight = weight.to(product) - product  # rounded once, when it is stored
+        if bits is None:
+            weight = weight.to(layer.U.weight).clone(memory_format=torch.contiguous_format)
+            guided.guide = GuideLinear(weight, trainable=kind == "dense")
+        else:
+            guided.guide = QuantizedGuideLinear(weight.to(layer.U.weight.device), bits)
         return guided.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:

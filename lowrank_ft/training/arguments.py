@@ -40,6 +40,11 @@ def parse_args(
             f"distill_dataset {data.distill_dataset} is named, and distill_weight 0 would not use it; "
             "set --distill_weight above 0 and at most 1, or leave it out"
         )
+    if model.guide == "dense" and train.trainable != "all":
+        raise ConfigError(
+            f"trainable is {train.trainable}, and a dense guide is trained in full; "
+            "choose the guide residual, frozen or none"
+        )
     return model, data, train
 
 

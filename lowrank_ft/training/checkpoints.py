@@ -2,7 +2,7 @@
 
     checkpoints/step-00000120/
         model.safetensors       every weight, the guides' too while they are there; tied weights once
-        optimizer.safetensors   AdamW's state under the parameters' names: ``exp_avg.<name>``, ...
+        optimizer.safetensors   the optimizer's state under the parameters' names: ``exp_avg.<name>``, ...
         rng-0.safetensors       random state of process 0, ...
         config.json             the model's config with its ranks, so that ``lowrank-ft export`` needs nothing else
         trainer_state.json      step, phase and what must not change between the two runs
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank_ft.errors import TrainingStateError
+from lowrank_ft.training.optimizers import restore_state, saved_state
 
 FOLDER = "checkpoints"
 STATE_FILE = "trainer_state.json"
@@ -97,7 +98,7 @@ def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state, ``<key>.<parameter name>`` to tensor."""
     names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
-    return {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return {f"{k}.{names[p]}": value for p, state in optimizer.state.items() for k, value in saved_state(state).items()}
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -106,11 +107,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     for name, parameter in model.named_parameters():
         keys = [k for k in left if k.partition(".")[2] == name]
         if keys:
-            # AdamW keeps its step counter on the CPU, everything else beside the parameter.
-            optimizer.state[parameter] = {
-                (short := k.partition(".")[0]): left.pop(k) if short == "step" else left.pop(k).to(parameter.device)
-                for k in keys
-            }
+            restore_state(optimizer, parameter, {k.partition(".")[0]: left.pop(k) for k in keys})
     if left:
         raise TrainingStateError(f"the checkpoint has optimizer state for {next(iter(left))}, which the model lacks")
 
@@ -133,6 +130,10 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
         if state[name].shape != tensor.shape:
             raise TrainingStateError(
                 f"{where}: {name} is {tuple(tensor.shape)}, and {tuple(state[name].shape)} in this run; the ranks differ"
+            )
+        if not (state[name].is_floating_point() and tensor.is_floating_point()) and state[name].dtype != tensor.dtype:
+            raise TrainingStateError(
+                f"{where}: {name} is {tensor.dtype}, and {state[name].dtype} in this run; resume with the same guide_bits"
             )
         state[name].copy_(tensor)
 

@@ -7,8 +7,10 @@ from typing import Any
 from lowrank_ft.allocation import ALLOCATIONS
 from lowrank_ft.calibration import METHODS
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.nn import GUIDES
+from lowrank_ft.nn import GUIDES, check_guide_bits
 from lowrank_ft.schedule import ALPHA_SCHEDULES, LR_SCHEDULES, require_choice
+from lowrank_ft.trainable import TRAINABLE
+from lowrank_ft.training.optimizers import OPTIMIZERS
 
 
 def _opt(default: Any, help: str) -> Any:
@@ -37,6 +39,9 @@ class ModelArguments:
         65_536, "tokens of the training data that the factors of a dense model are fitted to"
     )
     guide: str = _opt("residual", f"dense branch that is phased out: {', '.join(GUIDES)}, or none")
+    guide_bits: int | None = _opt(
+        None, "store a residual or frozen guide in 16, 8 or 4 bits; 8 and 4 need bitsandbytes; default: as --dtype"
+    )
     guide_model: str | None = _opt(
         None, "dense model of the guide and of distillation; default: the one the checkpoint was made from"
     )
@@ -49,6 +54,7 @@ class ModelArguments:
             require_choice("allocation", self.allocation, ALLOCATIONS)
         _require_range("calibration_tokens", self.calibration_tokens, 1)
         require_choice("guide", self.guide, (*GUIDES, "none"))
+        check_guide_bits(self.guide, self.guide_bits)
         require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require_choice("export_dtype", self.export_dtype, ("auto", "float32", "bfloat16", "float16"))
 
@@ -92,6 +98,12 @@ class TrainArguments:
     per_device_train_batch_size: int = _opt(8, "blocks or chats per process and forward pass")
     per_device_eval_batch_size: int = _opt(8, "likewise in evaluation")
     gradient_accumulation_steps: int = _opt(1, "forward passes per optimizer step")
+    optim: str = _opt("adamw_torch", f"form of AdamW: {', '.join(OPTIMIZERS)}; most of them need bitsandbytes")
+    trainable: str = _opt(
+        "all", f"what is trained: {', '.join(TRAINABLE)}; all but the first leave the other weights as they are"
+    )
+    lora_r: int = _opt(16, "rank of the adapters on U and V under --trainable lora or leading")
+    lora_alpha: int = _opt(32, "their scale is lora_alpha / lora_r; leading has 1")
     learning_rate: float = _opt(2e-4, "peak learning rate of AdamW")
     lr_scheduler_type: str = _opt("cosine", f"decay after the warm-up: {', '.join(LR_SCHEDULES)}")
     warmup_ratio: float = _opt(0.03, "share of the steps in which the learning rate rises")
@@ -115,11 +127,15 @@ class TrainArguments:
     run_name: str = _opt("lowrank-ft", "name of the run for the trackers")
 
     def __post_init__(self) -> None:
+        require_choice("optim", self.optim, OPTIMIZERS)
+        require_choice("trainable", self.trainable, TRAINABLE)
         require_choice("lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULES)
         require_choice("alpha_schedule", self.alpha_schedule, ALPHA_SCHEDULES)
         if self.mixed_precision is not None:
             require_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _require_range(name, getattr(self, name), 1)
+        for name in ("lora_r", "lora_alpha"):
             _require_range(name, getattr(self, name), 1)
         for name in ("logging_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
             _require_range(name, getattr(self, name), 0)

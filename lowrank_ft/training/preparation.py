@@ -4,12 +4,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import checkpoints
 from lowrank_ft.training.config import TrainArguments
+from lowrank_ft.training.optimizers import build_adamw, check_optimizer
 from lowrank_ft.training.records import METRICS_FILE
 
 
@@ -42,12 +44,13 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
         )
         # The launcher's setting would divide every loss once more.
         accelerator.gradient_accumulation_steps = 1
-        return accelerator
     except ValueError as error:  # an unknown tracker, or a precision that the device lacks
         raise ConfigError(f"accelerate refuses these settings: {str(error).splitlines()[0]}") from error
+    check_optimizer(args.optim, accelerator.device, accelerator.distributed_type == DistributedType.FSDP)
+    return accelerator
 
 
-def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.Optimizer:
     """AdamW over everything that has a gradient: matrices, vectors (no weight decay), and trainable guides last."""
     guide_ids = {id(p) for _, layer in guided_layers(model) for p in layer.guide.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -60,4 +63,4 @@ def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:
         {"params": [p for p in trainable if id(p) in guide_ids], "weight_decay": args.weight_decay},
     ]
     # torch refuses no empty group, and the last one is empty where guides are frozen or gone.
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
+    return build_adamw(args.optim, groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))

@@ -33,8 +33,9 @@ from tqdm.auto import tqdm
 
 from lowrank_ft.errors import ConfigError, DivergedError, TrainingStateError
 from lowrank_ft.evaluation import Evaluation, predicted_tokens, summed_loss
-from lowrank_ft.nn import compact_state_dict, compact_view, end_guidance, guided_layers, set_alpha
+from lowrank_ft.nn import compact_state_dict, compact_view, end_guidance, guide_label, guided_layers, set_alpha
 from lowrank_ft.schedule import alpha_at, lr_factor_at
+from lowrank_ft.trainable import merge_adapters, restrict_training
 from lowrank_ft.training import checkpoints
 from lowrank_ft.training.checkpoints import TrainerState
 from lowrank_ft.training.config import TrainArguments
@@ -62,7 +63,8 @@ class Trainer:
         distill_data: text on which the model is held to the teacher; None for the training data.
 
     Raises:
-        ConfigError: a form of parallelism that is not supported, nothing to train, or a teacher that does not fit.
+        ConfigError: a form of parallelism that is not supported, nothing to train, or options or a teacher that do not
+            fit the model.
     """
 
     def __init__(
@@ -98,7 +100,8 @@ class Trainer:
         self.best_step: int | None = None
         self._bare: Any = model
         self._forward_options = forward_options(model)
-        self._guide_kinds = sorted({str(getattr(layer, "kind", "peft")) for _, layer in guided_layers(model)})
+        self._guide_kinds = sorted({guide_label(layer) for _, layer in guided_layers(model)})
+        restrict_training(model, args.trainable, args.lora_r, args.lora_alpha, args.seed)
         if args.gradient_checkpointing:
             if not hasattr(model, "gradient_checkpointing_enable"):
                 raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing")
@@ -160,6 +163,7 @@ class Trainer:
         self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.args.gradient_checkpointing:
             self._bare.gradient_checkpointing_disable()
+        merge_adapters(self._bare)
         self._bare.eval()
         # DDP's reducer must be gone, on all processes, before the process group is.
         self.accelerator.wait_for_everyone()
@@ -354,6 +358,7 @@ class Trainer:
         names = (
             "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
             "max_grad_norm", "alpha_schedule", "seed", "distill_weight", "distill_temperature",
+            "optim", "trainable", "lora_r", "lora_alpha",
         )  # fmt: skip
         return {
             "max_steps": self.max_steps,

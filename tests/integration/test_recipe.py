@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ft
@@ -74,12 +76,17 @@ def test_a_dense_model_without_a_guide_and_a_guided_checkpoint(python, cli, text
     tuned = tmp_path / "tuned"
     recipe = str(ROOT / "recipes" / "finetune.py")
     config = write_config(tmp_path, model=str(DEMO_MODEL), param_ratio=0.5, dataset=str(text), output_dir=str(tuned))
-    python(recipe, "--config", config, "--guided_ratio", "1.0", "--rank_pattern", "{q_proj: 8}")
+    packed = ["--guide_bits", "4", "--optim", "adamw_8bit"] if find_spec("bitsandbytes") else ["--guide_bits", "16"]
+    flags = ["--guided_ratio", "1.0", "--rank_pattern", "{q_proj: 8}", "--trainable", "lora", "--lora_r", "4", *packed]
+    python(recipe, "--config", config, *flags)
+    tensors = load_file(tuned / "checkpoints" / "step-00000004" / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.guide.weight"].dtype == torch.uint8
+    assert "model.layers.0.mlp.up_proj.U.lora_A.default.weight" in tensors
     cli("export", tuned / "checkpoints" / "step-00000004", "--output-dir", tmp_path / "exported", "--dtype", "float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert dict(lowrank_layers(model))["model.layers.0.self_attn.q_proj"].rank == 8
     assert model.dtype == torch.float32
-    assert not any("guide" in n for n, _ in model.named_parameters())
+    assert not any("guide" in n or "lora" in n for n, _ in model.named_parameters())
 
 
 def test_the_checkpoint_of_a_killed_run_exports_whole(python, cli, text, tmp_path):
@@ -166,6 +173,11 @@ def test_yaml_and_flags(tmp_path):
         ({"distill_weight": 2}, "distill_weight is 2; it must be 0 to 1"),
         ({"distill_temperature": 0}, "distill_temperature is 0; it must be above 0"),
         ({"distill_dataset": "a.txt"}, "distill_dataset a.txt is named, and distill_weight 0 would not use it"),
+        ({"guide": "dense", "guide_bits": 4}, "a dense guide is trained, which takes its full precision"),
+        ({"guide_bits": 5}, "guide_bits is 5; it must be one of 16, 8, 4"),
+        ({"guide": "dense", "trainable": "lora"}, "trainable is lora, and a dense guide is trained in full"),
+        ({"optim": "sgd"}, "optim 'sgd' is unknown"),
+        ({"lora_r": 0}, "lora_r is 0; it must be 1 or more"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

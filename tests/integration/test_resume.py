@@ -16,7 +16,7 @@ from tests.training_driver import GUIDED, STEPS
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> dict[str, Path]:
     """Folders of runs that nobody killed, by guide."""
-    return {guide: tmp_path_factory.mktemp(guide) / "run" for guide in ("dense", "residual", "distilled")}
+    return {guide: tmp_path_factory.mktemp(guide) / "run" for guide in ("dense", "residual", "distilled", "packed")}
 
 
 def drive(python: Run, folder: Path, guide: str, *flags: str, check: bool = True):
@@ -38,9 +38,12 @@ def losses(folder: Path) -> list[tuple[int, float]]:
         ("dense", "--kill-in-save", GUIDED),  # halfway through writing the checkpoint of the drop
         ("residual", "--kill-at", GUIDED - 1),
         ("distilled", "--kill-at", GUIDED + 1),  # two streams of data have to go on where they were
+        ("packed", "--kill-at", GUIDED - 1),  # packed guides, and moments in 8 bits, come back
     ],
 )
 def test_killed_and_resumed_is_the_same_run(straight, python, tmp_path, guide, flag, step):
+    if guide == "packed":
+        pytest.importorskip("bitsandbytes")
     if not straight[guide].exists():
         drive(python, straight[guide], guide)
     folder = tmp_path / "run"
@@ -49,6 +52,12 @@ def test_killed_and_resumed_is_the_same_run(straight, python, tmp_path, guide, f
     assert not (folder / "final.safetensors").exists()
     last = step - 1 if flag == "--kill-in-save" else step
     assert find_checkpoints(folder)[-1].name == f"step-{last:08d}"
+
+    if guide == "packed":
+        stored = load_file(find_checkpoints(folder)[-1] / "model.safetensors")
+        assert stored["model.layers.0.mlp.up_proj.guide.weight"].dtype == torch.uint8
+        stored = load_file(find_checkpoints(folder)[-1] / "optimizer.safetensors")
+        assert stored["state1.lm_head.weight"].dtype == torch.uint8
 
     drive(python, folder, guide, "--resume")
     expected, found = load_file(straight[guide] / "final.safetensors"), load_file(folder / "final.safetensors")
