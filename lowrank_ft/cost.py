@@ -3,6 +3,9 @@
 A linear of shape ``(out, in)`` takes ``out * in`` multiply-adds per token, a factored one ``rank * (out + in)``. Those
 of all linears are counted, output head included, each once per token; one multiply-add is two FLOPs. Attention scores,
 which grow with the context, norms, activations and the embedding's look-up are not counted.
+
+A training step takes three times the multiply-adds of the forward pass: the output, the gradient of the input, and the
+gradient of the weight. A weight that is not trained takes two, for it needs no gradient of its own.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from lowrank_ft.ranks import dense_parameters
 from lowrank_ft.targets import find_linears, kind_of
 
 FLOPS_PER_MULTIPLY_ADD = 2
+PASSES = 3  # of a trained linear: output, gradient of the input, gradient of the weight
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,38 @@ class Comparison:
     def param_ratio(self) -> float | None:
         """Over the factored linears; None where there are none."""
         return self.compact.factored / self.dense.factored if self.dense.factored else None
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Multiply-adds per token of one training step, forward and backward, in which every linear is trained.
+
+    Activations that gradient checkpointing computes again are not counted, nor is the optimizer.
+
+    Attributes:
+        dense: full fine-tuning of the dense model.
+        factored: the factors in its place, and no guide.
+        guide: what the guides add to that when all of them are computed.
+    """
+
+    dense: int
+    factored: int
+    guide: int
+
+    def guided(self, share: float = 1.0) -> float:
+        """With this share of the guides computed; under stochastic guidance that is alpha, on average."""
+        return self.factored + share * self.guide
+
+
+def training_cost(model: nn.Module) -> TrainingCost:
+    """Count for a model with factored linears and, while they are there, their guides."""
+    cost = compare(model)
+    guide = sum(
+        (PASSES if layer.kind == "dense" else PASSES - 1) * layer.in_features * layer.out_features
+        for _, layer in lowrank_layers(model)
+        if isinstance(layer, GuidedLowRankLinear) and layer.guide is not None
+    )
+    return TrainingCost(PASSES * cost.dense.multiply_adds, PASSES * cost.compact.multiply_adds, guide)
 
 
 def compare(model: nn.Module) -> Comparison:

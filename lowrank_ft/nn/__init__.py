@@ -9,6 +9,7 @@ from lowrank_ft.nn.guided import (
     end_guidance,
     guided_layers,
     set_alpha,
+    set_gates,
 )
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 
@@ -23,4 +24,5 @@ __all__ = [
     "guided_layers",
     "lowrank_layers",
     "set_alpha",
+    "set_gates",
 ]

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments, option_names
+from lowrank_ft.training.length import require_guided_phase
 
 _GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, TrainArguments)
 
@@ -40,6 +41,8 @@ def parse_args(
             f"distill_dataset {data.distill_dataset} is named, and distill_weight 0 would not use it; "
             "set --distill_weight above 0 and at most 1, or leave it out"
         )
+    if model.guide == "none":
+        require_guided_phase(train, "guide is none")
     return model, data, train
 
 
