@@ -1,6 +1,7 @@
 """A short training run for tests that kill it: ``python -m tests.training_driver OUTPUT GUIDE [options]``.
 
-GUIDE may also be ``distilled``: a residual guide, and distillation on text of its own.
+GUIDE may also be ``distilled``: a residual guide, and distillation on text of its own; or ``stochastic``: a dense guide
+with gates, and steps on the guided phase's data again at the end.
 A random Llama with dropout, 12 steps of which 6 are guided, a checkpoint after each. ``--kill-at STEP`` sends SIGKILL
 to itself when that step is complete, ``--kill-in-save STEP`` while its checkpoint is half written.
 """
@@ -36,14 +37,15 @@ def main() -> None:
     options = parser.parse_args()
     model = tiny_llama(attention_dropout=0.2)
     distill = options.guide == "distilled"
-    convert(model, rank=8, guide="residual" if distill else options.guide)
+    stochastic = options.guide == "stochastic"
+    convert(model, rank=8, guide="residual" if distill else "dense" if stochastic else options.guide)
     ids = np.random.default_rng(0).integers(3, 97, 40 * 16).astype(np.int32)
     train, held_out = pack(ids, 16).split(8)
     args = TrainArguments(
         output_dir=str(options.output), max_steps=STEPS, guided_ratio=GUIDED / STEPS, per_device_train_batch_size=3,
         gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=1, eval_steps=4, save_steps=1, seed=5,
         resume_from_checkpoint="auto" if options.resume else None, load_best_model_at_end=False,
-        distill_weight=0.5 if distill else 0.0,
+        distill_weight=0.5 if distill else 0.0, guide_mode="stochastic" if stochastic else "full", fixed_flops=stochastic,
     )  # fmt: skip
     if options.kill_in_save is not None:
         commit = checkpoints.commit
