@@ -10,7 +10,7 @@ from lowrank_ft.conversion import attach_guides, convert, merge
 from lowrank_ft.errors import LowRankError
 from lowrank_ft.hub import loader as _loader
 from lowrank_ft.hub.export import save_compact
-from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, end_guidance, set_alpha
+from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, end_guidance, set_alpha, set_gates
 from lowrank_ft.peft_method import LowRankConfig  # registers the method with PEFT
 from lowrank_ft.plan import Plan, make_plan
 
@@ -32,4 +32,5 @@ __all__ = [
     "merge",
     "save_compact",
     "set_alpha",
+    "set_gates",
 ]

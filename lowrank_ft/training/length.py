@@ -1,7 +1,7 @@
 """How long a run is, and which of its steps are guided or repeat data: all of it known before the first step.
 
-    0 ....... guided ....... planned ......... total
-    |  guide   | factors alone  | factors alone, on the data of the guided phase again (``fixed_flops``)
+0 ....... guided ....... planned ......... total
+|  guide   | factors alone  | factors alone, on the data of the guided phase again (``fixed_flops``)
 """
 
 from dataclasses import dataclass

@@ -2,11 +2,12 @@
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python tests/benchmarks/training_step.py
 
-Random Llama blocks with matrices of 1024 and up and a small vocabulary, so that linears decide. A step is forward,
-backward and AdamW. Rounds go through all modes in turn, so that a machine that is busy for a while slows all of them;
-each mode's time is divided by the dense model's in the same round, and the median of these quotients is reported with
-its quartiles. On one CPU thread the time is that of the processor, which what else runs on the machine hardly changes.
-Beside it stands what multiply-adds of linears alone would predict (lowrank_ft.cost.training_cost).
+Random Llama blocks with matrices of 1024 and up and a small vocabulary. A step is forward, backward and AdamW over a
+fixed number of tokens, in sequences of several lengths: attention, which no mode changes, grows with the length. Rounds
+go through all modes in turn, so that a machine that is busy for a while slows all of them; each mode's time is divided
+by the dense model's in the same round, and the median of these quotients is reported with its quartiles. On one CPU
+thread the time is that of the processor, which what else runs on the machine hardly changes. Beside it stands what
+multiply-adds of linears alone would predict (lowrank_ft.cost.training_cost).
 """
 
 import argparse
@@ -39,24 +40,27 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=2816)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], help="tokens per sequence")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=common.RESULTS / "training_step.json")
     options = parser.parse_args()
     report: dict[str, Any] = {
         "machine": common.machine(options.device),
         "model": {k: getattr(options, k) for k in ("hidden", "ffn", "layers", "tokens")},
-        "dtype": "float32", "clock": clock(options.device).__name__, "rounds": options.rounds, "tolerance_of_unguided_steps": TOLERANCE, "rows": [],
+        "dtype": "float32", "clock": clock(options.device).__name__, "rounds": options.rounds,
+        "tolerance_of_unguided_steps": TOLERANCE, "rows": [],
     }  # fmt: skip
-    for ratio in options.ratios:
-        report["rows"] += measure(options, ratio)
-        common.write_json(options.output, report)
+    for length in options.lengths:
+        for ratio in options.ratios:
+            report["rows"] += measure(options, ratio, length)
+            common.write_json(options.output, report)
     show(report)
 
 
-def measure(options: argparse.Namespace, ratio: float) -> list[dict[str, Any]]:
-    """One row for each mode at this param ratio."""
-    ids = torch.randint(0, 64, (1, options.tokens), device=options.device)
+def measure(options: argparse.Namespace, ratio: float, length: int) -> list[dict[str, Any]]:
+    """One row for each mode at this param ratio and length of sequences."""
+    ids = torch.randint(0, 64, (options.tokens // length, length), device=options.device)
     steps, flops = modes(options, ratio, ids)
     for step in steps.values():
         step()  # the first makes the optimizer's state
@@ -70,7 +74,7 @@ def measure(options: argparse.Namespace, ratio: float) -> list[dict[str, Any]]:
         quotients = [s / d for s, d in zip(seconds, times["dense model"], strict=True)]
         low, _, high = statistics.quantiles(quotients, n=4)
         row = {
-            "ratio": ratio, "mode": name, "seconds": statistics.median(seconds), "fastest": min(seconds),
+            "length": length, "ratio": ratio, "mode": name, "seconds": statistics.median(seconds), "fastest": min(seconds),
             "flops": flops[name], "against_dense": statistics.median(quotients), "quartiles": [low, high],
         }  # fmt: skip
         rows.append({**row, "target": target(row), "met": met(row)})
@@ -183,10 +187,10 @@ def show(report: dict[str, Any]) -> None:
     for r in report["rows"]:
         low, high = r["quartiles"]
         rows.append((
-            f"{r['ratio']:g}", r["mode"], f"{r['seconds']:.3f} s", f"{r['flops']:.2f}", f"{r['against_dense']:.2f}",
-            f"{low:.2f} to {high:.2f}", f"{r['target']:.2f}", "met" if r["met"] else "missed",
+            str(r["length"]), f"{r['ratio']:g}", r["mode"], f"{r['seconds']:.3f} s", f"{r['flops']:.2f}",
+            f"{r['against_dense']:.2f}", f"{low:.2f} to {high:.2f}", f"{r['target']:.2f}", "met" if r["met"] else "missed",
         ))  # fmt: skip
-    columns = ("ratio", "mode", "median", "FLOPs / dense", "time / dense", "quartiles", "target", "")
+    columns = ("length", "ratio", "mode", "median", "FLOPs / dense", "time / dense", "quartiles", "target", "")
     machine = report["machine"]
     print_table(columns, rows, title=f"an optimizer step, {machine['device']}, {machine['threads']} thread(s)")
 

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_a_guide_is_kept_with_probability_alpha_in_every_layer_step_and_seed(alp
     for draw in (lambda k: (k, 3, 5), lambda k: (3, k, 5), lambda k: (3, 5, k)):
         kept = [keeps_guide(*draw(k), alpha) for k in range(n)]
         assert sum(kept) / n == pytest.approx(alpha, abs=error)
-        both = sum(a and b for a, b in zip(kept, kept[1:], strict=False)) / (n - 1)
+        both = sum(a and b for a, b in pairwise(kept)) / (n - 1)
         assert both == pytest.approx(alpha**2, abs=2 * error)
 
 
