@@ -4,7 +4,7 @@ BIN := .venv/bin
 SUITE ?= ../shared/tools/peft_suite.py
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-lowest lint check fmt peft-suite bench-quality bench-finetune bench-guides bench-memory docs wheel clean help
+.PHONY: demo test test-lowest lint check fmt peft-suite bench-quality bench-finetune bench-guides bench-memory bench-training-step docs wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | expand -t 14
@@ -23,6 +23,9 @@ peft-suite: .venv/dev.stamp  ## PEFT's own tests over LowRankConfig (SUITE=path/
 
 bench-quality bench-finetune bench-guides bench-memory: .venv/dev.stamp  ## benchmarks; slow, and each goes on where it was broken off
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/$(@:bench-%=%).py
+
+bench-training-step: .venv/dev.stamp  ## what an optimizer step costs in each guide mode; a few minutes
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/training_step.py
 
 lint: .venv/dev.stamp  ## style, types, import directions
 	$(BIN)/ruff check .

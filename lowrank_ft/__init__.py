@@ -12,7 +12,7 @@ from lowrank_ft.from_scratch import initialize_lowrank
 from lowrank_ft.hub import loader as _loader
 from lowrank_ft.hub.configs import preset_config
 from lowrank_ft.hub.export import save_compact
-from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, end_guidance, set_alpha
+from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, end_guidance, set_alpha, set_gates
 from lowrank_ft.peft_method import LowRankConfig  # registers the method with PEFT
 from lowrank_ft.plan import Plan, make_plan
 
@@ -36,4 +36,5 @@ __all__ = [
     "preset_config",
     "save_compact",
     "set_alpha",
+    "set_gates",
 ]

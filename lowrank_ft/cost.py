@@ -4,6 +4,9 @@ A linear of shape ``(out, in)`` takes ``out * in`` multiply-adds per token, a fa
 of all linears are counted, output head included, each once per token; one multiply-add is two FLOPs. Attention scores,
 which grow with the context, norms, activations and the embedding's look-up are not counted. :func:`training_cost` is
 about a whole training of a known context, and counts the scores too.
+
+A training step takes three times the multiply-adds of the forward pass: the output, the gradient of the input, and the
+gradient of the weight. A weight that is not trained takes two, for it needs no gradient of its own.
 """
 
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_ft.accounting import FLOPS_PER_MULTIPLY_ADD, Accounting, training_flops
+from lowrank_ft.accounting import FLOPS_PER_MULTIPLY_ADD, FORWARD_AND_BACKWARD, Accounting, training_flops
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import GuidedLowRankLinear, lowrank_layers
 from lowrank_ft.plan import LinearPlan, Plan, count_parameters
@@ -54,6 +57,42 @@ class Comparison:
     def param_ratio(self) -> float | None:
         """Over the factored linears; None where there are none."""
         return self.compact.factored / self.dense.factored if self.dense.factored else None
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Multiply-adds per token of one training step, forward and backward, in which every linear is trained.
+
+    Activations that gradient checkpointing computes again are not counted, nor is the optimizer.
+
+    Attributes:
+        dense: full fine-tuning of the dense model.
+        factored: the factors in its place, and no guide.
+        guide: what the guides add to that when all of them are computed.
+    """
+
+    dense: int
+    factored: int
+    guide: int
+
+    def guided(self, share: float = 1.0) -> float:
+        """With this share of the guides computed; under stochastic guidance that is alpha, on average."""
+        return self.factored + share * self.guide
+
+
+def step_cost(model: nn.Module) -> StepCost:
+    """Count for a model with factored linears and, while they are there, their guides."""
+    cost = compare(model)
+    guide = sum(
+        (FORWARD_AND_BACKWARD if layer.kind == "dense" else FORWARD_AND_BACKWARD - 1)
+        * layer.in_features
+        * layer.out_features
+        for _, layer in lowrank_layers(model)
+        if isinstance(layer, GuidedLowRankLinear) and layer.guide is not None
+    )
+    return StepCost(
+        FORWARD_AND_BACKWARD * cost.dense.multiply_adds, FORWARD_AND_BACKWARD * cost.compact.multiply_adds, guide
+    )
 
 
 def compare(model: nn.Module) -> Comparison:

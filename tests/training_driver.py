@@ -1,7 +1,8 @@
 """A short training run for tests that kill it: ``python -m tests.training_driver OUTPUT GUIDE [options]``.
 
-GUIDE may also be ``distilled``: a residual guide, and distillation on text of its own; or ``packed``: a residual guide
-in 4 bits, and AdamW with 8-bit moments (of the two matrices that are large enough for them).
+GUIDE may also be ``distilled``: a residual guide, and distillation on text of its own; ``packed``: a residual guide in
+4 bits, and AdamW with 8-bit moments (of the two matrices that are large enough for them); or ``stochastic``: a dense
+guide with gates, and steps on the guided phase's data again at the end.
 A random Llama with dropout, 12 steps of which 6 are guided, a checkpoint after each. ``--kill-at STEP`` sends SIGKILL
 to itself when that step is complete, ``--kill-in-save STEP`` while its checkpoint is half written.
 """
@@ -35,9 +36,9 @@ def main() -> None:
     parser.add_argument("--kill-in-save", type=int)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
-    distill, packed = options.guide == "distilled", options.guide == "packed"
+    distill, packed, stochastic = (options.guide == name for name in ("distilled", "packed", "stochastic"))
     model = tiny_llama(attention_dropout=0.2, hidden_size=64 if packed else 32)
-    kind = "residual" if distill or packed else options.guide
+    kind = "residual" if distill or packed else "dense" if stochastic else options.guide
     convert(model, rank=8, guide=kind, guide_bits=4 if packed else None)
     ids = np.random.default_rng(0).integers(3, 97, 40 * 16).astype(np.int32)
     train, held_out = pack(ids, 16).split(8)
@@ -46,6 +47,7 @@ def main() -> None:
         gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=1, eval_steps=4, save_steps=1, seed=5,
         resume_from_checkpoint="auto" if options.resume else None, load_best_model_at_end=False,
         distill_weight=0.5 if distill else 0.0, optim="adamw_8bit" if packed else "adamw_torch",
+        guide_mode="stochastic" if stochastic else "full", fixed_flops=stochastic,
     )  # fmt: skip
     if options.kill_in_save is not None:
         commit = checkpoints.commit

@@ -9,6 +9,7 @@ from lowrank_ft.nn.guided import (
     end_guidance,
     guided_layers,
     set_alpha,
+    set_gates,
 )
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 from lowrank_ft.nn.quantized_guide import GUIDE_BITS, QuantizedGuideLinear, check_guide_bits, guide_label
@@ -28,4 +29,5 @@ __all__ = [
     "guided_layers",
     "lowrank_layers",
     "set_alpha",
+    "set_gates",
 ]

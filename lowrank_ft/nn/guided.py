@@ -7,6 +7,10 @@
 factors dropped: at alpha = 1 it is exactly the pretrained function, with full gradients to both factors from the first
 step. All three are exactly the compact layer at alpha = 0, and ``end_guidance`` then drops the guide for good.
 
+Stochastic guidance saves half of the guide's cost: in each optimizer step, a layer keeps its guide with probability
+alpha and computes the formula above, and otherwise computes the factors alone, ``U (V x) + bias``. :func:`set_gates`
+decides that outside forward, which draws no random numbers, so an activation that is computed twice is the same twice.
+
 ``alpha`` is no LoRA ``lora_alpha``: it is a share, the same for every layer, a function of the global step.
 """
 
@@ -20,7 +24,7 @@ from torch.nn import functional as F
 
 from lowrank_ft.nn.lowrank_linear import LowRankLinear
 from lowrank_ft.nn.quantized_guide import QuantizedGuideLinear, check_guide_bits
-from lowrank_ft.schedule import require_choice
+from lowrank_ft.schedule import keeps_guide, require_choice
 from lowrank_ft.solvers import working_dtype
 
 GUIDES = ("residual", "frozen", "dense")
@@ -53,6 +57,9 @@ class GuidedLowRankLinear(LowRankLinear):
         kind: one of ``GUIDES``.
         alpha: share of the guide, a float32 scalar buffer of its own in every layer. It is not saved: it follows from
             the step. A tensor rather than a number, so that a compiled graph does not change as it moves.
+        guide_gate: False where stochastic guidance leaves the guide out of this step, at no cost. A Python bool, so a
+            compiled graph changes with it: leave the model uncompiled while :func:`set_gates` is in use.
+        guide_enabled: False skips the guide in :func:`compact_view`.
     """
 
     alpha: Tensor
@@ -63,6 +70,7 @@ class GuidedLowRankLinear(LowRankLinear):
         self.guide: GuideLinear | QuantizedGuideLinear | None = None
         self.kind = "residual"
         self.guide_enabled = True
+        self.guide_gate = True
         self.register_buffer("alpha", torch.ones((), dtype=torch.float32, device=self.weight.device), persistent=False)
 
     @classmethod
@@ -98,7 +106,8 @@ class GuidedLowRankLinear(LowRankLinear):
         return guided.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.guide is None or not self.guide_enabled:
+        # In this order: a graph compiled in compact_view then asks for nothing that ends with the guide.
+        if not self.guide_enabled or not self.guide_gate or self.guide is None:
             return super().forward(x)
         y, guided = self.U(self.V(x)), self.guide(x)
         if self.kind == "residual":
@@ -114,6 +123,8 @@ class GuidedLowRankLinear(LowRankLinear):
         """Remove the guide; return its parameters, so that the caller can clear their optimizer state."""
         parameters = [] if self.guide is None else list(self.guide.parameters())
         self.guide = None
+        # As in compact_view, so that what was compiled there serves for the compact model, too.
+        self.guide_enabled, self.guide_gate = False, True
         return parameters
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedLowRankLinear":
@@ -135,6 +146,26 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
     """Set the share of the guide, 0 to 1, in every guided layer."""
     for _, layer in guided_layers(model):
         layer.set_alpha(alpha)
+
+
+def set_gates(model: nn.Module, step: int, alpha: float, seed: int) -> int:
+    """Stochastic guidance: decide for this optimizer step which layers keep their guide (:func:`keeps_guide`).
+
+    Call it before the step's first forward pass, next to :func:`set_alpha`, and with the same values on all processes.
+    A trainable guide that is left out gets no gradient: the optimizer skips it in this step, and DDP needs
+    ``find_unused_parameters``.
+
+    Args:
+        step: completed optimizer steps.
+        alpha: share of the guide in this step, and the probability that a layer keeps it.
+
+    Returns:
+        How many layers keep their guide.
+    """
+    layers = [layer for _, layer in guided_layers(model)]
+    for i, layer in enumerate(layers):
+        layer.guide_gate = keeps_guide(seed, step, i, alpha)
+    return sum(layer.guide_gate for layer in layers)
 
 
 def end_guidance(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:

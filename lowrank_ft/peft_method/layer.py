@@ -40,6 +40,7 @@ class LowRankLayer(BaseTunerLayer):
         lowrank_guided: the adapters whose alpha is not 0. Forward decides by this set, so a compiled graph changes
             once, when guidance ends, and not with every value of alpha.
         guide_enabled: False skips the guides without forgetting alpha (:func:`lowrank_ft.nn.compact_view`).
+        guide_gate: False where stochastic guidance leaves the guides out of this step (:func:`lowrank_ft.nn.set_gates`).
     """
 
     guide_state = ("lowrank_U0", "lowrank_V0")
@@ -60,6 +61,7 @@ class LowRankLayer(BaseTunerLayer):
         self.lowrank_share: dict[str, float] = {}
         self.lowrank_guided: set[str] = set()
         self.guide_enabled = True
+        self.guide_gate = True
         self.cast_input_dtype_enabled = True
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -153,6 +155,7 @@ class LowRankLayer(BaseTunerLayer):
             What was let go, the initial factors of residual guides. PEFT keeps ``W`` itself.
         """
         dropped = []
+        self.guide_gate = True
         for name in self._present(self.active_adapters):
             self._set_share(name, 0.0)
             self.lowrank_guide[name] = "none"
@@ -270,7 +273,7 @@ class LowRankAdapterLinear(nn.Module, LowRankLayer):
             u, v = self.lowrank_U[name], self.lowrank_V[name]
             inputs = self._cast_input_dtype(x, v.dtype)
             y = F.linear(F.linear(inputs, v), u)
-            if self._is_guided(name):
+            if self.guide_gate and self._is_guided(name):
                 alpha = self.lowrank_alpha[name]
                 if self.lowrank_guide[name] == "residual":
                     y = y - alpha * F.linear(F.linear(inputs, self.lowrank_V0[name]), self.lowrank_U0[name])

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments, option_names
+from lowrank_ft.training.length import require_guided_phase
 
 _GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, TrainArguments)
 
@@ -45,6 +46,8 @@ def parse_args(
             f"trainable is {train.trainable}, and a dense guide is trained in full; "
             "choose the guide residual, frozen or none"
         )
+    if model.guide == "none":
+        require_guided_phase(train, "guide is none")
     return model, data, train
 
 

@@ -8,7 +8,7 @@ from lowrank_ft.allocation import ALLOCATIONS
 from lowrank_ft.calibration import METHODS
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import GUIDES, check_guide_bits
-from lowrank_ft.schedule import ALPHA_SCHEDULES, LR_SCHEDULES, require_choice
+from lowrank_ft.schedule import ALPHA_SCHEDULES, GUIDE_MODES, LR_SCHEDULES, require_choice
 from lowrank_ft.trainable import TRAINABLE
 from lowrank_ft.training.optimizers import OPTIMIZERS
 
@@ -113,11 +113,19 @@ class TrainArguments:
     max_grad_norm: float = _opt(1.0, "gradients are clipped to this norm; 0: never")
     alpha_schedule: str = _opt("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
     guided_ratio: float = _opt(0.25, "share of the steps in which the guide is there")
+    guide_mode: str = _opt(
+        "full", "full: every guide in every guided step; stochastic: each with probability alpha, at half the cost"
+    )
+    fixed_flops: bool = _opt(
+        False, "add unguided steps on the guided phase's data until the run costs what dense training would"
+    )
     distill_weight: float = _opt(0.0, "share w of distillation in the loss: (1-w) cross-entropy + w T^2 KL; 0: none")
     distill_temperature: float = _opt(1.0, "T, by which the logits of both models are divided before the KL")
     mixed_precision: str | None = _opt(None, "no, bf16 or fp16; default: what accelerate is configured for")
     gradient_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
-    seed: int = _opt(42, "order of the data, dropout")
+    torch_compile: bool = _opt(False, "compile the model with torch.compile")
+    torch_compile_backend: str = _opt("inductor", "backend of torch.compile")
+    seed: int = _opt(42, "order of the data, dropout, which guides the stochastic mode keeps")
     logging_steps: int = _opt(10, "steps between two records of the loss")
     eval_steps: int = _opt(0, "steps between evaluations; 0: only at the end")
     save_steps: int = _opt(0, "steps between checkpoints to resume from; 0: none")
@@ -131,6 +139,7 @@ class TrainArguments:
         require_choice("trainable", self.trainable, TRAINABLE)
         require_choice("lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULES)
         require_choice("alpha_schedule", self.alpha_schedule, ALPHA_SCHEDULES)
+        require_choice("guide_mode", self.guide_mode, GUIDE_MODES)
         if self.mixed_precision is not None:
             require_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -145,6 +154,11 @@ class TrainArguments:
         _require_range("distill_weight", self.distill_weight, 0, 1)
         if not 0 < self.distill_temperature < math.inf:
             raise ConfigError(f"distill_temperature is {self.distill_temperature}; it must be above 0 and finite")
+        if self.fixed_flops and self.distill_weight:
+            raise ConfigError(
+                f"fixed_flops and distill_weight {self.distill_weight} exclude each other: the dense run has no teacher "
+                "whose FLOPs could be matched; leave one of them out"
+            )
         _require_range("save_total_limit", self.save_total_limit, 1)
         if self.max_steps == 0 or self.num_train_epochs <= 0:
             raise ConfigError("max_steps 0 or num_train_epochs 0 trains nothing; give a positive number")

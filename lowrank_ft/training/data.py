@@ -4,8 +4,9 @@
 """
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +83,35 @@ class StepBatches:
     Epoch ``e`` is a permutation drawn from ``seed + e``; the epochs follow each other without a gap. Step ``s`` takes
     the next ``batch_size * accumulation * world_size`` examples, whichever way they are spread over forward passes
     and processes, so a resumed run, or one on another number of processes, sees the same examples in the same step.
+
+    Args:
+        first_step: the step to begin with.
+        data_step: the step in the above sense whose examples a step sees; by default its own.
     """
 
     def __init__(
-        self, examples: int, batch_size: int, accumulation: int, seed: int, rank: int, world_size: int, first_step: int
+        self,
+        examples: int,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        first_step: int,
+        data_step: Callable[[int], int] = lambda step: step,
     ) -> None:
         self.examples, self.batch_size, self.accumulation = examples, batch_size, accumulation
         self.seed, self.rank, self.world_size, self.first_step = seed, rank, world_size, first_step
+        self.data_step = data_step
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Endless: ``accumulation`` lists of ``batch_size`` indices for this rank, then those of the next step."""
-        position = (self.first_step * self.accumulation * self.world_size + self.rank) * self.batch_size
-        while True:
-            yield [self._example(position + i) for i in range(self.batch_size)]
-            position += self.world_size * self.batch_size
+        for step in count(self.first_step):
+            first_pass = self.data_step(step) * self.accumulation
+            for number in range(first_pass, first_pass + self.accumulation):
+                position = (number * self.world_size + self.rank) * self.batch_size
+                yield [self._example(position + i) for i in range(self.batch_size)]
 
     def _example(self, position: int) -> int:
         epoch, offset = divmod(position, self.examples)

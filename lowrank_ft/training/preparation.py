@@ -1,10 +1,12 @@
 """What a run needs before its first step: where it goes on from, its Accelerator, its optimizer."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from lowrank_ft.errors import ConfigError, OutputError
@@ -64,3 +66,47 @@ def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.Optimi
     ]
     # torch refuses no empty group, and the last one is empty where guides are frozen or gone.
     return build_adamw(args.optim, groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
+
+
+def ddp_handler(given: Any, model: nn.Module, args: TrainArguments) -> Any:
+    """The options with which DDP should wrap ``model``: those of the user, and what stochastic guidance needs.
+
+    A trainable guide that its gate leaves out gets no gradient, for which DDP would wait. Told so, DDP finds out in
+    every step which those are; they keep no gradient, as on a single process, and the optimizer skips them.
+    """
+    trainable = any(p.requires_grad for _, layer in guided_layers(model) for p in layer.guide.parameters())
+    if args.guide_mode == "full" or not trainable:
+        return given
+    return replace(given or DistributedDataParallelKwargs(), find_unused_parameters=True)
+
+
+def compile_model(model: nn.Module, args: TrainArguments) -> None:
+    """``torch.compile`` in place, if asked for: names and wrappers stay as they are, and :func:`uncompile` undoes it.
+
+    Gates of guides are Python bools, and every pattern of them would be a graph of its own, until the compiler gives
+    up after eight. So stochastic guidance runs uncompiled, and this does nothing before the guides are gone.
+    """
+    if args.torch_compile and (args.guide_mode == "full" or not any(guided_layers(model))):
+        model.compile(backend=args.torch_compile_backend)
+
+
+def uncompile(model: nn.Module) -> None:
+    model._compiled_call_impl = None
+
+
+def check_compiler(args: TrainArguments, device: torch.device) -> None:
+    """Compile something small, so that a missing compiler or backend is found before training.
+
+    Raises:
+        ConfigError: it does not work here.
+    """
+    if not args.torch_compile:
+        return
+    try:
+        torch.compile(torch.square, backend=args.torch_compile_backend)(torch.ones(2, device=device))
+    except Exception as error:  # dynamo, inductor, triton and the C++ compiler all have their own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(
+            f"torch_compile with torch_compile_backend {args.torch_compile_backend!r} does not work on {device}: "
+            f"{reason}; train without it, or choose one of {', '.join(torch.compiler.list_backends())}"
+        ) from error

@@ -33,7 +33,15 @@ from tqdm.auto import tqdm
 
 from lowrank_ft.errors import ConfigError, DivergedError, TrainingStateError
 from lowrank_ft.evaluation import Evaluation, predicted_tokens, summed_loss
-from lowrank_ft.nn import compact_state_dict, compact_view, end_guidance, guide_label, guided_layers, set_alpha
+from lowrank_ft.nn import (
+    compact_state_dict,
+    compact_view,
+    end_guidance,
+    guide_label,
+    guided_layers,
+    set_alpha,
+    set_gates,
+)
 from lowrank_ft.schedule import alpha_at, lr_factor_at
 from lowrank_ft.trainable import merge_adapters, restrict_training
 from lowrank_ft.training import checkpoints
@@ -41,7 +49,16 @@ from lowrank_ft.training.checkpoints import TrainerState
 from lowrank_ft.training.config import TrainArguments
 from lowrank_ft.training.data import StepBatches, TokenizedData, collate
 from lowrank_ft.training.distillation import Term, forward_options, make_teacher, summed_kl, terms_of_loss
-from lowrank_ft.training.preparation import checkpoint_to_resume, make_accelerator, make_optimizer
+from lowrank_ft.training.length import run_length
+from lowrank_ft.training.preparation import (
+    check_compiler,
+    checkpoint_to_resume,
+    compile_model,
+    ddp_handler,
+    make_accelerator,
+    make_optimizer,
+    uncompile,
+)
 from lowrank_ft.training.records import MetricsLog, plot_run
 
 StepCallback = Callable[[int, "Trainer"], None]
@@ -93,13 +110,15 @@ class Trainer:
         world, accumulation = self.accelerator.num_processes, args.gradient_accumulation_steps
         self.global_batch = args.per_device_train_batch_size * accumulation * world
         epochs = math.ceil(len(train_data) * args.num_train_epochs / self.global_batch)
-        self.max_steps = args.max_steps if args.max_steps > 0 else epochs
-        self.guided_steps = round(args.guided_ratio * self.max_steps) if any(guided_layers(model)) else 0
+        self._length = run_length(model, args, args.max_steps if args.max_steps > 0 else epochs)
+        self.max_steps, self.guided_steps = self._length.total, self._length.guided
         self.step = 0
         self.best_loss: float | None = None
         self.best_step: int | None = None
         self._bare: Any = model
         self._forward_options = forward_options(model)
+        self._ddp_handler = self.accelerator.ddp_handler
+        check_compiler(args, self.accelerator.device)
         self._guide_kinds = sorted({guide_label(layer) for _, layer in guided_layers(model)})
         restrict_training(model, args.trainable, args.lora_r, args.lora_alpha, args.seed)
         if args.gradient_checkpointing:
@@ -127,6 +146,8 @@ class Trainer:
         if self.guided_steps == 0 or (state is not None and not state.guided):
             end_guidance(self._bare)
         optimizer = make_optimizer(self._bare, self.args)
+        compile_model(self._bare, self.args)
+        self.accelerator.ddp_handler = ddp_handler(self._ddp_handler, self._bare, self.args)
         self.model, self.optimizer = self.accelerator.prepare(self._bare, optimizer)
         if checkpoint is not None and state is not None:
             self._restore(checkpoint, state)
@@ -161,6 +182,7 @@ class Trainer:
     def _finish(self) -> nn.Module:
         # Mixed precision wraps forward; what is handed back is the plain model.
         self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        uncompile(self._bare)
         if self.args.gradient_checkpointing:
             self._bare.gradient_checkpointing_disable()
         merge_adapters(self._bare)
@@ -185,6 +207,8 @@ class Trainer:
         )  # fmt: skip
         if log is not None and self.step == 0:
             world = {"num_processes": self.accelerator.num_processes, "max_steps": self.max_steps}
+            if args.fixed_flops:
+                world["repeated_steps"] = self._length.repeated
             log.write(step=0, event="start", guided_steps=self.guided_steps, global_batch=self.global_batch, **world)
         if self.step == 0 and args.eval_steps:
             self._evaluate_and_keep_best(log)  # where training starts from
@@ -222,6 +246,8 @@ class Trainer:
         """Mean losses over the global batch, the gradient's norm, and how many tokens of the training data counted."""
         accelerator, accumulation = self.accelerator, self.args.gradient_accumulation_steps
         set_alpha(self._bare, alpha)
+        if self.args.guide_mode == "stochastic":
+            set_gates(self._bare, self.step, alpha, self.args.seed)
         batches = [list(islice(stream, accumulation)) for stream in streams]
         counts = self._sums(*(float(sum(predicted_tokens(b["labels"]) for b in of_term)) for of_term in batches))
         passes = [
@@ -277,6 +303,7 @@ class Trainer:
         sampler = StepBatches(
             len(data), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.seed,
             accelerator.process_index, accelerator.num_processes, first_step=self.step,
+            data_step=self._length.data_step,
         )  # fmt: skip
         # A generator of its own: making an iterator draws a number, which must not come out of the training's stream.
         generator = torch.Generator().manual_seed(args.seed)
@@ -284,12 +311,15 @@ class Trainer:
 
     def _end_guidance(self) -> int:
         freed = end_guidance(self._bare, getattr(self.optimizer, "optimizer", self.optimizer))
+        if self.args.guide_mode == "stochastic":
+            compile_model(self._bare, self.args)
         if freed and self.accelerator.distributed_type != DistributedType.NO:
             # DDP holds every parameter that it was made with, and waits for the gradients of those that had one.
             self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             del self.model
             self.accelerator._models.clear()  # accelerate keeps a reference, and has no way to drop one model
             gc.collect()
+            self.accelerator.ddp_handler = ddp_handler(self._ddp_handler, self._bare, self.args)
             self.model = self.accelerator.prepare_model(self._bare)
         gc.collect()
         if torch.cuda.is_available():
@@ -357,8 +387,8 @@ class Trainer:
         """What a resumed run must share with the run that it resumes, to be the same run."""
         names = (
             "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
-            "max_grad_norm", "alpha_schedule", "seed", "distill_weight", "distill_temperature",
-            "optim", "trainable", "lora_r", "lora_alpha",
+            "max_grad_norm", "alpha_schedule", "seed", "distill_weight", "distill_temperature", "guide_mode",
+            "fixed_flops", "optim", "trainable", "lora_r", "lora_alpha",
         )  # fmt: skip
         return {
             "max_steps": self.max_steps,

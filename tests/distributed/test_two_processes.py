@@ -8,10 +8,13 @@ import sys
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from lowrank_ft.schedule import alpha_at, keeps_guide
 from lowrank_ft.training.records import read_metrics
 from tests.conftest import DEMO_MODEL, ROOT
+from tests.distributed import stochastic_driver
 
 OPTIONS = {
     "model": str(DEMO_MODEL), "param_ratio": 0.5, "block_size": 32, "max_steps": 8, "guided_ratio": 0.5, "eval_steps": 4,
@@ -93,3 +96,42 @@ def test_the_guide_is_really_gone_on_both_processes(tmp_path, guide):
         entry = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert (entry["world"], entry["type"]) == (2, "DistributedDataParallel")
         assert [entry["alive"][str(step)] for step in (3, 4, 8)] == [14, 0, 0]
+
+
+def test_stochastic_guides_are_the_same_on_two_processes(tmp_path):
+    """Trainable guides that are left out of a step get no gradient: DDP must not wait for it, and AdamW must skip them.
+
+    The same run on one process goes through the same driver here.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    stochastic_driver.main(tmp_path / "one", 4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "tests.distributed.stochastic_driver", str(tmp_path / "two"), "2",
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    start = read_metrics(tmp_path / "two" / "run" / "metrics.jsonl")[0]
+    guided, seed = stochastic_driver.GUIDED, stochastic_driver.SEED
+    assert (start["num_processes"], start["guided_steps"]) == (2, guided)
+    assert start["max_steps"] == stochastic_driver.STEPS + start["repeated_steps"] > stochastic_driver.STEPS + 1
+    updates = [sum(keeps_guide(seed, k, i, alpha_at(k, guided)) for k in range(guided - 1)) for i in range(14)]
+    assert len(set(updates)) > 1
+    ranks = [json.loads((tmp_path / "two" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    alone = json.loads((tmp_path / "one" / "rank-0.json").read_text())
+    assert alone["updates"] == updates
+    for entry in ranks:
+        assert (entry["world"], entry["type"]) == (2, "DistributedDataParallel")
+        assert entry["updates"] == updates
+        assert entry["finds_unused"] == [k < guided - 1 for k in range(start["max_steps"])]  # looked at after the drop
+    losses = [series(tmp_path / name / "run", "loss") for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, two = (load_file(tmp_path / name / "final.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5)

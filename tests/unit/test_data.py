@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from lowrank_ft.errors import DataError
 from lowrank_ft.evaluation import IGNORED
+from lowrank_ft.schedule import data_step_at
 from lowrank_ft.training.config import DataArguments
 from lowrank_ft.training.data import StepBatches, collate, encode_chat, load_data, load_distill_data, pack
 from tests.conftest import DEMO_MODEL
@@ -58,6 +59,23 @@ def test_resuming_continues_the_same_stream():
     stream = [next(whole) for _ in range(20)]
     resumed = iter(StepBatches(17, 3, 2, seed=1, rank=1, world_size=2, first_step=6))
     assert [next(resumed) for _ in range(8)] == stream[12:]
+
+
+def test_repeated_steps_see_the_same_examples_again_however_they_are_spread():
+    def stream(rank, world, first_step, steps):
+        sampler = StepBatches(17, 4 // world, 2, 1, rank, world, first_step, data_step=lambda s: data_step_at(s, 5, 3))
+        passes = iter(sampler)
+        return [[i for _ in range(2) for i in next(passes)] for _ in range(steps)]
+
+    whole = stream(0, 1, 0, 9)
+    assert whole[5:8] == whole[0:3]
+    assert whole[8] == whole[0]
+    plain = iter(StepBatches(17, 4, 2, 1, 0, 1, 0))
+    assert whole[:5] == [[i for _ in range(2) for i in next(plain)] for _ in range(5)]
+    assert stream(0, 1, 6, 3) == whole[6:]
+    for step in range(9):
+        both = [i for rank in range(2) for i in stream(rank, 2, step, 1)[0]]
+        assert sorted(both) == sorted(whole[step])
 
 
 def test_packing_drops_only_the_tail():

@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from peft import get_peft_model
 from torch.nn import functional as F
 
 from lowrank_ft.conversion import convert
+from lowrank_ft.cost import step_cost
 from lowrank_ft.errors import ConfigError, DivergedError, OutputError, TrainingStateError
 from lowrank_ft.evaluation import summed_loss
 from lowrank_ft.nn import compact_state_dict, guided_layers, set_alpha
+from lowrank_ft.peft_method import LowRankConfig
+from lowrank_ft.schedule import alpha_at, keeps_guide, lr_factor_at
 from lowrank_ft.training import TrainArguments, Trainer
+from lowrank_ft.training.arguments import parse_args
 from lowrank_ft.training.checkpoints import find_checkpoints, load_optimizer_tensors, optimizer_tensors
 from lowrank_ft.training.data import StepBatches, pack
 from lowrank_ft.training.records import read_metrics
@@ -183,6 +188,75 @@ def test_other_distillation_is_not_resumed(tmp_path, data):
     for changed, parts, message in cases:
         with pytest.raises(TrainingStateError, match=message):
             Trainer(guided(), arguments(tmp_path, **changed), data, **parts).train()
+
+
+def test_stochastic_guidance_sets_the_gates_of_every_step_and_learns(tmp_path, data):
+    model = guided("dense")
+    layers = [layer for _, layer in guided_layers(model)]
+    calls = [0] * len(layers)
+    for i, layer in enumerate(layers):
+        layer.guide.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    args = arguments(tmp_path, max_steps=40, guide_mode="stochastic", gradient_accumulation_steps=2, seed=9)
+    Trainer(model, args, data).train()
+    # Twice a step, for the gate is that of the step and not of the forward pass.
+    kept = [sum(keeps_guide(9, k, i, alpha_at(k, 20)) for k in range(20)) for i in range(len(layers))]
+    assert calls == [2 * n for n in kept]
+    losses = [e["loss"] for e in records(tmp_path)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert not any(guided_layers(model))
+
+
+def test_fixed_flops_adds_steps_that_repeat_the_guided_data(tmp_path, data):
+    """By the cost of a trained run of the paper's rule; the schedule of the learning rate spans all steps."""
+    seen = []
+    model = guided()
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True)
+    cost = step_cost(model)
+    Trainer(model, arguments(tmp_path, fixed_flops=True), data).train()
+    spare = 8 * cost.dense - 8 * cost.factored - 4 * cost.guide
+    added = math.floor(spare / cost.factored)
+    assert added > 1
+    start = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert (start["guided_steps"], start["repeated_steps"], start["max_steps"]) == (4, added, 8 + added)
+    assert len(seen) == 8 + added
+    for i in range(added):
+        assert torch.equal(seen[8 + i], seen[i % 4])
+    assert not torch.equal(seen[4], seen[0])
+    entries = records(tmp_path)
+    assert [e["alpha"] > 0 for e in entries] == [True] * 4 + [False] * (4 + added)
+    rates = [e["learning_rate"] for e in entries]
+    assert rates == pytest.approx([3e-3 * lr_factor_at(k, 8 + added) for k in range(8 + added)])
+
+
+def test_bad_guide_options(tmp_path, data):
+    plain = tiny_llama()
+    convert(plain, rank=8)
+    for options, message in (
+        ({"guide_mode": "stochastic"}, "guide_mode stochastic needs a guided phase, and this run has no guided step"),
+        ({"fixed_flops": True}, "fixed_flops needs a guided phase, and this run has no guided step"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Trainer(plain, arguments(tmp_path, **options), data)
+        with pytest.raises(ConfigError, match=message):
+            Trainer(guided(), arguments(tmp_path, guided_ratio=0.0, **options), data)
+    with pytest.raises(ConfigError, match="guide_mode 'some' is unknown; choose one of full, stochastic"):
+        arguments(tmp_path, guide_mode="some")
+    with pytest.raises(ConfigError, match="the dense run has no teacher"):
+        arguments(tmp_path, fixed_flops=True, distill_weight=0.5)
+    with pytest.raises(ConfigError, match="fixed_flops: the guided run costs"):
+        Trainer(guided("dense"), arguments(tmp_path, guided_ratio=1.0, fixed_flops=True), data)
+    adapter = get_peft_model(tiny_llama(), LowRankConfig(r=4, guide="residual"))
+    with pytest.raises(ConfigError, match="this model has those of a PEFT adapter"):
+        Trainer(adapter, arguments(tmp_path, fixed_flops=True), data)
+    with pytest.raises(ConfigError, match="guide_mode stochastic needs a guided phase, and guide is none"):
+        parse_args(["--model", "m", "--guide", "none", "--guide_mode", "stochastic"])
+
+
+def test_another_guide_mode_is_not_resumed(tmp_path, data):
+    Trainer(guided(), arguments(tmp_path, save_steps=2), data).train()
+    again = dict(resume_from_checkpoint="auto", guide_mode="stochastic")
+    with pytest.raises(TrainingStateError, match="guide_mode 'full' -> 'stochastic'"):
+        Trainer(guided(), arguments(tmp_path, **again), data).train()
 
 
 def test_uneven_replies_count_by_token_not_by_batch(tmp_path):

@@ -1,0 +1,70 @@
+"""How long a run is, and which of its steps are guided or repeat data: all of it known before the first step.
+
+0 ....... guided ....... planned ......... total
+|  guide   | factors alone  | factors alone, on the data of the guided phase again (``fixed_flops``)
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowrank_ft.cost import step_cost
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.nn import GuidedLowRankLinear, guided_layers
+from lowrank_ft.schedule import data_step_at, mean_guide_cost, repeated_steps
+from lowrank_ft.training.config import TrainArguments
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Optimizer steps of a run.
+
+    Attributes:
+        planned: what ``max_steps`` or the epochs ask for.
+        guided: how many of those, from the first on, have a guide.
+        repeated: steps that ``fixed_flops`` adds at the end.
+    """
+
+    planned: int
+    guided: int
+    repeated: int
+
+    @property
+    def total(self) -> int:
+        return self.planned + self.repeated
+
+    def data_step(self, step: int) -> int:
+        """The step whose data ``step`` sees."""
+        return data_step_at(step, self.planned, self.guided)
+
+
+def run_length(model: nn.Module, args: TrainArguments, planned: int) -> RunLength:
+    """For a model with its guides still attached.
+
+    Raises:
+        ConfigError: an option for guides and no guided step; or ``fixed_flops`` where the costs are not known, or
+            where the guided run costs more than the dense one already.
+    """
+    guided = round(args.guided_ratio * planned) if any(guided_layers(model)) else 0
+    if guided == 0:
+        require_guided_phase(args, "this run has no guided step")
+    if not args.fixed_flops:
+        return RunLength(planned, guided, 0)
+    if not all(isinstance(layer, GuidedLowRankLinear) for _, layer in guided_layers(model)):
+        raise ConfigError(
+            "fixed_flops counts guides that stand beside converted linears, and this model has those of a PEFT adapter; "
+            "leave it out, or convert the model with lowrank_ft.convert(..., guide=...)"
+        )
+    cost = step_cost(model)
+    guide = cost.guide * mean_guide_cost(guided, args.alpha_schedule, args.guide_mode)
+    return RunLength(planned, guided, repeated_steps(planned, guided, cost.dense, cost.factored, guide))
+
+
+def require_guided_phase(args: TrainArguments, problem: str) -> None:
+    """Raise a ConfigError where an option asks for something of guides that are not there."""
+    asked = "guide_mode stochastic" if args.guide_mode == "stochastic" else "fixed_flops" if args.fixed_flops else None
+    if asked:
+        raise ConfigError(
+            f"{asked} needs a guided phase, and {problem}; attach a guide (--guide residual) and set guided_ratio above "
+            f"0, or leave {asked.split()[0]} out"
+        )
