@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=2816)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], help="tokens per sequence")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128], help="tokens per sequence")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=common.RESULTS / "training_step.json")
