@@ -23,6 +23,7 @@ Fine-tune a Hugging Face model into a smaller one.
   lowrank-ft eval    tuned --data held-out.txt --baseline MODEL     perplexity, size, speed
   lowrank-ft report  tuned --baseline MODEL                         one page of HTML about it
   lowrank-ft push    tuned --repo-id me/model
+  lowrank-ft tokenize texts/ --tokenizer MODEL --output-dir tokens  a large text, once, for many runs
 """
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable Hub is reported once, by us
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if options.command == "tokenize" else "false")
     formatwarning = warnings.formatwarning
     if not options.debug:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -137,6 +138,40 @@ def build_parser() -> argparse.ArgumentParser:
         "finetune", "fine-tune while the dense weight is phased out; starts accelerate launch", add_help=False,
         usage="lowrank-ft finetune [--config FILE.yaml] [options of recipes/finetune.py] [-- options of accelerate]",
     )  # fmt: skip
+
+    tokenize = add("tokenize", "turn text of any size into token files that training maps into memory", module="tokens")
+    tokenize.add_argument(
+        "dataset", nargs="+", help="text, json(l) or parquet files, folders, glob patterns, or datasets on the Hub"
+    )
+    tokenize.add_argument("--tokenizer", required=True, metavar="MODEL", help="folder or Hub id with the tokenizer")
+    tokenize.add_argument(
+        "--output-dir", required=True,
+        help="folder for the result; it appears whole or not at all, and a run that was killed goes on",
+    )  # fmt: skip
+    tokenize.add_argument(
+        "--held-out", type=float, default=0.01, metavar="F",
+        help="share of the documents to hold out, by a hash of their text (default: 0.01)",
+    )  # fmt: skip
+    tokenize.add_argument(
+        "--glob", nargs="+", default=[], metavar="PATTERN",
+        help="the files to read in folders, such as '*.py' (default: by the endings of text, json(l) and parquet)",
+    )  # fmt: skip
+    tokenize.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME",
+        help="names of files and folders in them to leave out, such as site-packages or 'test_*'",
+    )  # fmt: skip
+    tokenize.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
+    tokenize.add_argument("--data-split", default="train", help="split of a dataset on the Hub (default: train)")
+    tokenize.add_argument("--data-config", help="configuration of a dataset on the Hub")
+    tokenize.add_argument("--data-revision", help="branch, tag or commit of a dataset on the Hub")
+    tokenize.add_argument("--max-shard-size", default="128MB", help="largest token file (default: 128MB)")
+    tokenize.add_argument(
+        "--overwrite", action="store_true", help="replace token files there, and what an unfinished run left"
+    )
+    tokenize.add_argument("--json", action="store_true", help="print the summary as JSON")
+    tokenize.add_argument("--revision", help="branch, tag or commit of the tokenizer on the Hub")
+    tokenize.add_argument("--token", help="Hub token (default: the stored one)")
+    tokenize.add_argument("--trust-remote-code", action="store_true", help="run Python code that the tokenizer brings")
 
     evaluate = add(
         "eval", "measure perplexity, size, speed and task scores, alone or against a baseline", module="evaluate"

@@ -94,3 +94,11 @@ def shard_size(options: argparse.Namespace) -> str:
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGTkmgt]?i?B", options.max_shard_size):
         raise ConfigError(f"--max-shard-size {options.max_shard_size!r} is no size; write it as 5GB or 500MB")
     return str(options.max_shard_size)
+
+
+def shard_bytes(options: argparse.Namespace) -> int:
+    """The same as a number of bytes."""
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(I?)B", shard_size(options).upper())
+    assert match is not None
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))

@@ -34,6 +34,7 @@ from lowrank_ft.training import (
 from lowrank_ft.training.arguments import as_rank, parse_args
 from lowrank_ft.training.calibration import training_calibration
 from lowrank_ft.training.data import TokenizedData
+from lowrank_ft.training.tokens import TokenFiles
 
 
 @one_line_errors
@@ -55,6 +56,8 @@ def main() -> None:
     with accelerator.main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
         distill_data = load_distill_data(data_args, tokenizer)
+    if isinstance(train_data, TokenFiles):
+        train_data.check_embeddings(config.get_text_config().vocab_size)
 
     # 2. The model: factors, and the guide beside them; and the dense model, if there is something to distil from it.
     with accelerator.main_process_first():

@@ -68,7 +68,7 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
     held_out = to_blocks(torch.from_numpy(token_ids(held_out_text, tokenizer)).long(), BLOCK_SIZE)
     eval_data = pack(held_out[: len(held_out) // 2].flatten().int().numpy(), BLOCK_SIZE)
     _say(
-        f"a small Llama trained on Python source code; {train_data.ids.size:,} tokens of Python's help topics to learn"
+        f"a small Llama trained on Python source code; {len(train_data.ids):,} tokens of Python's help topics to learn"
     )
 
     rows = [_row("dense, as it comes", _dense(), MODEL, held_out)]

@@ -110,13 +110,20 @@ class Source:
             )
         )
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self, alone: bool = False) -> Any:
         """The checkpoint's tokenizer.
+
+        Args:
+            alone: the model is not needed, and of a repository on the Hub is not downloaded.
 
         Raises:
             CheckpointError: it has none, or one that transformers cannot read.
         """
         try:
+            if alone and self.folder is None:
+                return AutoTokenizer.from_pretrained(
+                    self.name, revision=self.revision, token=self.token, trust_remote_code=self.trust_remote_code
+                )
             return AutoTokenizer.from_pretrained(str(self.download()), trust_remote_code=self.trust_remote_code)
         except (ValueError, OSError, TypeError, KeyError) as error:
             raise CheckpointError(

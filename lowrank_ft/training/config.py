@@ -63,12 +63,16 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on."""
 
-    dataset: str = _opt("", "datasets name on the Hub, or a local .txt, .md, .jsonl, .json or .parquet file")
+    dataset: str = _opt(
+        "", "datasets name on the Hub, a local .txt, .md, .jsonl, .json or .parquet file, or a folder of token files"
+    )
     dataset_config: str | None = _opt(None, "configuration of a dataset on the Hub")
     dataset_split: str = _opt("train", "its split")
     eval_dataset: str | None = _opt(None, "like dataset; default: the last eval_ratio of the training data")
     eval_split: str = _opt("validation", "split of eval_dataset, if that is on the Hub")
-    eval_ratio: float = _opt(0.1, "share held out for evaluation where there is no eval_dataset; 0: none")
+    eval_ratio: float = _opt(
+        0.1, "share held out for evaluation where there is neither an eval_dataset nor a held-out part; 0: none"
+    )
     distill_dataset: str | None = _opt(
         None, "like dataset: general text on which the model is held to the dense one; default: the training data"
     )

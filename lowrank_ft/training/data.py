@@ -1,6 +1,7 @@
 """Training data: plain text packed into blocks, or chats with loss on the replies only.
 
-``datasets`` reads every source: a name on the Hub, or a local text, json(l) or parquet file.
+``datasets`` reads every source: a name on the Hub, or a local text, json(l) or parquet file. A text too large for that
+is tokenized once by ``lowrank-ft tokenize``; the folder that it wrote is a source, too (``tokens.py``).
 """
 
 import zlib
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from lowrank_ft.errors import DataError
 from lowrank_ft.evaluation import DEFAULT_BLOCK_SIZE, IGNORED
 from lowrank_ft.training.config import DataArguments
 
-_BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+if TYPE_CHECKING:
+    from lowrank_ft.training.tokens import MappedTokens
+
+BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 Example = dict[str, Tensor]
 """``input_ids`` and ``labels``, each ``(length,)``."""
@@ -27,7 +31,7 @@ Example = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TokenizedData(torch.utils.data.Dataset):
-    """Examples in memory, as int32 to halve their size.
+    """Examples in memory, as int32 to halve their size, or in token files.
 
     Attributes:
         ids: token ids of all examples, end to end.
@@ -35,8 +39,8 @@ class TokenizedData(torch.utils.data.Dataset):
         counted: which tokens carry loss; None means all.
     """
 
-    ids: np.ndarray
-    starts: np.ndarray
+    ids: "np.ndarray | MappedTokens"
+    starts: np.ndarray | range
     counted: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -53,7 +57,11 @@ class TokenizedData(torch.utils.data.Dataset):
     def fingerprint(self) -> str:
         """Changes with any token of these examples; tells a resumed run that its data are not the same."""
         first, last = self.starts[0], self.starts[-1]
-        return f"{len(self)} examples, {last - first} tokens, crc32 {zlib.crc32(self.ids[first:last].tobytes()):08x}"
+        if isinstance(self.ids, np.ndarray):
+            checksum = f"crc32 {zlib.crc32(self.ids[first:last].tobytes()):08x}"
+        else:
+            checksum = f"from {first} on, {self.ids.checksum()}"
+        return f"{len(self)} examples, {last - first} tokens, {checksum}"
 
     def split(self, held_out: int) -> "tuple[TokenizedData, TokenizedData]":
         """All but the last ``held_out`` examples, and those."""
@@ -125,11 +133,14 @@ def load_data(args: DataArguments, tokenizer: Any) -> tuple[TokenizedData, Token
     """The training examples, and the held-out ones if there are any.
 
     Raises:
-        DataError: the file or dataset does not exist, lacks the column, or has too little text.
+        DataError: the file or dataset does not exist, lacks the column, or has too little text; or token files are
+            damaged or of another tokenizer.
     """
     train = _tokenized(args, args.dataset, args.dataset_config, args.dataset_split, tokenizer)
     if args.eval_dataset:
-        return train, _tokenized(args, args.eval_dataset, args.dataset_config, args.eval_split, tokenizer)
+        return train, _tokenized(args, args.eval_dataset, args.dataset_config, args.eval_split, tokenizer, "held_out")
+    if args.eval_ratio > 0 and _has_held_out(args.dataset):
+        return train, _tokenized(args, args.dataset, None, "", tokenizer, "held_out")
     held_out = round(len(train) * args.eval_ratio)
     if args.eval_ratio > 0 and not 0 < held_out < len(train):
         raise DataError(
@@ -161,14 +172,14 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
         raise DataError("no dataset is named; give --dataset a Hub name or a .txt, .jsonl or .parquet file")
     try:
         if path.is_file():
-            builder = _BUILDERS.get(path.suffix.lower())
+            builder = BUILDERS.get(path.suffix.lower())
             if builder is None:
-                raise DataError(f"{path} has the ending {path.suffix!r}; the endings read are {', '.join(_BUILDERS)}")
+                raise DataError(f"{path} has the ending {path.suffix!r}; the endings read are {', '.join(BUILDERS)}")
             if path.stat().st_size == 0:
                 raise DataError(f"{path} is empty")
             extra = {"sample_by": "document"} if builder == "text" else {}
             return load_dataset(builder, data_files=str(path), split="train", **extra)
-        if path.suffix.lower() in _BUILDERS or name.startswith((".", "/", "~")):
+        if path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~")):
             raise DataError(f"there is no file {path}; check the path")
         return load_dataset(name, config, split=split)
     except DataError:
@@ -180,15 +191,21 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
 
 def token_ids(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
     """All texts' tokens in one array: each begins as the tokenizer begins a text, and ends with its end-of-text token."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    bos = tokenizer.bos_token_id
-    begin = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    begin, end = text_ends(tokenizer)
     pieces = []
     for text in texts:
         # Long documents are meant: the blocks are cut afterwards, so the length warning would mislead.
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         pieces.append(np.array([*begin, *ids, *end], dtype=np.int32))
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+
+
+def text_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids with which the tokenizer begins a text, and its end-of-text token; empty where it has none."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    bos = tokenizer.bos_token_id
+    begin = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    return begin, end
 
 
 def pack(ids: np.ndarray, block_size: int, name: str = "the data") -> TokenizedData:
@@ -242,7 +259,23 @@ def _block_size(args: DataArguments) -> int:
     return args.block_size or DEFAULT_BLOCK_SIZE
 
 
-def _tokenized(args: DataArguments, name: str, config: str | None, split: str, tokenizer: Any) -> TokenizedData:
+def _has_held_out(name: str) -> bool:
+    from lowrank_ft.training.tokens import is_token_folder, read_index
+
+    return is_token_folder(name) and read_index(Path(name).expanduser())["tokens"]["held_out"] > 0
+
+
+def _tokenized(
+    args: DataArguments, name: str, config: str | None, split: str, tokenizer: Any, part: str = "train"
+) -> TokenizedData:
+    from lowrank_ft.training.tokens import TokenFiles, is_token_folder  # it builds on this module
+
+    if is_token_folder(name):
+        part = part if _has_held_out(name) else "train"
+        read_before = part == "held_out" and name == args.dataset
+        data = TokenFiles(name, _block_size(args), part, verify=not read_before)
+        data.check_tokenizer(tokenizer)
+        return data
     rows = read_rows(name, split, config)
     columns = rows.column_names
     if args.messages_column in columns:
