@@ -139,8 +139,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             hooks.skip_guides_in_evaluation()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._alpha = alpha_at(state.global_step, self.recorded["guided_steps"], self.alpha_schedule)
         if self.recorded["phase"] == GUIDED:
-            self._alpha = alpha_at(state.global_step, self.recorded["guided_steps"], self.alpha_schedule)
             set_alpha(kwargs["model"], self._alpha)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -154,8 +154,6 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             logs["alpha"] = self._alpha  # for the callbacks after this one
             if state.log_history:
                 state.log_history[-1]["alpha"] = self._alpha
-            if self.recorded["phase"] == COMPACT:
-                self._alpha = 0.0
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.recorded["phase"] == GUIDED:
@@ -239,9 +237,8 @@ def _record_in(callbacks: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _refuse_shards(args: TrainingArguments) -> None:
-    kind = AcceleratorState().distributed_type.name if AcceleratorState._shared_state else "NO"
-    # Without a GPU accelerate ignores what args say, and would run something else than was asked for.
-    kind = "DEEPSPEED" if args.deepspeed else "FSDP" if args.fsdp else kind
+    # Without a GPU accelerate ignores a wish for FSDP, so both the wish and what came of it are looked at.
+    kind = "DEEPSPEED" if args.deepspeed else "FSDP" if args.fsdp else AcceleratorState().distributed_type.name
     if kind in _INSTEAD:
         raise ConfigError(f"GuidanceCallback under {kind}: {_INSTEAD[kind]}")
 
