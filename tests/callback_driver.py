@@ -44,7 +44,9 @@ def make_data(examples: int = 40, length: int = 12, seed: int = 0) -> list[dict[
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def make_trainer(model: Any, output: Path, *callbacks: TrainerCallback, eval_data: Any = None, **options: Any) -> Trainer:
+def make_trainer(
+    model: Any, output: Path, *callbacks: TrainerCallback, eval_data: Any = None, **options: Any
+) -> Trainer:
     settings = dict(
         output_dir=str(output), use_cpu=True, max_steps=STEPS, per_device_train_batch_size=2, learning_rate=3e-3,
         gradient_accumulation_steps=2, logging_steps=1, save_steps=2, report_to=[], disable_tqdm=True, seed=3,

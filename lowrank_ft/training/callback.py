@@ -25,7 +25,7 @@ from transformers.trainer_callback import ExportableState
 from lowrank_ft.errors import ConfigError, TrainingStateError
 from lowrank_ft.nn import end_guidance, guided_layers, lowrank_layers, set_alpha
 from lowrank_ft.schedule import ALPHA_SCHEDULES, alpha_at, require_choice
-from lowrank_ft.training.model_hooks import ModelHooks, hooks_of, remake_ddp
+from lowrank_ft.training.model_hooks import hooks_of, remake_ddp
 
 STATE_FILE = "trainer_state.json"
 GUIDED, COMPACT = "guided", "compact"
@@ -107,10 +107,14 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         try:
             callbacks = json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"]
         except (OSError, ValueError, KeyError) as error:
-            raise TrainingStateError(f"{path} cannot be read ({error}); name a checkpoint that Trainer wrote") from error
+            raise TrainingStateError(
+                f"{path} cannot be read ({error}); name a checkpoint that Trainer wrote"
+            ) from error
         record = _record_in(callbacks)
         if record is None or record["phase"] is None:
-            raise TrainingStateError(f"{checkpoint} was written without a GuidanceCallback; it has no phase to prepare for")
+            raise TrainingStateError(
+                f"{checkpoint} was written without a GuidanceCallback; it has no phase to prepare for"
+            )
         if record["phase"] == COMPACT:
             end_guidance(model)
         elif not any(guided_layers(model)):
@@ -119,14 +123,14 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     # Events of the Trainer
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        _refuse_shards(args)
+        _refuse_setups(args)
         if kwargs.get("model") is not None:
             hooks_of(kwargs["model"])  # from here on, weights that are read decide whether there are guides
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _refuse_shards(args)
+        _refuse_setups(args)
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         hooks = hooks_of(model)
         phase = self._check_phase(state, model)
@@ -138,7 +142,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         else:
             hooks.skip_guides_in_evaluation()
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._alpha = alpha_at(state.global_step, self.recorded["guided_steps"], self.alpha_schedule)
         if self.recorded["phase"] == GUIDED:
             set_alpha(kwargs["model"], self._alpha)
@@ -155,7 +161,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             if state.log_history:
                 state.log_history[-1]["alpha"] = self._alpha
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.recorded["phase"] == GUIDED:
             warnings.warn(
                 f"training stopped at step {state.global_step}, before the guided phase ended at step "
@@ -236,11 +244,16 @@ def _record_in(callbacks: dict[str, Any]) -> dict[str, Any] | None:
     return None if entry is None else dict(entry["attributes"]["recorded"])
 
 
-def _refuse_shards(args: TrainingArguments) -> None:
+def _refuse_setups(args: TrainingArguments) -> None:
     # Without a GPU accelerate ignores a wish for FSDP, so both the wish and what came of it are looked at.
     kind = "DEEPSPEED" if args.deepspeed else "FSDP" if args.fsdp else AcceleratorState().distributed_type.name
     if kind in _INSTEAD:
         raise ConfigError(f"GuidanceCallback under {kind}: {_INSTEAD[kind]}")
+    if args.torch_compile and args.world_size > 1:
+        raise ConfigError(
+            "GuidanceCallback with torch_compile on several processes: the compiled wrapper of DDP would keep the memory of "
+            "the guides; set torch_compile=False, or train on one process"
+        )
 
 
 def _no_guide(model: nn.Module) -> str:

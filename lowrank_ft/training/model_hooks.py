@@ -91,17 +91,18 @@ def remake_ddp(callback: TrainerCallback) -> None:
     object is emptied, and takes over the attributes of the new one: both are then the same wrapper.
     """
     trainer = _trainer_of(callback)
-    held = None if trainer is None else _ddp_in(trainer.model_wrapped)
-    if trainer is None or held is None:
+    if trainer is None:
         return
-    accelerator = trainer.accelerator
-    # Mixed precision wraps forward, and would do so twice.
-    bare = accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+    held, accelerator = trainer.model_wrapped, trainer.accelerator
+    if not isinstance(held, DistributedDataParallel):
+        return
+    bare = accelerator.unwrap_model(
+        held, keep_fp32_wrapper=False
+    )  # mixed precision wraps forward, and would do so twice
     accelerator._models.clear()  # accelerate keeps a reference, and has no way to drop one model
     vars(held).clear()  # with its reducer go the hooks on the gradients
     gc.collect()
-    fresh = _ddp_in(accelerator.prepare_model(bare))
-    assert fresh is not None
+    fresh = accelerator.prepare_model(bare)
     object.__setattr__(held, "__dict__", vars(fresh))
 
 
@@ -112,11 +113,6 @@ def _trainer_of(callback: TrainerCallback) -> Trainer | None:
         if issubclass(type(found), Trainer) and any(c is callback for c in found.callback_handler.callbacks):
             return found
     return None
-
-
-def _ddp_in(model: Any) -> DistributedDataParallel | None:
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    return model if isinstance(model, DistributedDataParallel) else None
 
 
 def _foreign_guides(model: nn.Module, state_dict: dict[str, Any]) -> list[str]:

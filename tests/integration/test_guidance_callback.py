@@ -10,19 +10,19 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import lowrank_ft
 from lowrank_ft import GuidanceCallback, LowRankConfig
 from lowrank_ft.errors import ConfigError, TrainingStateError
-from lowrank_ft.nn import GuidedLowRankLinear, compact_view, end_guidance, guided_layers
+from lowrank_ft.nn import compact_view, end_guidance, guided_layers, lowrank_layers
 from lowrank_ft.schedule import alpha_at
 from lowrank_ft.training import TrainArguments
 from lowrank_ft.training import Trainer as OwnTrainer
 from lowrank_ft.training.data import pack
 from lowrank_ft.training.records import read_metrics
 from tests.callback_driver import GUIDED, STEPS, Watch, make_data, make_model, make_trainer, series
-from tests.conftest import ROOT, tiny_llama
+from tests.conftest import DEMO_MODEL, ROOT, tiny_llama
 
 KINDS = ["dense", "frozen", "residual", "peft-residual", "peft-frozen"]
 ALPHAS = [alpha_at(step, GUIDED) for step in range(STEPS)]
@@ -115,7 +115,7 @@ def test_killed_and_resumed_in_a_fresh_process(straight, python, tmp_path):
         entry = json.loads((tmp_path / f"from-{step}-0.json").read_text())
         assert entry["losses"] == series(expected, "loss")
         found = load_file(tmp_path / f"from-{step}" / "final" / "model.safetensors")
-        assert_same_weights(found, {k: v for k, v in expected.model.state_dict().items()})
+        assert_same_weights(found, dict(expected.model.state_dict()))
 
 
 def test_what_is_saved_loads_with_automodel_in_a_fresh_process(straight, python, tmp_path, ids):
@@ -172,7 +172,9 @@ def test_evaluation_sees_the_compact_model_and_training_the_guide(tmp_path, kind
     )  # fmt: skip
     trainer.train()
     steps_with_guide = [step for step, difference in enumerate(found) if difference > 1e-3]
-    assert steps_with_guide == list(range(GUIDED)) if kind == "dense" else list(range(1, GUIDED))  # alpha is 0 in PEFT's config
+    assert (
+        steps_with_guide == list(range(GUIDED)) if kind == "dense" else list(range(1, GUIDED))
+    )  # alpha is 0 in PEFT's config
     assert found[GUIDED:] == [0.0] * (STEPS - GUIDED + 1)
 
 
@@ -189,7 +191,12 @@ def test_losses_are_those_of_our_own_trainer(tmp_path):
     OwnTrainer(mine, args, pack(np.tile(row, 40), 16)).train()
     own = [e for e in read_metrics(tmp_path / "own" / "metrics.jsonl") if "loss" in e]
     trainer = make_trainer(
-        theirs, tmp_path / "theirs", GuidanceCallback(0.5, "linear"), lr_scheduler_type="constant", save_strategy="no", **shared
+        theirs,
+        tmp_path / "theirs",
+        GuidanceCallback(0.5, "linear"),
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        **shared,
     )
     trainer.train_dataset = data
     trainer.train()
@@ -211,7 +218,9 @@ def test_the_best_model_may_be_of_the_guided_phase(tmp_path, caplog):
     held = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert any("guide" in k for k in held)
     assert not any(guided_layers(model))
-    assert_same_weights({k: v for k, v in model.state_dict().items() if k in held}, {k: v for k, v in held.items() if "guide" not in k})
+    assert_same_weights(
+        {k: v for k, v in model.state_dict().items() if k in held}, {k: v for k, v in held.items() if "guide" not in k}
+    )
 
 
 def test_stopped_early_the_model_is_compact_and_says_so(tmp_path):
@@ -301,19 +310,84 @@ def test_a_checkpoint_written_without_the_callback(tmp_path):
     trainer = make_trainer(make_model("dense"), tmp_path, max_steps=2)
     trainer.train()
     checkpoint = str(tmp_path / "checkpoint-2")
-    refused(TrainingStateError, "without a GuidanceCallback", make_model("dense"), tmp_path, GuidanceCallback(0.5), checkpoint)
+    refused(
+        TrainingStateError,
+        "without a GuidanceCallback",
+        make_model("dense"),
+        tmp_path,
+        GuidanceCallback(0.5),
+        checkpoint,
+    )
     with pytest.raises(TrainingStateError, match="without a GuidanceCallback"):
         GuidanceCallback.prepare_for_resume(trainer.model, checkpoint)
     with pytest.raises(TrainingStateError, match="cannot be read"):
         GuidanceCallback.prepare_for_resume(trainer.model, tmp_path)
 
 
-@pytest.mark.parametrize(("option", "advice"), [("deepspeed", "start a new run under DeepSpeed"), ("fsdp", "with DDP")])
-def test_models_that_are_trained_in_shards(option, advice):
-    """Trainer itself takes these options in distributed training only."""
-    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, option: True})
-    with pytest.raises(ConfigError, match=f"GuidanceCallback under {option.upper()}.*{advice}"):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("deepspeed", "under DEEPSPEED.*start a new run under DeepSpeed"),
+        ("fsdp", "under FSDP.*with DDP"),
+        ("torch_compile", "torch_compile on several processes.*torch_compile=False"),
+    ],
+)
+def test_setups_in_which_it_cannot_work(option, message):
+    """Trainer itself takes the first two in distributed training only."""
+    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "torch_compile": False, "world_size": 2, option: True})
+    with pytest.raises(ConfigError, match=message):
         GuidanceCallback().on_init_end(args, None, None, model=make_model("dense"))
+
+
+def test_compiled_the_model_changes_once_at_the_drop(tmp_path):
+    """One graph while alpha moves and evaluations come and go, and one without the guide."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = {}
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            graphs[state.global_step] = counters["stats"]["unique_graphs"]
+
+    model = make_model("dense", 0.0)
+    watch = Watch(model)
+    trainer = make_trainer(
+        model, tmp_path, GuidanceCallback(0.5), Count(), watch, torch_compile=True, torch_compile_backend="eager",
+        save_strategy="no", eval_data=make_data(4), eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
+    assert graphs == {step: 1 if step <= GUIDED else 2 for step in range(1, STEPS + 1)}
+    assert watch.alive[STEPS] == 0
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_sft_trainer(tmp_path, peft):
+    trl = pytest.importorskip("trl", reason="TRL is not installed; pip install 'lowrank-ft[trl]'")
+    from datasets import Dataset
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    if not peft:
+        lowrank_ft.convert(model, param_ratio=0.6, guide="residual")
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, max_length=32, logging_steps=1, use_cpu=True,
+        bf16=False, report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model, args, train_dataset=Dataset.from_dict({"text": ["To be, or not to be, that is the question.\n" * 3] * 8}),
+        processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL), callbacks=[GuidanceCallback(0.5)],
+        peft_config=LowRankConfig(r=16, guide="residual") if peft else None,
+    )  # fmt: skip
+    assert any(guided_layers(trainer.model))
+    trainer.train()
+    assert series(trainer, "alpha") == [1.0, 0.5, 0.0, 0.0]
+    assert not any(guided_layers(trainer.model))
+    compact = trainer.model.base_model.compact_and_unload() if peft else trainer.model
+    assert any(lowrank_layers(compact))
+    dense = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    assert compact.num_parameters() < dense.num_parameters()
 
 
 @pytest.mark.parametrize(
