@@ -1,6 +1,8 @@
 """``GuidanceCallback`` in ``transformers.Trainer`` and TRL on one process: phases, resuming, saving, refusals."""
 
+import importlib.util
 import json
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -404,3 +406,21 @@ def test_sft_trainer(tmp_path, peft):
 def test_arguments_out_of_range(arguments, match):
     with pytest.raises(ConfigError, match=match):
         GuidanceCallback(**arguments)
+
+
+def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.txt").write_text("Enter HAMLET. To be, or not to be, that is the question.\n" * 40)
+    page = (ROOT / "docs" / "how-to" / "trainer-and-trl.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 5
+    small = {"path/to/tiny-llama": str(DEMO_MODEL), "max_steps=1000": "max_steps=8", "save_steps=100": "save_steps=4"}
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks:
+        if "from trl" in block and not importlib.util.find_spec("trl"):
+            continue  # the page says that it has to be installed
+        for shown, tiny in small.items():
+            block = block.replace(shown, tiny)
+        exec(compile(block, "trainer-and-trl.md", "exec"), names)
+    assert names["trainer"].state.global_step == 8
+    assert (tmp_path / "compact-from-peft" / "model.safetensors").is_file()
