@@ -125,7 +125,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _refuse_setups(args)
         if kwargs.get("model") is not None:
-            hooks_of(kwargs["model"])  # from here on, weights that are read decide whether there are guides
+            hooks_of(kwargs["model"]).training = False  # weights that are read now decide whether there are guides
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,7 +136,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         phase = self._check_phase(state, model)
         steps = self._resolve_steps(state.max_steps) if phase == GUIDED else self.recorded["guided_steps"]
         self.recorded = {"phase": phase, "guided_steps": steps, "alpha_schedule": self.alpha_schedule}
-        hooks.training_has_begun()
+        hooks.training = True
         if phase == COMPACT or state.global_step >= steps:
             self._drop(model, optimizer)
         else:

@@ -18,17 +18,18 @@ from lowrank_ft.nn import GuidedLowRankLinear, compact_state_dict, end_guidance,
 
 
 class ModelHooks:
-    """Hooks on one model; :func:`hooks_of` makes them once."""
+    """Hooks on one model; :func:`hooks_of` makes them once.
+
+    Attributes:
+        training: whether training has begun. Until then, weights that are read are those of a checkpoint to resume from,
+            and decide whether there are guides; afterwards, those of the best model, which may be of an earlier phase.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self.training = False
         self._model = weakref.ref(model)
-        self._training = False
-        self._loading: RemovableHandle | None = model.register_load_state_dict_pre_hook(self._follow)
+        self._loading = model.register_load_state_dict_pre_hook(self._follow)
         self._skipping: list[RemovableHandle] = []
-
-    def training_has_begun(self) -> None:
-        """From now on weights with guides may be read into a model without: the best model of an earlier step."""
-        self._training = True
 
     def skip_guides_in_evaluation(self) -> None:
         """In evaluation mode a guided layer computes what its export would; in training mode nothing changes."""
@@ -49,22 +50,22 @@ class ModelHooks:
     def remove(self) -> None:
         """Leave the model as if it had never been hooked."""
         self.stop_skipping()
-        if self._loading is not None:
-            self._loading.remove()
+        self._loading.remove()
         model = self._model()
         if model is not None:
             _HOOKS.pop(model, None)
 
     def _follow(self, model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        """``load_state_dict`` is about to copy ``state_dict``, a checkpoint's whole weights, into the model."""
+        """``load_state_dict`` is about to copy ``state_dict`` into the model."""
         compact = compact_state_dict(model).keys()
         guides = model.state_dict().keys() - compact
         factors = [k for k in compact if k.endswith((".U.weight", ".V.weight")) or ".lowrank_" in k]
-        if guides and not guides & state_dict.keys() and all(k in state_dict for k in factors):
-            end_guidance(model)  # the optimizer is made later, or holds no state yet
+        whole = bool(factors) and all(k in state_dict for k in factors)  # and not an adapter, or one shard of many
+        if guides and whole and not guides & state_dict.keys() and not self.training:
+            end_guidance(model)  # Trainer makes the optimizer later
             return
         foreign = _foreign_guides(model, state_dict) if not guides else []
-        if foreign and not self._training:
+        if foreign and not self.training:
             raise TrainingStateError(
                 f"the checkpoint is of the guided phase (it holds {foreign[0]}), and this model has no guide; make the "
                 "model as for the first step, with lowrank_ft.convert(model, ..., guide=...) or LowRankConfig(guide=...)"
@@ -96,9 +97,8 @@ def remake_ddp(callback: TrainerCallback) -> None:
     held, accelerator = trainer.model_wrapped, trainer.accelerator
     if not isinstance(held, DistributedDataParallel):
         return
-    bare = accelerator.unwrap_model(
-        held, keep_fp32_wrapper=False
-    )  # mixed precision wraps forward, and would do so twice
+    # Mixed precision wraps forward, and would do so twice.
+    bare = accelerator.unwrap_model(held, keep_fp32_wrapper=False)
     accelerator._models.clear()  # accelerate keeps a reference, and has no way to drop one model
     vars(held).clear()  # with its reducer go the hooks on the gradients
     gc.collect()
