@@ -1,0 +1,133 @@
+"""Guided models under ``transformers.Trainer``, for tests in this process, in one that is killed, and in several.
+
+    python -m tests.callback_driver OUTPUT KIND [--resume STEP ...] [--kill-at STEP] [--batch SIZE] [--dropout P]
+
+KIND is the guide of ``convert`` (``dense``, ``frozen``, ``residual``) or of PEFT (``peft-residual``, ``peft-frozen``).
+A random Llama with dropout, 8 steps of two micro-batches, 4 steps guided, a checkpoint after every second. What
+happened goes to ``OUTPUT/straight-RANK.json``. ``--resume`` trains again from those checkpoints, without training from
+the beginning if there is a run already, and writes ``from-STEP-RANK.json``.
+"""
+
+import argparse
+import gc
+import json
+import os
+import signal
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import lowrank_ft
+from lowrank_ft import GuidanceCallback, LowRankConfig
+from lowrank_ft.nn import guided_layers
+from tests.conftest import tiny_llama
+
+STEPS, GUIDED = 8, 4
+
+
+def make_model(kind: str, dropout: float = 0.2, rank: int = 8) -> Any:
+    model = tiny_llama(attention_dropout=dropout)
+    if kind.startswith("peft-"):
+        return get_peft_model(model, LowRankConfig(r=rank, guide=kind.removeprefix("peft-")))
+    lowrank_ft.convert(model, rank=rank, guide=kind)
+    return model
+
+
+def make_data(examples: int = 40, length: int = 12, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    ids = torch.from_numpy(np.random.default_rng(seed).integers(3, 97, (examples, length)))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def make_trainer(
+    model: Any, output: Path, *callbacks: TrainerCallback, eval_data: Any = None, **options: Any
+) -> Trainer:
+    settings = dict(
+        output_dir=str(output), use_cpu=True, max_steps=STEPS, per_device_train_batch_size=2, learning_rate=3e-3,
+        gradient_accumulation_steps=2, logging_steps=1, save_steps=2, report_to=[], disable_tqdm=True, seed=3,
+    )  # fmt: skip
+    args = TrainingArguments(**{**settings, **options})
+    return Trainer(model, args, train_dataset=make_data(), eval_dataset=eval_data, callbacks=list(callbacks))
+
+
+def guide_references(model: nn.Module) -> list[weakref.ref]:
+    """To every tensor of every guide."""
+    tensors: list[torch.Tensor] = []
+    for _, layer in guided_layers(model):
+        for part in layer.guide_state:
+            holder = getattr(layer, part)
+            tensors += list(holder.parameters() if part == "guide" else holder.values())
+    return [weakref.ref(t) for t in tensors]
+
+
+class Watch(TrainerCallback):
+    """How many tensors of guides are alive after each step; kills the process once the checkpoint ``kill_at`` is there."""
+
+    def __init__(self, model: nn.Module, kill_at: int | None = None) -> None:
+        self.references, self.kill_at = guide_references(model), kill_at
+        self.alive: dict[int, int] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.references += guide_references(kwargs["model"])  # moving a model may make other tensors of its buffers
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gc.collect()
+        self.alive[state.global_step] = len({id(t) for r in self.references if (t := r()) is not None})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def series(trainer: Trainer, key: str) -> list[Any]:
+    return [e[key] for e in trainer.state.log_history if key in e]
+
+
+def train(options: argparse.Namespace, resume: int | None) -> None:
+    model = make_model(options.kind, options.dropout)
+    watch = Watch(model, options.kill_at)
+    callback = GuidanceCallback(guided_ratio=GUIDED / STEPS)
+    name = "straight" if resume is None else f"from-{resume}"
+    folder = options.output / name
+    trainer = make_trainer(
+        model, folder, callback, watch, per_device_train_batch_size=options.batch, bf16=options.bf16,
+        ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    checkpoint = None if resume is None else options.output / "straight" / f"checkpoint-{resume}"
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(folder / "final"))
+    entry = {
+        "world": trainer.accelerator.num_processes,
+        "type": type(trainer.model_wrapped).__name__,
+        "alive": watch.alive,
+        "losses": series(trainer, "loss"),
+        "alphas": series(trainer, "alpha"),
+        "optimized": sum(len(group["params"]) for group in trainer.optimizer.param_groups),
+        "checksum": sum(p.detach().double().abs().sum().item() for p in trainer.model.parameters()),
+    }
+    (options.output / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(entry))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("kind")
+    parser.add_argument("--resume", type=int, nargs="*", default=[])
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--bf16", action="store_true")
+    options = parser.parse_args()
+    if not (options.output / "straight").exists():
+        train(options, None)
+    for step in options.resume:
+        train(options, step)
+
+
+if __name__ == "__main__":
+    main()
