@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
-from lowrank_ft.training import checkpoints
+from lowrank_ft.training import checkpoints, sharding
 from lowrank_ft.training.config import TrainArguments
 from lowrank_ft.training.records import METRICS_FILE
 
@@ -33,7 +33,12 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
 
 
 def make_accelerator(args: TrainArguments) -> Accelerator:
-    """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens."""
+    """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens.
+
+    Raises:
+        ConfigError: the launcher is configured for something that is not supported.
+    """
+    sharding.refuse_deepspeed()  # before accelerate asks for a package that would not help
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
@@ -42,6 +47,7 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
         )
         # The launcher's setting would divide every loss once more.
         accelerator.gradient_accumulation_steps = 1
+        sharding.set_up(accelerator)
         return accelerator
     except ValueError as error:  # an unknown tracker, or a precision that the device lacks
         raise ConfigError(f"accelerate refuses these settings: {str(error).splitlines()[0]}") from error
