@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
@@ -198,6 +198,7 @@ def _shard_on_cpu(accelerator: Accelerator) -> None:
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP  # accelerate copies it from here again and again
 
 
 def _check_plugin(plugin: Any) -> None:

@@ -7,12 +7,13 @@ trainer leaves, the final weights, and ``watched-RANK.json``: what was seen at t
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +21,7 @@ from lowrank_ft.conversion import convert
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.tensor_files import unique_tensors
 from lowrank_ft.training import TrainArguments, Trainer
+from lowrank_ft.training import trainer as trainer_module
 from lowrank_ft.training.checkpoints import optimizer_tensors
 from lowrank_ft.training.data import pack
 from tests.conftest import tiny_llama
@@ -60,7 +62,7 @@ def train(folder: Path, guide: str, world: int, options: dict) -> None:
         seen.append({
             "step": step,
             "gathered": sent.bytes.pop("c10d::_allgather_base_", 0),
-            "live": live_bytes(),
+            "live": live_bytes() if world > 1 and step in (GUIDED - 1, GUIDED + 2) else None,
             "parameters": sum(_local(p).numel() * 4 for p in own),
             "optimizer": sum(_local(v).numel() * 4 for v in state.values()),
             "sharded": sum(isinstance(p, DTensor) for p in own),
@@ -73,6 +75,7 @@ def train(folder: Path, guide: str, world: int, options: dict) -> None:
         "per_device_eval_batch_size": 2, "max_grad_norm": 0.5, "seed": 3, "load_best_model_at_end": False, **options,
     })  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
+    trainer_module.plot_run = lambda *_: False  # a picture takes longer than the training
     trainer = WatchedTrainer(model, args, data, held_out, on_step_end=look)
     accelerator = trainer.accelerator
     facts = {
@@ -100,11 +103,12 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def main(plan: Path) -> None:
-    import os
-
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    # A trainer ends with its process group; here the next run needs it, and a group cannot be made twice.
+    PartialState.destroy_process_group = lambda self, group=None: None
     for run in json.loads(plan.read_text()):
         train(plan.parent / run["name"], run["guide"], world, run.get("options", {}))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

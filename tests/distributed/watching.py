@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -31,6 +32,8 @@ class SentBytes(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # first DTensor takes the operation apart, into local ones and collectives
         name = func.name().partition(".")[0]
         if name in ("c10d::_allgather_base_", "_c10d_functional::all_reduce", "c10d::allreduce_"):
             first = args[0]
