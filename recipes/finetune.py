@@ -72,7 +72,8 @@ def main() -> None:
     trainer = Trainer(model, train_args, train_data, eval_data, accelerator, teacher=teacher, distill_data=distill_data)
     if accelerator.is_main_process:
         begin_run(train_args.output_dir, folder, export_dtype)
-    trainer.train()
+    model = trainer.train()
+    assert isinstance(model, PreTrainedModel)
 
     # 4. Export.
     if accelerator.is_main_process:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel
 
+from lowrank_ft import tensor_files
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
-from lowrank_ft.hub.source import RUN_FILE, Source, first_line, load_model, model_class
+from lowrank_ft.hub.source import RUN_FILE, Source, load_model, model_class
 from lowrank_ft.trainable import fold_adapters
 
 _GUIDE = (".guide.weight", ".guide.absmax")
@@ -25,11 +24,7 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
         CheckpointError: the weights are corrupt or do not fit the config beside them.
     """
     config = Source(str(folder), trust_remote_code=trust_remote_code).load_config()
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / 'model.safetensors'} cannot be read: {first_line(error)}") from error
-    tensors = {k: v for k, v in tensors.items() if not k.endswith(_GUIDE)}
+    tensors = {k: v for k, v in tensor_files.read(folder, "model").items() if not k.endswith(_GUIDE)}
     tensors = fold_adapters(tensors, _adapter_scale(folder))
     cls: Any = model_class(config, str(folder), trust_remote_code)
     dtype = next(v.dtype for v in tensors.values() if v.is_floating_point())

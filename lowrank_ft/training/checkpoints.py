@@ -7,6 +7,9 @@
         config.json             the model's config with its ranks, so that ``lowrank-ft export`` needs nothing else
         trainer_state.json      step, phase and what must not change between the two runs
 
+Under FSDP2 each process writes what it holds, into ``model-shards/`` and ``optimizer-shards/`` in place of the first
+two (see :mod:`lowrank_ft.tensor_files`). Either form is read by any number of processes, sharded or not.
+
 Names, not positions, tie state to parameters, so a group that lost its guides cannot shift the others' state.
 """
 
@@ -22,7 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lowrank_ft import tensor_files
 from lowrank_ft.errors import TrainingStateError
+from lowrank_ft.nn import compact_state_dict
+from lowrank_ft.tensor_files import unique_tensors
 from lowrank_ft.training.optimizers import restore_state, saved_state
 
 FOLDER = "checkpoints"
@@ -82,17 +88,9 @@ def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
     return path
 
 
-def unique_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the second and later names of tied weights; contiguous, as safetensors wants them."""
-    seen: set[tuple[Any, ...]] = set()
-    unique = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.device, tensor.dtype)
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        unique[name] = tensor.detach().contiguous()
-    return unique
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that a state dict has, tied weights once."""
+    return unique_tensors(model.state_dict(keep_vars=True))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -118,7 +116,7 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
     Raises:
         TrainingStateError: a name on one side only.
     """
-    own = unique_tensors(model.state_dict())
+    own = model_tensors(model)
     for extra, problem in ((own.keys() - tensors.keys(), "lacks"), (tensors.keys() - own.keys(), "has, unknown here,")):
         if extra:
             raise TrainingStateError(
@@ -138,17 +136,61 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
         state[name].copy_(tensor)
 
 
-def write_model_and_optimizer(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState
-) -> None:
-    """All files of a checkpoint but the random state; the main process calls this."""
-    save_file(unique_tensors(model.state_dict()), folder / "model.safetensors")
-    save_file(unique_tensors(optimizer_tensors(model, optimizer)), folder / "optimizer.safetensors")
+def write_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> None:
+    """Weights and optimizer state. The main process calls this; if they are ``sharded``, all do."""
+    write = tensor_files.write_shards if sharded else tensor_files.write_whole
+    write(model_tensors(model), folder, "model")
+    write(unique_tensors(optimizer_tensors(model, optimizer)), folder, "optimizer")
+
+
+def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The inverse, for a model of the same shape, however it and the files are sharded."""
+    load_tensors(model, tensor_files.read(folder, "model", model.state_dict(keep_vars=True).get), folder)
+    parameters = dict(model.named_parameters())
+    state = tensor_files.read(folder, "optimizer", lambda name: parameters.get(name.partition(".")[2]))
+    load_optimizer_tensors(model, optimizer, state)
+
+
+def write_description(folder: Path, model: nn.Module, architecture: str, state: TrainerState) -> None:
+    """The JSON files. ``architecture`` is the class of the model; sharding puts one of its own over that."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_json_file"):
-        config.architectures = [type(model).__name__]
+        config.architectures = [architecture]
         config.to_json_file(folder / "config.json", use_diff=True)
     (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+
+
+def write_best(output_dir: Path, model: nn.Module, accelerator: Any, sharded: bool) -> None:
+    """The compact weights of the best evaluation so far, in place of the former ones. All processes call this."""
+    folder = output_dir / FOLDER / "best"
+    draft = folder / ".draft"
+    kept = compact_state_dict(model)
+    tensors = {k: v for k, v in model_tensors(model).items() if k in kept}
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    if sharded:
+        tensor_files.write_shards(tensors, draft, "model")
+        accelerator.wait_for_everyone()
+    elif accelerator.is_main_process:
+        tensor_files.write_whole(tensors, draft, "model")
+    if accelerator.is_main_process:
+        for path in draft.iterdir():
+            if (target := folder / path.name).is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+        draft.rmdir()
+        tensor_files.remove(folder, "model", whole=sharded)  # left by a run that was sharded otherwise
+
+
+def read_best(output_dir: Path, model: nn.Module) -> bool:
+    """Load them into the model, which has no guides any more; False where there are none. All processes call this."""
+    folder = output_dir / FOLDER / "best"
+    if not tensor_files.exists(folder, "model"):  # resumed from a checkpoint in another folder
+        return False
+    load_tensors(model, tensor_files.read(folder, "model", model.state_dict(keep_vars=True).get), folder)
+    return True
 
 
 def write_rng(folder: Path, rank: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
-from lowrank_ft.training import checkpoints
+from lowrank_ft.training import checkpoints, sharding
 from lowrank_ft.training.config import TrainArguments
 from lowrank_ft.training.optimizers import build_adamw, check_optimizer
 from lowrank_ft.training.records import METRICS_FILE
@@ -37,7 +37,12 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
 
 
 def make_accelerator(args: TrainArguments) -> Accelerator:
-    """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens."""
+    """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens.
+
+    Raises:
+        ConfigError: the launcher is configured for something that is not supported.
+    """
+    sharding.refuse_deepspeed()  # before accelerate asks for a package that would not help
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
@@ -48,6 +53,7 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
         accelerator.gradient_accumulation_steps = 1
     except ValueError as error:  # an unknown tracker, or a precision that the device lacks
         raise ConfigError(f"accelerate refuses these settings: {str(error).splitlines()[0]}") from error
+    sharding.set_up(accelerator)
     check_optimizer(args.optim, accelerator.device, accelerator.distributed_type == DistributedType.FSDP)
     return accelerator
 
@@ -94,14 +100,16 @@ def uncompile(model: nn.Module) -> None:
     model._compiled_call_impl = None
 
 
-def check_compiler(args: TrainArguments, device: torch.device) -> None:
+def check_compiler(args: TrainArguments, device: torch.device, sharded: bool = False) -> None:
     """Compile something small, so that a missing compiler or backend is found before training.
 
     Raises:
-        ConfigError: it does not work here.
+        ConfigError: it does not work here, or the model is going to be sharded.
     """
     if not args.torch_compile:
         return
+    if sharded:
+        raise ConfigError("torch_compile and FSDP2 are not supported together; leave torch_compile out, or use DDP")
     try:
         torch.compile(torch.square, backend=args.torch_compile_backend)(torch.ones(2, device=device))
     except Exception as error:  # dynamo, inductor, triton and the C++ compiler all have their own

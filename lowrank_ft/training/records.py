@@ -6,7 +6,7 @@ from typing import Any
 
 from lowrank_ft.records import METRICS_FILE, plot_run, read_metrics
 
-__all__ = ["METRICS_FILE", "MetricsLog", "plot_run", "read_metrics"]
+__all__ = ["METRICS_FILE", "MetricsLog", "Window", "plot_run", "read_metrics"]
 
 
 class MetricsLog:
@@ -21,3 +21,18 @@ class MetricsLog:
     def write(self, **entry: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class Window:
+    """Mean losses and token count since the last record."""
+
+    def __init__(self) -> None:
+        self._losses: list[dict[str, float]] = []
+        self.tokens = 0
+
+    def add(self, losses: dict[str, float], tokens: int) -> None:
+        self._losses.append(losses)
+        self.tokens += tokens
+
+    def means(self) -> dict[str, float]:
+        return {name: sum(x[name] for x in self._losses) / len(self._losses) for name in self._losses[-1]}

@@ -9,7 +9,8 @@
 
 Everything that varies over time (alpha, learning rate, order of the data) is a pure function of the step, and the loss
 is normalized by the tokens of the whole global batch, so the way in which a batch is spread over accumulation and
-processes does not change the result, and a resumed run is the same run.
+processes does not change the result, and a resumed run is the same run. One process, DDP and FSDP2 share this loop;
+what FSDP2 needs beyond it is in :mod:`lowrank_ft.training.sharding`.
 """
 
 import gc
@@ -26,29 +27,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lowrank_ft.errors import ConfigError, DivergedError, TrainingStateError
 from lowrank_ft.evaluation import Evaluation, predicted_tokens, summed_loss
-from lowrank_ft.nn import (
-    compact_state_dict,
-    compact_view,
-    end_guidance,
-    guide_label,
-    guided_layers,
-    set_alpha,
-    set_gates,
-)
+from lowrank_ft.nn import end_guidance, guide_label, guided_layers, set_alpha, set_gates
 from lowrank_ft.schedule import alpha_at, lr_factor_at
 from lowrank_ft.trainable import merge_adapters, restrict_training
-from lowrank_ft.training import checkpoints
+from lowrank_ft.training import checkpoints, sharding
 from lowrank_ft.training.checkpoints import TrainerState
 from lowrank_ft.training.config import TrainArguments
 from lowrank_ft.training.data import StepBatches, TokenizedData, collate
 from lowrank_ft.training.distillation import Term, forward_options, make_teacher, summed_kl, terms_of_loss
+from lowrank_ft.training.evaluating import evaluate_compact
 from lowrank_ft.training.length import run_length
 from lowrank_ft.training.preparation import (
     check_compiler,
@@ -59,11 +52,9 @@ from lowrank_ft.training.preparation import (
     make_optimizer,
     uncompile,
 )
-from lowrank_ft.training.records import MetricsLog, plot_run
+from lowrank_ft.training.records import MetricsLog, Window, plot_run
 
 StepCallback = Callable[[int, "Trainer"], None]
-_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-_BEST_FOLDER = "best"
 
 
 class Trainer:
@@ -97,11 +88,8 @@ class Trainer:
     ) -> None:
         self.args = args
         self.accelerator = accelerator or make_accelerator(args)
-        if self.accelerator.distributed_type not in _SUPPORTED:
-            raise ConfigError(
-                f"accelerate is configured for {self.accelerator.distributed_type.value}; this release trains on one "
-                "process or with DDP (accelerate launch --multi_gpu)"
-            )
+        sharding.set_up(self.accelerator)
+        self._sharded = sharding.uses_fsdp(self.accelerator)
         self.train_data, self.eval_data, self.distill_data = train_data, eval_data, distill_data
         self.on_step_end = on_step_end
         self._teacher = make_teacher(teacher, model, args, distill_data, self.accelerator)
@@ -116,9 +104,13 @@ class Trainer:
         self.best_loss: float | None = None
         self.best_step: int | None = None
         self._bare: Any = model
+        self._architecture = type(model).__name__
+        self._dtype = str(next(model.parameters()).dtype)  # FSDP2 keeps float32 weights under mixed precision
+        if self._sharded:
+            sharding.choose_units(model, self.accelerator)
         self._forward_options = forward_options(model)
         self._ddp_handler = self.accelerator.ddp_handler
-        check_compiler(args, self.accelerator.device)
+        check_compiler(args, self.accelerator.device, self._sharded)
         self._guide_kinds = sorted({guide_label(layer) for _, layer in guided_layers(model)})
         restrict_training(model, args.trainable, args.lora_r, args.lora_alpha, args.seed)
         if args.gradient_checkpointing:
@@ -129,6 +121,9 @@ class Trainer:
 
     def train(self) -> nn.Module:
         """Run to the end; returns the bare model without guides, with the best weights if asked for.
+
+        Under FSDP2 that is another object than the sharded model that was trained, and on the CPU. The main process
+        gets all of it; the parameters on the others are on the meta device.
 
         Raises:
             TrainingStateError: the checkpoint does not fit this run.
@@ -146,6 +141,8 @@ class Trainer:
         if self.guided_steps == 0 or (state is not None and not state.guided):
             end_guidance(self._bare)
         optimizer = make_optimizer(self._bare, self.args)
+        if self._sharded:
+            self._skeleton = sharding.skeleton(self._bare)
         compile_model(self._bare, self.args)
         self.accelerator.ddp_handler = ddp_handler(self._ddp_handler, self._bare, self.args)
         self.model, self.optimizer = self.accelerator.prepare(self._bare, optimizer)
@@ -163,26 +160,15 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Loss of the compact model, the one that would be exported, on the held-out data, over all processes."""
         assert self.eval_data is not None
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = list(range(rank, len(self.eval_data), world))
-        batch_size = self.args.per_device_eval_batch_size
-        total = torch.zeros(2, dtype=torch.float64)
-        start = time.perf_counter()
-        self._bare.eval()
-        with torch.no_grad(), compact_view(self._bare), self.accelerator.autocast():
-            for i in range(0, len(mine), batch_size):
-                batch = collate([self.eval_data[j] for j in mine[i : i + batch_size]])
-                labels = batch.pop("labels").to(self.accelerator.device)
-                logits = self._bare(**send_to_device(batch, self.accelerator.device)).logits
-                total += torch.tensor([summed_loss(logits, labels).item(), predicted_tokens(labels)])
-        self._bare.train()
-        loss, tokens = self.accelerator.reduce(total.to(self.accelerator.device, torch.float32), "sum").tolist()
-        return Evaluation(loss / tokens, int(tokens), tokens / (time.perf_counter() - start))
+        return evaluate_compact(self._bare, self.eval_data, self.args.per_device_eval_batch_size, self.accelerator)
 
     def _finish(self) -> nn.Module:
         # Mixed precision wraps forward; what is handed back is the plain model.
         self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         uncompile(self._bare)
+        if self._sharded:
+            end_guidance(self._skeleton)
+            self._bare = sharding.gather_into(self._skeleton, self._bare, keep=self.accelerator.is_main_process)
         if self.args.gradient_checkpointing:
             self._bare.gradient_checkpointing_disable()
         merge_adapters(self._bare)
@@ -199,14 +185,18 @@ class Trainer:
     # One step
 
     def _loop(self, log: MetricsLog | None) -> None:
-        args, window, start = self.args, _Window(), time.perf_counter()
+        args, window, start = self.args, Window(), time.perf_counter()
         streams: list[Iterator[Any]] = [iter(self._loader(term.data)) for term in self._terms]
         bar = tqdm(
             total=self.max_steps, initial=self.step, desc="fine-tune", unit="step",
             disable=None if self.accelerator.is_main_process else True,
         )  # fmt: skip
         if log is not None and self.step == 0:
-            world = {"num_processes": self.accelerator.num_processes, "max_steps": self.max_steps}
+            world = {
+                "num_processes": self.accelerator.num_processes,
+                "parallelism": sharding.parallelism(self.accelerator),
+                "max_steps": self.max_steps,
+            }
             if args.fixed_flops:
                 world["repeated_steps"] = self._length.repeated
             log.write(step=0, event="start", guided_steps=self.guided_steps, global_batch=self.global_batch, **world)
@@ -226,7 +216,7 @@ class Trainer:
                 log.write(step=self.step, **entry, tokens_per_second=round(speed, 1))
                 self.accelerator.log(entry, step=self.step)
                 bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, alpha=f"{alpha:.2f}")
-                window, start = _Window(), time.perf_counter()
+                window, start = Window(), time.perf_counter()
             if self.step == self.guided_steps:
                 freed = self._end_guidance()
                 if log is not None:
@@ -259,12 +249,12 @@ class Trainer:
         for i, (term, batch, tokens) in enumerate(passes):
             with nullcontext() if i == len(passes) - 1 else accelerator.no_sync(self.model):
                 loss, parts = self._losses(term, send_to_device(batch, accelerator.device), tokens)
-                # DDP averages gradients over processes, and the loss is a sum over all of them.
+                # Gradients are averaged over processes, and the loss is a sum over all of them.
                 accelerator.backward(loss * accelerator.num_processes)
             totals += parts
         parameters = [p for p in self._bare.parameters() if p.requires_grad]
         limit = self.args.max_grad_norm or math.inf
-        norm = accelerator.clip_grad_norm_(parameters, limit)
+        norm = sharding.whole(accelerator.clip_grad_norm_(parameters, limit))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -310,10 +300,13 @@ class Trainer:
         return DataLoader(data, batch_sampler=sampler, collate_fn=collate, generator=generator)
 
     def _end_guidance(self) -> int:
+        units = sharding.guide_units(self._bare) if self._sharded else []
         freed = end_guidance(self._bare, getattr(self.optimizer, "optimizer", self.optimizer))
         if self.args.guide_mode == "stochastic":
             compile_model(self._bare, self.args)
-        if freed and self.accelerator.distributed_type != DistributedType.NO:
+        if self._sharded:
+            sharding.forget_units(self._bare, units)
+        elif freed and self.accelerator.distributed_type != DistributedType.NO:
             # DDP holds every parameter that it was made with, and waits for the gradients of those that had one.
             self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             del self.model
@@ -321,6 +314,7 @@ class Trainer:
             gc.collect()
             self.accelerator.ddp_handler = ddp_handler(self._ddp_handler, self._bare, self.args)
             self.model = self.accelerator.prepare_model(self._bare)
+        del units
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -341,26 +335,17 @@ class Trainer:
             self.accelerator.log(entry, step=self.step)
         if self.best_loss is None or result.loss < self.best_loss:
             self.best_loss, self.best_step = result.loss, self.step
-            if self.args.load_best_model_at_end and self.accelerator.is_main_process and self.step < self.max_steps:
-                self._write_best()
-
-    def _write_best(self) -> None:
-        folder = self.output_dir / checkpoints.FOLDER / _BEST_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / ".model.safetensors.partial"
-        state = checkpoints.unique_tensors(compact_state_dict(self._bare))
-        save_file(state, draft, metadata={"step": str(self.step)})
-        draft.replace(folder / "model.safetensors")
+            if self.args.load_best_model_at_end and self.step < self.max_steps:
+                checkpoints.write_best(self.output_dir, self._bare, self.accelerator, self._sharded)
 
     def _load_best(self) -> None:
         self.accelerator.wait_for_everyone()
-        if self.best_step is not None and self.best_step < self.max_steps:
-            path = self.output_dir / checkpoints.FOLDER / _BEST_FOLDER / "model.safetensors"
-            if not path.is_file():  # resumed from a checkpoint in another folder
-                warnings.warn(f"{path} is missing; the weights of the last step are kept instead", stacklevel=2)
-                self.best_loss = self.best_step = None
-                return
-            checkpoints.load_tensors(self._bare, load_file(path), path)
+        if self.best_step is None or self.best_step == self.max_steps:
+            return
+        if not checkpoints.read_best(self.output_dir, self._bare):
+            folder = self.output_dir / checkpoints.FOLDER
+            warnings.warn(f"{folder}/best is missing; the weights of the last step are kept instead", stacklevel=2)
+            self.best_loss = self.best_step = None
 
     def _save(self) -> None:
         accelerator = self.accelerator
@@ -371,13 +356,15 @@ class Trainer:
         accelerator.wait_for_everyone()
         draft.mkdir(parents=True, exist_ok=True)
         checkpoints.write_rng(draft, accelerator.process_index)
+        if self._sharded or accelerator.is_main_process:
+            bare_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            checkpoints.write_tensors(draft, self._bare, bare_optimizer, self._sharded)
         if accelerator.is_main_process:
             state = TrainerState(
                 self.step, any(guided_layers(self._bare)), self.best_loss, self.best_step, self._must_match(),
                 accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
             )  # fmt: skip
-            bare_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            checkpoints.write_model_and_optimizer(draft, self._bare, bare_optimizer, state)
+            checkpoints.write_description(draft, self._bare, self._architecture, state)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             checkpoints.commit(draft, final, self.args.save_total_limit)
@@ -400,7 +387,7 @@ class Trainer:
             "teacher": None if self._teacher is None else self._teacher.fingerprint(),
             "guides": self._guide_kinds,
             "mixed_precision": str(self.accelerator.mixed_precision),
-            "dtype": str(next(self._bare.parameters()).dtype),
+            "dtype": self._dtype,
             **{name: getattr(self.args, name) for name in names},
         }
 
@@ -415,10 +402,7 @@ class Trainer:
             )
 
     def _restore(self, checkpoint: Path, state: TrainerState) -> None:
-        checkpoints.load_tensors(self._bare, load_file(checkpoint / "model.safetensors"), checkpoint)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        tensors = load_file(checkpoint / "optimizer.safetensors")
-        checkpoints.load_optimizer_tensors(self._bare, optimizer, tensors)
+        checkpoints.read_tensors(checkpoint, self._bare, getattr(self.optimizer, "optimizer", self.optimizer))
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         checkpoints.read_rng(checkpoint, self.accelerator.process_index)
@@ -433,18 +417,3 @@ class Trainer:
         """Each summed over all processes."""
         tensor = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
         return self.accelerator.reduce(tensor, "sum").tolist()
-
-
-class _Window:
-    """Mean losses and token count since the last record."""
-
-    def __init__(self) -> None:
-        self._losses: list[dict[str, float]] = []
-        self.tokens = 0
-
-    def add(self, losses: dict[str, float], tokens: int) -> None:
-        self._losses.append(losses)
-        self.tokens += tokens
-
-    def means(self) -> dict[str, float]:
-        return {name: sum(x[name] for x in self._losses) / len(self._losses) for name in self._losses[-1]}
