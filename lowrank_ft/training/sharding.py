@@ -134,9 +134,10 @@ def forget_units(model: nn.Module, units: list[Any]) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Let go of everything that is gathered: a forward pass without a backward pass leaves some of it behind."""
-    for module in model.modules():
-        if hasattr(module, "_get_fsdp_state") and hasattr(module, "reshard"):
-            module.reshard()
+    unit: Any
+    for unit in model.modules():
+        if hasattr(unit, "_get_fsdp_state") and hasattr(unit, "reshard"):
+            unit.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
