@@ -94,9 +94,9 @@ class Trainer:
         self.best_step: int | None = None
         self._bare: Any = model
         self._architecture = type(model).__name__
-        self._dtype = str(next(model.parameters()).dtype)  # FSDP2 keeps float32 weights under mixed precision
-        if self._sharded:
-            sharding.choose_units(model, self.accelerator)
+        first = next(model.parameters(), torch.empty(0))
+        self._dtype = str(first.dtype)  # now, as FSDP2 makes them float32 under mixed precision
+        self._blocks = sharding.block_classes(model, self.accelerator) if self._sharded else set()
         self._forward_options = forward_options(model)
         self._guide_kinds = sorted({str(getattr(layer, "kind", "peft")) for _, layer in guided_layers(model)})
         if args.gradient_checkpointing:
@@ -129,6 +129,8 @@ class Trainer:
         optimizer = make_optimizer(self._bare, self.args)
         if self._sharded:
             sharding.refuse_optimizer(optimizer)
+            sharding.require_shared_folder(self.output_dir, self.accelerator)
+            sharding.choose_units(self._bare, self.accelerator, self._blocks)
             self._skeleton = sharding.skeleton(self._bare)
         self.model, self.optimizer = self.accelerator.prepare(self._bare, optimizer)
         if checkpoint is not None and state is not None:

@@ -57,7 +57,7 @@ def train(folder: Path, guide: str, world: int, options: dict) -> None:
     sent = SentBytes()
 
     def look(step: int, trainer: Trainer) -> None:
-        own = [p for p in trainer._bare.parameters()]
+        own = list(trainer._bare.parameters())
         state = optimizer_tensors(trainer._bare, trainer.optimizer.optimizer)
         seen.append({
             "step": step,
