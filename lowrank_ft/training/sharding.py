@@ -19,6 +19,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
-from lowrank_ft.errors import ConfigError
+from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.tensor_files import is_sharded
 
@@ -81,18 +82,15 @@ def parallelism(accelerator: Accelerator) -> str:
     return "fsdp2" if uses_fsdp(accelerator) else "ddp"
 
 
-def choose_units(model: nn.Module, accelerator: Accelerator) -> None:
-    """Tell accelerate which modules become units: the decoder blocks, and every guide.
+def block_classes(model: nn.Module, accelerator: Accelerator) -> set[str]:
+    """Names of the classes of the decoder blocks: what the configuration names, or else what transformers knows.
 
     Raises:
         ConfigError: the blocks are not known, or the model has no module of a configured class.
     """
-    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
     plugin: Any = accelerator.state.fsdp_plugin
-    guides = {type(layer.guide).__name__ for _, layer in guided_layers(model) if list(layer.guide.parameters())}
     present = {type(module).__name__ for module in model.modules()}
-    wanted = set(plugin.transformer_cls_names_to_wrap or ()) - {"GuideLinear"}
+    wanted = set(plugin.transformer_cls_names_to_wrap or ()) - {"GuideLinear"} - _guide_classes(model)
     if unknown := sorted(wanted - present):
         raise ConfigError(
             f"fsdp_transformer_layer_cls_to_wrap names {unknown[0]}, and the model has no such module; leave it out, "
@@ -104,12 +102,41 @@ def choose_units(model: nn.Module, accelerator: Accelerator) -> None:
             f"{type(model).__name__} does not say which of its modules are blocks; name their class in "
             "fsdp_transformer_layer_cls_to_wrap"
         )
+    return blocks
+
+
+def choose_units(model: nn.Module, accelerator: Accelerator, blocks: set[str]) -> None:
+    """Tell accelerate which modules become units: the decoder blocks, and every guide that is still there."""
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    plugin: Any = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    plugin.transformer_cls_names_to_wrap = sorted(blocks | guides)
+    plugin.transformer_cls_names_to_wrap = sorted(blocks | _guide_classes(model))
     policy = plugin.mixed_precision_policy
     if policy is not None:
         # Half the bytes are gathered, but a sum over many processes wants more digits than bfloat16 has.
         plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
+
+
+def require_shared_folder(folder: Path, accelerator: Accelerator) -> None:
+    """Every process writes its part of a checkpoint there.
+
+    Raises:
+        OutputError: on all processes, if one of them does not see what the main process wrote.
+    """
+    mark = folder / ".seen-by-all"
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    accelerator.wait_for_everyone()
+    blind: Any = accelerator.reduce(torch.tensor(float(not mark.exists()), device=accelerator.device), "sum")
+    if accelerator.is_main_process:
+        mark.unlink()
+    if blind.item():
+        raise OutputError(
+            f"--output_dir {folder} is not the same folder on {int(blind.item())} of {accelerator.num_processes} "
+            "processes; sharded checkpoints need one in a file system that all nodes see"
+        )
 
 
 def guide_units(model: nn.Module) -> list[Any]:
@@ -174,6 +201,11 @@ def gather_into(target: nn.Module, model: nn.Module, keep: bool) -> nn.Module:
     for name, buffer in target.named_buffers():
         buffer.copy_(buffers[name])
     return target
+
+
+def _guide_classes(model: nn.Module) -> set[str]:
+    # PEFT's guide is a marker without parameters, for the dense weight is not the guide's own there.
+    return {type(layer.guide).__name__ for _, layer in guided_layers(model) if list(layer.guide.parameters())}
 
 
 def _in_the_same_order(

@@ -105,9 +105,9 @@ class Trainer:
         self.best_step: int | None = None
         self._bare: Any = model
         self._architecture = type(model).__name__
-        self._dtype = str(next(model.parameters()).dtype)  # FSDP2 keeps float32 weights under mixed precision
-        if self._sharded:
-            sharding.choose_units(model, self.accelerator)
+        first = next(model.parameters(), torch.empty(0))
+        self._dtype = str(first.dtype)  # now, as FSDP2 makes them float32 under mixed precision
+        self._blocks = sharding.block_classes(model, self.accelerator) if self._sharded else set()
         self._forward_options = forward_options(model)
         self._ddp_handler = self.accelerator.ddp_handler
         check_compiler(args, self.accelerator.device, self._sharded)
@@ -142,6 +142,8 @@ class Trainer:
             end_guidance(self._bare)
         optimizer = make_optimizer(self._bare, self.args)
         if self._sharded:
+            sharding.require_shared_folder(self.output_dir, self.accelerator)
+            sharding.choose_units(self._bare, self.accelerator, self._blocks)
             self._skeleton = sharding.skeleton(self._bare)
         compile_model(self._bare, self.args)
         self.accelerator.ddp_handler = ddp_handler(self._ddp_handler, self._bare, self.args)

@@ -61,7 +61,7 @@ def runs(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "-m", "tests.distributed.fsdp2_driver", str(folder / "runs.json")],
-        capture_output=True, text=True, cwd=ROOT, env=env, timeout=500,
+        capture_output=True, text=True, cwd=ROOT, env=env, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     return folder

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from lowrank_ft.conversion import convert
-from lowrank_ft.errors import CheckpointError, ConfigError
+from lowrank_ft.errors import CheckpointError, ConfigError, OutputError
 from lowrank_ft.nn import end_guidance
 from lowrank_ft.tensor_files import read
 from lowrank_ft.training import TrainArguments, make_accelerator, sharding
@@ -71,24 +71,26 @@ def test_other_kinds_of_parallelism_are_refused():
 @pytest.mark.parametrize("policy", ["NO_WRAP", "TRANSFORMER_BASED_WRAP"])
 def test_blocks_and_guides_are_the_units(make, block, policy):
     accelerator, model = fsdp(auto_wrap_policy=policy), guided(make)
-    sharding.choose_units(model, accelerator)
+    blocks = sharding.block_classes(model, accelerator)
+    sharding.choose_units(model, accelerator, blocks)
     assert accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == sorted(["GuideLinear", block])
     end_guidance(model)
-    sharding.choose_units(model, accelerator)  # accelerate refuses the name of a class that is not there
+    assert sharding.block_classes(model, accelerator) == blocks == {block}
+    sharding.choose_units(model, accelerator, blocks)  # accelerate refuses the name of a class that is not there
     assert accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == [block]
 
 
 def test_units_that_are_not_known_are_an_error():
     named = fsdp(auto_wrap_policy="TRANSFORMER_BASED_WRAP", transformer_cls_names_to_wrap=["LamaBlock"])
     with pytest.raises(ConfigError, match=r"names LamaBlock, and the model has no such module; .*LlamaDecoderLayer"):
-        sharding.choose_units(guided(), named)
+        sharding.block_classes(guided(), named)
     with pytest.raises(ConfigError, match="Sequential does not say which of its modules are blocks"):
-        sharding.choose_units(nn.Sequential(nn.Linear(2, 2)), fsdp())
+        sharding.block_classes(nn.Sequential(nn.Linear(2, 2)), fsdp())
 
 
 def test_gradients_are_summed_in_float32_under_mixed_precision():
     accelerator = fsdp(mixed_precision_policy="bf16")
-    sharding.choose_units(guided(), accelerator)
+    sharding.choose_units(guided(), accelerator, {"LlamaDecoderLayer"})
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
@@ -119,3 +121,22 @@ def test_missing_tensors_are_an_error(tmp_path):
     for name in ("optimizer", "absent"):
         with pytest.raises(CheckpointError, match=f"holds no readable {name}"):
             read(tmp_path, name)
+
+
+@pytest.mark.parametrize("blind", [0, 2])
+def test_a_folder_that_some_processes_do_not_see_is_an_error(tmp_path, blind):
+    seen = []
+    accelerator = SimpleNamespace(
+        is_main_process=True, num_processes=4, device=torch.device("cpu"), wait_for_everyone=lambda: None,
+        reduce=lambda value, how: seen.append((value.item(), how)) or value + blind,
+    )  # fmt: skip
+    if blind:
+        with pytest.raises(OutputError, match="is not the same folder on 2 of 4 processes"):
+            sharding.require_shared_folder(tmp_path / "run", accelerator)
+    else:
+        sharding.require_shared_folder(tmp_path / "run", accelerator)
+    assert seen == [(0.0, "sum")]  # this process sees it
+    assert not list((tmp_path / "run").iterdir())
+    accelerator.is_main_process = False  # and one on another disk does not
+    with pytest.raises(OutputError):
+        sharding.require_shared_folder(tmp_path / "elsewhere", accelerator)
