@@ -1,4 +1,4 @@
-"""``lowrank-ft finetune``: start ``accelerate launch`` on the recipe; what follows ``--`` goes to accelerate."""
+"""``lowrank-ft finetune | pretrain``: start ``accelerate launch`` on a recipe; what follows ``--`` goes to accelerate."""
 
 import argparse
 import importlib.util
@@ -18,7 +18,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     if "--" in arguments:
         cut = arguments.index("--")
         mine, launch = arguments[:cut], arguments[cut + 1 :]
-    recipe = _recipe()
+    recipe = _recipe(options.command)
     if "--help" in mine or "-h" in mine:
         return subprocess.call([sys.executable, recipe, "--help"])
     if "--debug" in mine:
@@ -43,11 +43,11 @@ def _run_group(command: list[str]) -> int:
         return 1
 
 
-def _recipe() -> str:
+def _recipe(name: str) -> str:
     package = importlib.util.find_spec("lowrank_ft_recipes")
     assert package is not None
     assert package.submodule_search_locations
-    return str(Path(package.submodule_search_locations[0]) / "finetune.py")
+    return str(Path(package.submodule_search_locations[0]) / f"{name}.py")
 
 
 def _quiet_defaults(launch: list[str]) -> list[str]:

@@ -27,11 +27,14 @@ Fine-tune a Hugging Face model into a smaller one.
 """
 
 
+_RECIPES = ("finetune", "pretrain")  # commands whose options are those of a script
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``lowrank-ft`` command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options, passed_on = build_parser().parse_known_args(arguments)
-    if passed_on and options.command != "finetune":
+    if passed_on and options.command not in _RECIPES:
         build_parser().error(f"unknown arguments: {' '.join(passed_on)}; see lowrank-ft {options.command} --help")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
@@ -44,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # so that half-written output is cleaned up
     try:
         command = importlib.import_module(f"lowrank_ft_cli.{options.module}")
-        if options.command == "finetune":
-            return int(command.run(options, arguments[arguments.index("finetune") + 1 :]))
+        if options.command in _RECIPES:
+            return int(command.run(options, arguments[arguments.index(options.command) + 1 :]))
         return int(command.run(options) or 0)
     except KeyboardInterrupt:
         print("error: interrupted; nothing was left behind", file=sys.stderr)
@@ -137,6 +140,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "finetune", "fine-tune while the dense weight is phased out; starts accelerate launch", add_help=False,
         usage="lowrank-ft finetune [--config FILE.yaml] [options of recipes/finetune.py] [-- options of accelerate]",
+    )  # fmt: skip
+
+    add(
+        "pretrain", "train from scratch with low rank, guided at first; starts accelerate launch", module="finetune",
+        add_help=False,
+        usage="lowrank-ft pretrain [--config FILE.yaml] [options of recipes/pretrain.py] [-- options of accelerate]",
     )  # fmt: skip
 
     tokenize = add("tokenize", "turn text of any size into token files that training maps into memory", module="tokens")

@@ -17,9 +17,10 @@ from typing import Any
 from lowrank_ft_cli.main import build_parser
 
 from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments
+from lowrank_ft.training.pretraining import ScratchArguments
 
 REFERENCE = Path(__file__).parent / "reference"
-GROUPS = {"model": ModelArguments, "data": DataArguments, "train": TrainArguments}
+GROUPS = {"model": ModelArguments, "data": DataArguments, "train": TrainArguments, "scratch": ScratchArguments}
 REQUIRED = {"model", "dataset"}
 
 _BLOCK = re.compile(r"(<!-- begin generated: (.+?) -->\n).*?(<!-- end generated -->)", re.DOTALL)

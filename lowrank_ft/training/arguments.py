@@ -13,27 +13,19 @@ from lowrank_ft.errors import ConfigError
 from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments, option_names
 from lowrank_ft.training.length import require_guided_phase
 
-_GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, TrainArguments)
+_FINETUNE: tuple[Any, ...] = (ModelArguments, DataArguments, TrainArguments)
+_MAPPINGS = {"rank_pattern": "{q_proj: 64, .*mlp.*: 128}", "config_overrides": "{num_hidden_layers: 4}"}
 
 
 def parse_args(
     argv: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[ModelArguments, DataArguments, TrainArguments]:
-    """Options from ``--config FILE.yaml`` and flags; a flag wins over the file.
+    """Options of fine-tuning, see :func:`parse_groups`.
 
     Raises:
         ConfigError: the file cannot be read, holds an unknown option, or a value is out of range.
     """
-    parser = HfArgumentParser(list(_GROUPS), description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="options, one `name: value` a line; flags override it")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    config, _ = _config_parser().parse_known_args(arguments)
-    if config.config:
-        parser.set_defaults(**read_config(config.config))
-    namespace = vars(parser.parse_args(arguments))
-    if isinstance(namespace.get("rank_pattern"), str):
-        namespace["rank_pattern"] = _mapping(namespace["rank_pattern"])
-    model, data, train = (group(**{name: namespace[name] for name in option_names(group)}) for group in _GROUPS)
+    model, data, train = parse_groups(_FINETUNE, argv, description)
     if not model.model:
         raise ConfigError("no model is named; give --model a folder or a Hub id, or --config a file that says it")
     if data.distill_dataset and not train.distill_weight:
@@ -51,7 +43,31 @@ def parse_args(
     return model, data, train
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def parse_groups(
+    groups: Sequence[Any], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
+    """One instance of each group, from ``--config FILE.yaml`` and flags; a flag wins over the file.
+
+    Args:
+        groups: dataclasses of options. A field that may be a dict is written as YAML on the command line.
+
+    Raises:
+        ConfigError: the file cannot be read, holds an unknown option, or a value is out of range.
+    """
+    parser = HfArgumentParser(list(groups), description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="options, one `name: value` a line; flags override it")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    config, _ = _config_parser().parse_known_args(arguments)
+    if config.config:
+        parser.set_defaults(**read_config(config.config, groups))
+    namespace = vars(parser.parse_args(arguments))
+    for name in _MAPPINGS:
+        if isinstance(namespace.get(name), str):
+            namespace[name] = _mapping(name, namespace[name])
+    return tuple(group(**{name: namespace[name] for name in option_names(group)}) for group in groups)
+
+
+def read_config(path: str | Path, groups: Sequence[Any] = _FINETUNE) -> dict[str, Any]:
     """The options of a YAML file, their names checked."""
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -61,7 +77,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} is no valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(options, dict):
         raise ConfigError(f"--config {path} must hold `name: value` lines")
-    known = option_names(*_GROUPS)
+    known = option_names(*groups)
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
@@ -92,11 +108,11 @@ def _config_parser() -> Any:
     return parser
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _mapping(option: str, text: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
-        raise ConfigError(f"rank_pattern {text!r} is no mapping; write it as '{{q_proj: 64, .*mlp.*: 128}}'")
+        raise ConfigError(f"{option} {text!r} is no mapping; write it as '{_MAPPINGS[option]}'")
     return value

@@ -97,6 +97,9 @@ class TrainArguments:
     output_dir: str = _opt("out/finetuned", "the compact checkpoint; run records go into it too")
     overwrite_output_dir: bool = _opt(False, "replace what an earlier run left in output_dir")
     resume_from_checkpoint: str | None = _opt(None, "auto: the newest checkpoint in output_dir; or its path")
+    resume_with_changes: bool = _opt(
+        False, "go on although settings differ from those of the checkpoint; they are shown"
+    )
     max_steps: int = _opt(-1, "optimizer steps; -1: num_train_epochs decides")
     num_train_epochs: float = _opt(1.0, "passes over the data")
     per_device_train_batch_size: int = _opt(8, "blocks or chats per process and forward pass")
@@ -111,7 +114,8 @@ class TrainArguments:
     learning_rate: float = _opt(2e-4, "peak learning rate of AdamW")
     lr_scheduler_type: str = _opt("cosine", f"decay after the warm-up: {', '.join(LR_SCHEDULES)}")
     warmup_ratio: float = _opt(0.03, "share of the steps in which the learning rate rises")
-    weight_decay: float = _opt(0.01, "of matrices; vectors have none")
+    weight_decay: float = _opt(0.01, "of matrices; of vectors only with decay_vectors")
+    decay_vectors: bool = _opt(False, "weight decay of norms and biases, too")
     adam_beta1: float = _opt(0.9, "AdamW")
     adam_beta2: float = _opt(0.999, "AdamW")
     max_grad_norm: float = _opt(1.0, "gradients are clipped to this norm; 0: never")

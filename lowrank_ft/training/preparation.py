@@ -59,7 +59,7 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
 
 
 def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.Optimizer:
-    """AdamW over everything that has a gradient: matrices, vectors (no weight decay), and trainable guides last."""
+    """AdamW over everything that has a gradient: matrices, vectors (no weight decay by default), trainable guides last."""
     guide_ids = {id(p) for _, layer in guided_layers(model) for p in layer.guide.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
@@ -67,7 +67,7 @@ def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.Optimi
     own: list[Tensor] = [p for p in trainable if id(p) not in guide_ids]
     groups = [
         {"params": [p for p in own if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in own if p.ndim <= 1], "weight_decay": args.weight_decay if args.decay_vectors else 0.0},
         {"params": [p for p in trainable if id(p) in guide_ids], "weight_decay": args.weight_decay},
     ]
     # torch refuses no empty group, and the last one is empty where guides are frozen or gone.

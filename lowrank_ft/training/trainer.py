@@ -18,7 +18,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -69,6 +69,7 @@ class Trainer:
         on_step_end: called with the number of completed steps, after evaluation and checkpoint.
         teacher: the dense model, for ``distill_weight`` above 0; frozen and moved to the device, in place.
         distill_data: text on which the model is held to the teacher; None for the training data.
+        facts: further settings, JSON values by name, that a resumed run must share with the run that it resumes.
 
     Raises:
         ConfigError: a form of parallelism that is not supported, nothing to train, or options or a teacher that do not
@@ -85,6 +86,7 @@ class Trainer:
         on_step_end: StepCallback | None = None,
         teacher: nn.Module | None = None,
         distill_data: TokenizedData | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.args = args
         self.accelerator = accelerator or make_accelerator(args)
@@ -92,6 +94,7 @@ class Trainer:
         self._sharded = sharding.uses_fsdp(self.accelerator)
         self.train_data, self.eval_data, self.distill_data = train_data, eval_data, distill_data
         self.on_step_end = on_step_end
+        self._facts = dict(facts or {})
         self._teacher = make_teacher(teacher, model, args, distill_data, self.accelerator)
         self._terms = terms_of_loss(args, train_data, distill_data)
         self.output_dir = Path(args.output_dir)
@@ -377,7 +380,7 @@ class Trainer:
         names = (
             "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
             "max_grad_norm", "alpha_schedule", "seed", "distill_weight", "distill_temperature", "guide_mode",
-            "fixed_flops", "optim", "trainable", "lora_r", "lora_alpha",
+            "fixed_flops", "optim", "trainable", "lora_r", "lora_alpha", "decay_vectors",
         )  # fmt: skip
         return {
             "max_steps": self.max_steps,
@@ -391,13 +394,17 @@ class Trainer:
             "mixed_precision": str(self.accelerator.mixed_precision),
             "dtype": self._dtype,
             **{name: getattr(self.args, name) for name in names},
+            **self._facts,
         }
 
     def _check_same_run(self, checkpoint: Path | None, state: TrainerState) -> None:
         now = self._must_match()
         changed = [f"{k} {v!r} -> {now.get(k)!r}" for k, v in state.must_match.items() if now.get(k) != v]
         if changed:
-            raise TrainingStateError(f"{checkpoint} is of a run with other settings: {'; '.join(changed)}")
+            problem = f"{checkpoint} is of a run with other settings: {'; '.join(changed)}"
+            if not self.args.resume_with_changes:
+                raise TrainingStateError(f"{problem}; go on with the old ones, or with --resume_with_changes")
+            warnings.warn(problem, stacklevel=3)
         if state.guided and not any(guided_layers(self._bare)):
             raise TrainingStateError(
                 f"{checkpoint} is of the guided phase, and this model has no guide; start with the same --guide"

@@ -12,6 +12,7 @@ import yaml
 from lowrank_ft_cli.main import build_parser
 
 from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments, option_names
+from lowrank_ft.training.pretraining import ScratchArguments
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -27,9 +28,12 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     return dict(action.choices)
 
 
-def recipe_flags() -> set[str]:
-    names = option_names(ModelArguments, DataArguments, TrainArguments)
-    switches = {"load_best_model_at_end"}
+def recipe_flags(command: str) -> set[str]:
+    groups = {"finetune": ModelArguments, "pretrain": ScratchArguments}
+    if command not in groups:
+        return set()
+    names = option_names(groups[command], DataArguments, TrainArguments)
+    switches = {"load_best_model_at_end", "dense_first_block", "decay_vectors"}
     spelled = {f"--{n}" for n in [*names, *(f"no_{s}" for s in switches)]}
     return spelled | {f.replace("_", "-") for f in spelled} | {"--config", "--help"}
 
@@ -47,7 +51,7 @@ def problems(line: str) -> list[str]:
         return [words[0]]
     if "--" in flags:
         flags = flags[: flags.index("--")]
-    known = set(parser._option_string_actions) | (recipe_flags() if words[0] == "finetune" else set())
+    known = set(parser._option_string_actions) | recipe_flags(words[0])
     return [f for f in flags if f.startswith("--") and f not in known]
 
 

@@ -1,0 +1,160 @@
+"""Train a model from scratch with low rank from its initialization on, guided by a dense branch at first.
+
+    lowrank-ft tokenize texts/ --tokenizer TOKENIZER --output-dir tokens
+    accelerate launch recipes/pretrain.py --preset wei2024-s-r32 --dataset tokens --max_steps 4196
+    accelerate launch recipes/pretrain.py --config_name path/to/llama --rank 64 --dataset tokens --guide_mode stochastic
+
+Self-guided training in its four forms: ``--guide_mode full`` (the dense branch always computed in the guided phase) or
+``stochastic``, each at a fixed number of steps, or with ``--fixed_flops`` at the FLOPs of the dense model. What is left
+in ``output_dir`` is a compact checkpoint that ``AutoModelForCausalLM`` loads.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import lowrank_ft
+from lowrank_ft.console import one_line_errors, shown_command
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.evaluation import context_length
+from lowrank_ft.hub.export import begin_run
+from lowrank_ft.hub.source import Source
+from lowrank_ft.plan import Plan
+from lowrank_ft.presets import preset
+from lowrank_ft.targets import as_patterns
+from lowrank_ft.training import Trainer, checkpoint_to_resume, load_data, make_accelerator
+from lowrank_ft.training.arguments import as_rank, parse_groups
+from lowrank_ft.training.config import DataArguments
+from lowrank_ft.training.pretraining import PretrainArguments, ScratchArguments
+from lowrank_ft.training.tokens import TokenFiles, is_token_folder, read_index, tokenizer_facts
+
+
+@one_line_errors
+def main() -> None:
+    scratch, data_args, train_args = parse_groups((ScratchArguments, DataArguments, PretrainArguments), None, __doc__)
+    checkpoint_to_resume(train_args)  # refuses a folder in use before any work is done
+
+    # 1. The tokenizer decides how many embeddings there are, so it comes first; then the data.
+    source = Source(tokenizer_name(scratch, data_args), trust_remote_code=scratch.trust_remote_code)
+    folder, tokenizer = source.download(), source.load_tokenizer()
+    config = build_config(scratch, tokenizer_facts(tokenizer, source.name)["vocab_size"])
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    data_args.block_size = context_length(data_args.block_size, config.max_position_embeddings, "the model")
+    accelerator = make_accelerator(train_args)
+    with accelerator.main_process_first():
+        train_data, eval_data = load_data(data_args, tokenizer)
+    if isinstance(train_data, TokenFiles):
+        train_data.check_embeddings(config.vocab_size)
+
+    # 2. The model: fresh weights, their best approximation of low rank, and a dense branch that starts there.
+    model, plan = build_model(scratch, config, train_args.seed)
+
+    # 3. Train; at the end the guides are gone and the best weights are in place.
+    trainer = Trainer(
+        model, train_args, train_data, eval_data, accelerator, facts=run_facts(scratch, model.config, plan)
+    )
+    export_dtype = getattr(torch, scratch.export_dtype)
+    if accelerator.is_main_process:
+        begin_run(train_args.output_dir, folder, export_dtype)
+    trained = trainer.train()
+
+    # 4. Export.
+    if accelerator.is_main_process:
+        results = {"training steps": trainer.max_steps, "guided steps": trainer.guided_steps}
+        if trainer.best_loss is not None:
+            results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
+        lowrank_ft.save_compact(
+            trained.to(export_dtype), train_args.output_dir, companions_from=folder, base_model=None, results=results,
+            command=shown_command("recipes/pretrain.py", sys.argv[1:]), keep_existing=True,
+        )  # fmt: skip
+        print(train_args.output_dir)
+
+
+def tokenizer_name(scratch: ScratchArguments, data: DataArguments) -> str:
+    """The tokenizer that was named, or else the one that made the token files."""
+    if scratch.tokenizer_name:
+        return scratch.tokenizer_name
+    if is_token_folder(data.dataset):
+        name = str(read_index(Path(data.dataset).expanduser())["tokenizer"]["name"])
+        if "/" in name or Path(name).is_dir():
+            return name
+        raise ConfigError(
+            f"{data.dataset} was made with a tokenizer from a folder {name!r}; name it with --tokenizer_name"
+        )
+    raise ConfigError("name the tokenizer with --tokenizer_name; only token files (lowrank-ft tokenize) know theirs")
+
+
+def build_config(args: ScratchArguments, vocab_size: int) -> PreTrainedConfig:
+    """The config of the model, with as many embeddings as the tokenizer needs unless an override says otherwise.
+
+    Raises:
+        ConfigError, RankError: no such preset, config or value; or values that contradict one another.
+    """
+    overrides: dict[str, Any] = dict(args.config_overrides or {})
+    overrides.setdefault("vocab_size", vocab_size)
+    if args.preset is not None:
+        return lowrank_ft.preset_config(args.preset, **overrides)
+    try:
+        config = AutoConfig.from_pretrained(args.config_name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the config of {args.config_name}: {str(error).splitlines()[0]}") from error
+    unknown = [name for name in overrides if not hasattr(config, name)]
+    if unknown:
+        raise ConfigError(f"{type(config).__name__} has no value {unknown[0]!r}, which config_overrides sets")
+    # Made anew, so that what follows from a value (a head's width from the hidden size) follows from the new one.
+    own = config.to_diff_dict()
+    if {"hidden_size", "num_attention_heads"} & overrides.keys():
+        own.pop("head_dim", None)
+    return type(config)(**{**own, **overrides})
+
+
+def build_model(args: ScratchArguments, config: PreTrainedConfig, seed: int) -> tuple[PreTrainedModel, Plan | None]:
+    """A fresh model, with low rank and guides as asked; the plan is None for a dense one.
+
+    Raises:
+        ConfigError: options for factors, and no rank.
+        RankError, TargetError: see :func:`lowrank_ft.initialize_lowrank`.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    rank = as_rank(args.rank)
+    if rank is None and args.param_ratio is None and args.preset is not None:
+        rank = preset(args.preset, **dict(args.config_overrides or {})).rank
+    if rank is None and args.param_ratio is None:
+        named = [n for n in ("rank_pattern", "target_modules", "exclude_modules") if getattr(args, n)]
+        if named:
+            raise ConfigError(f"{named[0]} is about factors, and there is no rank; give --rank or --param_ratio")
+        if args.guide != "none":
+            warnings.warn("no rank is given, so the model is dense and needs no guide", stacklevel=2)
+        return model, None
+    plan = lowrank_ft.initialize_lowrank(
+        model,
+        rank=rank,
+        param_ratio=args.param_ratio,
+        rank_pattern=args.rank_pattern,
+        target_modules=as_patterns(args.target_modules),
+        exclude_modules=as_patterns(args.exclude_modules),
+        dense_first_block=args.dense_first_block,
+        guide=None if args.guide == "none" else args.guide,
+        progress=True,
+    )
+    return model, plan
+
+
+def run_facts(args: ScratchArguments, config: PreTrainedConfig, plan: Plan | None) -> dict[str, Any]:
+    """What a resumed run must share, value by value, so that a difference can be named."""
+    values = {f"config.{k}": v for k, v in sorted(config.to_dict().items()) if _is_plain(v)}
+    ranks = {} if plan is None else {f"rank of {name}": rank for name, rank in plan.ranks.items()}
+    return {**values, **ranks, "guide": args.guide}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""``lowrank-ft pretrain`` as a user starts it: from token files to a checkpoint that loads, resumed, and refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.training.arguments import parse_groups
+from lowrank_ft.training.pretraining import PretrainArguments, ScratchArguments
+from lowrank_ft.training.records import read_metrics
+from tests.conftest import DEMO_MODEL
+
+SMALL = "{hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 2, sequence_length: 64}"
+FLAGS = ("--preset", "wei2024-s-r32", "--config_overrides", SMALL, "--block_size", "32", "--max_steps", "8",
+         "--per_device_train_batch_size", "2", "--logging_steps", "1", "--save_steps", "4", "--eval_steps", "4",
+         "--tokenizer_name", str(DEMO_MODEL))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    from lowrank_ft_cli.main import main
+
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"Scene {i}. Enter HAMLET. To be, or not to be, that is the question.\n" * 20)
+    out = folder / "tokens"
+    flags = ["--tokenizer", str(DEMO_MODEL), "--output-dir", str(out), "--held-out", "0.2"]
+    assert main(["tokenize", str(folder / "*.txt"), *flags]) == 0
+    return out
+
+
+def pretrain(cli, tokens, output, *flags, check=True):
+    command = ("pretrain", *FLAGS, "--dataset", tokens, "--output_dir", output, *flags)
+    return cli(*command, check=check, ACCELERATE_USE_CPU="true")
+
+
+def test_from_token_files_to_a_checkpoint_that_loads_and_goes_on(cli, tokens, tmp_path):
+    out = tmp_path / "run"
+    done = pretrain(cli, tokens, out, "--guide_mode", "stochastic", "--fixed_flops")
+    assert done.stdout.splitlines()[-1] == str(out)
+    entries = read_metrics(out / "metrics.jsonl")
+    start = entries[0]
+    assert (start["guided_steps"], start["max_steps"]) == (4, 8 + start["repeated_steps"])
+    assert start["repeated_steps"] > 0
+    losses = [e["loss"] for e in entries if "loss" in e]
+    assert losses[-1] < losses[0] - 0.3
+    model = AutoModelForCausalLM.from_pretrained(out)
+    layers = dict(lowrank_layers(model))
+    # The FFN's linears, but for those of the first block.
+    assert sorted(layers) == [f"model.layers.{i}.mlp.{n}" for i in (1, 2) for n in ("c_fc", "c_proj")]
+    assert {layer.rank for layer in layers.values()} == {8}  # a quarter of the width
+    assert model.config.vocab_size == 2048
+    assert "base_model" not in {k for k, v in model.config.quantization_config.to_dict().items() if v}
+    with torch.no_grad():
+        loss = model(torch.arange(32)[None], labels=torch.arange(32)[None]).loss
+    assert torch.isfinite(loss)
+
+    # Another learning rate or another shape is another run, and what differs is said.
+    (out / "checkpoints" / "step-00000008" / "trainer_state.json").unlink()
+    resume = ("--guide_mode", "stochastic", "--fixed_flops", "--resume_from_checkpoint", "auto")
+    refused = pretrain(cli, tokens, out, *resume, "--learning_rate", "1e-3", "--seed", "7", check=False)
+    assert refused.returncode == 1
+    assert "learning_rate 0.0006 -> 0.001; seed 42 -> 7; go on with the old ones" in refused.stderr
+    again = pretrain(cli, tokens, out, *resume, "--learning_rate", "1e-3", "--resume_with_changes")
+    assert "learning_rate 0.0006 -> 0.001" in again.stderr
+    assert read_metrics(out / "metrics.jsonl")[-1]["step"] == start["max_steps"]
+
+
+def test_any_other_config_and_a_dense_model(cli, tokens, tmp_path):
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "intermediate_size": 96, "max_position_embeddings": 64, "num_key_value_heads": 2}  # fmt: skip
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "run"
+    flags = [f for f in FLAGS if f not in ("--preset", "wei2024-s-r32", "--config_overrides", SMALL)]
+    shape = ("--config_name", tmp_path / "llama", "--config_overrides", "{hidden_size: 32, head_dim: 8}")
+    cli("pretrain", *flags, *shape, "--rank", "8", "--guide", "none", "--no_dense_first_block", "--target_modules",
+        "all-linear", "--dataset", tokens, "--output_dir", out, ACCELERATE_USE_CPU="true")  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.head_dim == 8
+    assert len(dict(lowrank_layers(model))) > 6
+    dense = tmp_path / "dense"
+    done = cli("pretrain", *flags, *shape, "--dataset", tokens, "--output_dir", dense, ACCELERATE_USE_CPU="true")
+    assert "no rank is given, so the model is dense" in done.stderr
+    assert not list(lowrank_layers(AutoModelForCausalLM.from_pretrained(dense)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "4096"], "rank 4096 exceeds"),
+        (["--config_overrides", "{hidden_sise: 32}"], "has no value 'hidden_sise'"),
+        (["--config_overrides", "32"], "config_overrides '32' is no mapping"),
+        (["--preset", "wei2024-xs"], "there is no preset 'wei2024-xs'"),
+        (["--config_overrides", "{vocab_size: 100}"], "holds token ids up to"),
+    ],
+)
+def test_bad_input_is_one_line_before_training(python, tokens, tmp_path, flags, message):
+    from tests.conftest import ROOT
+
+    command = [str(ROOT / "recipes" / "pretrain.py"), *FLAGS, "--dataset", str(tokens), "--output_dir", "run", *flags]
+    done = python(*command, check=False, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_options_check_themselves():
+    with pytest.raises(ConfigError, match="either --preset or --config_name"):
+        parse_groups((ScratchArguments, PretrainArguments), [])
+    with pytest.raises(ConfigError, match="rank or param_ratio, not both"):
+        ScratchArguments(preset="wei2024-s", rank=8, param_ratio=0.5)
+    with pytest.raises(ConfigError, match="guide 'residual' is unknown; choose one of dense, none"):
+        ScratchArguments(preset="wei2024-s", guide="residual")
