@@ -1,11 +1,11 @@
 """Guided models under ``transformers.Trainer``, for tests in this process, in one that is killed, and in several.
 
-    python -m tests.callback_driver OUTPUT KIND [--resume STEP ...] [--kill-at STEP] [--batch SIZE] [--dropout P]
+    python -m tests.callback_driver OUTPUT KIND ... [--resume STEP ...] [--kill-at STEP] [--batch SIZE] [--dropout P]
 
-KIND is the guide of ``convert`` (``dense``, ``frozen``, ``residual``) or of PEFT (``peft-residual``, ``peft-frozen``).
+A KIND is the guide of ``convert`` (``dense``, ``frozen``, ``residual``) or of PEFT (``peft-residual``, ``peft-frozen``).
 A random Llama with dropout, 8 steps of two micro-batches, 4 steps guided, a checkpoint after every second. What
-happened goes to ``OUTPUT/straight-RANK.json``. ``--resume`` trains again from those checkpoints, without training from
-the beginning if there is a run already, and writes ``from-STEP-RANK.json``.
+happened goes to ``OUTPUT/KIND/straight-RANK.json``. ``--resume`` trains again from those checkpoints, without training
+from the beginning if there is a run already, and writes ``from-STEP-RANK.json``.
 """
 
 import argparse
@@ -88,17 +88,17 @@ def series(trainer: Trainer, key: str) -> list[Any]:
     return [e[key] for e in trainer.state.log_history if key in e]
 
 
-def train(options: argparse.Namespace, resume: int | None) -> None:
-    model = make_model(options.kind, options.dropout)
+def train(kind: str, output: Path, options: argparse.Namespace, resume: int | None) -> None:
+    model = make_model(kind, options.dropout)
     watch = Watch(model, options.kill_at)
     callback = GuidanceCallback(guided_ratio=GUIDED / STEPS)
     name = "straight" if resume is None else f"from-{resume}"
-    folder = options.output / name
+    folder = output / name
     trainer = make_trainer(
         model, folder, callback, watch, per_device_train_batch_size=options.batch, bf16=options.bf16,
         ddp_find_unused_parameters=False,
     )  # fmt: skip
-    checkpoint = None if resume is None else options.output / "straight" / f"checkpoint-{resume}"
+    checkpoint = None if resume is None else output / "straight" / f"checkpoint-{resume}"
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder / "final"))
     entry = {
@@ -110,23 +110,25 @@ def train(options: argparse.Namespace, resume: int | None) -> None:
         "optimized": sum(len(group["params"]) for group in trainer.optimizer.param_groups),
         "checksum": sum(p.detach().double().abs().sum().item() for p in trainer.model.parameters()),
     }
-    (options.output / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(entry))
+    (output / f"{name}-{trainer.args.process_index}.json").write_text(json.dumps(entry))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
-    parser.add_argument("kind")
+    parser.add_argument("kinds", nargs="+")
     parser.add_argument("--resume", type=int, nargs="*", default=[])
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
-    if not (options.output / "straight").exists():
-        train(options, None)
-    for step in options.resume:
-        train(options, step)
+    for kind in options.kinds:
+        output = options.output / kind
+        if not (output / "straight").exists():
+            train(kind, output, options, None)
+        for step in options.resume:
+            train(kind, output, options, step)
 
 
 if __name__ == "__main__":

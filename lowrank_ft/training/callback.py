@@ -239,6 +239,7 @@ _LACKS_GUIDES = (
 
 
 def _record_in(callbacks: Any) -> dict[str, Any] | None:
+    """This callback's part in ``TrainerState.stateful_callbacks``, a dictionary by class name."""
     entry = callbacks.get(GuidanceCallback.__name__)
     entry = entry[0] if isinstance(entry, list) else entry
     return None if entry is None else dict(entry["attributes"]["recorded"])

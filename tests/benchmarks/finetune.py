@@ -374,6 +374,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         x, y = [r["parameters"] / 1e6 for r in rows], [r["test_perplexity"] for r in rows]
         axis.plot(x, y, "o-" if len(rows) > 1 else "D", color=colors[i % 20], ms=6, lw=1.4, label=key)
     axis.set(xlabel="parameters of the final model (millions)", ylabel="held-out perplexity", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_title(f"{report['model']} fine-tuned on {report['data']}, {report['tokens']:,} tokens")
     axis.grid(alpha=0.25, which="both")
     axis.legend(fontsize=8, ncols=2)

@@ -26,15 +26,15 @@ RATIOS = (0.8, 0.6, 0.4, 0.25)
 def settings(steps: int) -> list[dict[str, Any]]:
     """What is compared; the first three keys name the comparison, the others what differs in it."""
     table: list[dict[str, Any]] = []
-    for ratio in RATIOS:
-        for guide in ("none", "residual", "frozen", "dense"):
+    for guide, share in (("none", 0.25), ("residual", 0.25), ("residual", 0.5), ("residual", 1.0)):
+        for ratio in (0.6, 0.25):
+            table.append({"ratio": ratio, "steps": 4 * steps, "guide": guide, "guided_ratio": share})
+    for guide in ("none", "residual", "frozen", "dense"):
+        for ratio in RATIOS:
             table.append({"ratio": ratio, "steps": steps, "guide": guide, "guided_ratio": 0.25})
     for share in (0.1, 0.5, 1.0):
         for ratio in (0.6, 0.25):
             table.append({"ratio": ratio, "steps": steps, "guide": "residual", "guided_ratio": share})
-    for guide, share in (("none", 0.25), ("residual", 0.25), ("residual", 0.5), ("residual", 1.0)):
-        for ratio in (0.6, 0.25):
-            table.append({"ratio": ratio, "steps": 4 * steps, "guide": guide, "guided_ratio": share})
     return table
 
 

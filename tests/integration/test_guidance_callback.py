@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,12 +112,12 @@ def test_killed_and_resumed_in_a_fresh_process(straight, python, tmp_path):
     driver = ("-m", "tests.callback_driver", str(tmp_path), "dense")
     done = python(*driver, "--kill-at", str(GUIDED + 2), check=False, PYTHONPATH=str(ROOT))
     assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "straight-0.json").exists()
+    assert not (tmp_path / "dense" / "straight-0.json").exists()
     python(*driver, "--resume", str(GUIDED - 2), str(GUIDED + 2), PYTHONPATH=str(ROOT))
     for step in (GUIDED - 2, GUIDED + 2):
-        entry = json.loads((tmp_path / f"from-{step}-0.json").read_text())
+        entry = json.loads((tmp_path / "dense" / f"from-{step}-0.json").read_text())
         assert entry["losses"] == series(expected, "loss")
-        found = load_file(tmp_path / f"from-{step}" / "final" / "model.safetensors")
+        found = load_file(tmp_path / "dense" / f"from-{step}" / "final" / "model.safetensors")
         assert_same_weights(found, dict(expected.model.state_dict()))
 
 
@@ -421,6 +422,8 @@ def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
             continue  # the page says that it has to be installed
         for shown, tiny in small.items():
             block = block.replace(shown, tiny)
+        if "resume_from_checkpoint" in block:
+            shutil.rmtree(tmp_path / "run" / "checkpoint-8")  # as if the run had been killed before
         exec(compile(block, "trainer-and-trl.md", "exec"), names)
     assert names["trainer"].state.global_step == 8
     assert (tmp_path / "compact-from-peft" / "model.safetensors").is_file()

@@ -13,7 +13,7 @@ from lowrank_ft.training.pretraining import PretrainArguments, ScratchArguments
 from lowrank_ft.training.records import read_metrics
 from tests.conftest import DEMO_MODEL
 
-SMALL = "{hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 2, sequence_length: 64}"
+SMALL = "{hidden_size: 64, num_hidden_layers: 4, num_attention_heads: 4, sequence_length: 64}"
 FLAGS = ("--preset", "wei2024-s-r32", "--config_overrides", SMALL, "--block_size", "32", "--max_steps", "8",
          "--per_device_train_batch_size", "2", "--logging_steps", "1", "--save_steps", "4", "--eval_steps", "4",
          "--tokenizer_name", str(DEMO_MODEL))  # fmt: skip
@@ -39,19 +39,19 @@ def pretrain(cli, tokens, output, *flags, check=True):
 
 def test_from_token_files_to_a_checkpoint_that_loads_and_goes_on(cli, tokens, tmp_path):
     out = tmp_path / "run"
-    done = pretrain(cli, tokens, out, "--guide_mode", "stochastic", "--fixed_flops")
+    done = pretrain(cli, tokens, out, "--guide_mode", "stochastic", "--fixed_flops", "--guided_ratio", "0.25")
     assert done.stdout.splitlines()[-1] == str(out)
     entries = read_metrics(out / "metrics.jsonl")
     start = entries[0]
-    assert (start["guided_steps"], start["max_steps"]) == (4, 8 + start["repeated_steps"])
+    assert (start["guided_steps"], start["max_steps"]) == (2, 8 + start["repeated_steps"])
     assert start["repeated_steps"] > 0
     losses = [e["loss"] for e in entries if "loss" in e]
     assert losses[-1] < losses[0] - 0.3
     model = AutoModelForCausalLM.from_pretrained(out)
     layers = dict(lowrank_layers(model))
     # The FFN's linears, but for those of the first block.
-    assert sorted(layers) == [f"model.layers.{i}.mlp.{n}" for i in (1, 2) for n in ("c_fc", "c_proj")]
-    assert {layer.rank for layer in layers.values()} == {8}  # a quarter of the width
+    assert sorted(layers) == [f"model.layers.{i}.mlp.{n}" for i in (1, 2, 3) for n in ("c_fc", "c_proj")]
+    assert {layer.rank for layer in layers.values()} == {16}  # a quarter of the width
     assert model.config.vocab_size == 2048
     assert "base_model" not in {k for k, v in model.config.quantization_config.to_dict().items() if v}
     with torch.no_grad():
@@ -60,7 +60,15 @@ def test_from_token_files_to_a_checkpoint_that_loads_and_goes_on(cli, tokens, tm
 
     # Another learning rate or another shape is another run, and what differs is said.
     (out / "checkpoints" / "step-00000008" / "trainer_state.json").unlink()
-    resume = ("--guide_mode", "stochastic", "--fixed_flops", "--resume_from_checkpoint", "auto")
+    resume = (
+        "--guide_mode",
+        "stochastic",
+        "--fixed_flops",
+        "--guided_ratio",
+        "0.25",
+        "--resume_from_checkpoint",
+        "auto",
+    )
     refused = pretrain(cli, tokens, out, *resume, "--learning_rate", "1e-3", "--seed", "7", check=False)
     assert refused.returncode == 1
     assert "learning_rate 0.0006 -> 0.001; seed 42 -> 7; go on with the old ones" in refused.stderr
@@ -98,13 +106,15 @@ def test_any_other_config_and_a_dense_model(cli, tokens, tmp_path):
         (["--config_overrides", "{vocab_size: 100}"], "holds token ids up to"),
     ],
 )
-def test_bad_input_is_one_line_before_training(python, tokens, tmp_path, flags, message):
-    from tests.conftest import ROOT
+def test_bad_input_is_one_line_before_training(tokens, tmp_path, monkeypatch, capsys, flags, message):
+    from recipes.pretrain import main
 
-    command = [str(ROOT / "recipes" / "pretrain.py"), *FLAGS, "--dataset", str(tokens), "--output_dir", "run", *flags]
-    done = python(*command, check=False, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 1
-    line = done.stderr.strip().splitlines()[-1]
+    flags = [*FLAGS, "--dataset", str(tokens), "--output_dir", str(tmp_path / "run"), *flags]
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "run").exists()
