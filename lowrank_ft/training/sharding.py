@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
@@ -148,16 +149,16 @@ def require_shared_folder(folder: Path, accelerator: Accelerator) -> None:
         )
 
 
-def guide_units(model: nn.Module) -> list[nn.Module]:
+def guide_units(model: nn.Module) -> list[Any]:
     """The guides that are units, for :func:`forget_units` once they are dropped."""
-    return [layer.guide for _, layer in guided_layers(model) if hasattr(layer.guide, "_get_fsdp_state")]
+    return [layer.guide for _, layer in guided_layers(model) if isinstance(layer.guide, FSDPModule)]
 
 
-def forget_units(model: nn.Module, units: list[nn.Module]) -> None:
+def forget_units(model: nn.Module, units: list[Any]) -> None:
     """Take units whose modules are gone from the list that the root keeps. torch has no public call for this."""
     try:
         context: Any = model._get_fsdp_state()._state_ctx  # type: ignore[operator]
-        dead = {id(unit._get_fsdp_state()) for unit in units}  # type: ignore[operator]
+        dead = {id(unit._get_fsdp_state()) for unit in units}
         context.all_states[:] = [state for state in context.all_states if id(state) not in dead]
     except AttributeError as error:
         warnings.warn(
@@ -170,7 +171,7 @@ def forget_units(model: nn.Module, units: list[nn.Module]) -> None:
 def reshard(model: nn.Module) -> None:
     """Let go of everything that is gathered: a forward pass without a backward pass leaves some of it behind."""
     for module in model.modules():
-        if hasattr(module, "_get_fsdp_state") and hasattr(module, "reshard"):
+        if isinstance(module, FSDPModule):
             module.reshard()
 
 
