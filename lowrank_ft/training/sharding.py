@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
@@ -141,7 +142,7 @@ def require_shared_folder(folder: Path, accelerator: Accelerator) -> None:
 
 def guide_units(model: nn.Module) -> list[Any]:
     """The guides that are units, for :func:`forget_units` once they are dropped."""
-    return [layer.guide for _, layer in guided_layers(model) if hasattr(layer.guide, "_get_fsdp_state")]
+    return [layer.guide for _, layer in guided_layers(model) if isinstance(layer.guide, FSDPModule)]
 
 
 def forget_units(model: nn.Module, units: list[Any]) -> None:
@@ -161,10 +162,9 @@ def forget_units(model: nn.Module, units: list[Any]) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Let go of everything that is gathered: a forward pass without a backward pass leaves some of it behind."""
-    unit: Any
-    for unit in model.modules():
-        if hasattr(unit, "_get_fsdp_state") and hasattr(unit, "reshard"):
-            unit.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
