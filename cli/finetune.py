@@ -54,7 +54,8 @@ def _quiet_defaults(launch: list[str]) -> list[str]:
     """What accelerate would assume anyway, said aloud so that it does not warn; nothing where the user configured it."""
     from accelerate.commands.config.config_args import default_config_file
 
-    if Path(default_config_file).is_file() or "--config_file" in launch:
+    given = {argument.partition("=")[0] for argument in launch}
+    if Path(default_config_file).is_file() or "--config_file" in given:
         return []
     import torch
 
@@ -65,8 +66,8 @@ def _quiet_defaults(launch: list[str]) -> list[str]:
         "--mixed_precision": "no",
         "--dynamo_backend": "no",
     }
-    flags = [part for flag, value in wanted.items() if flag not in launch for part in (flag, value)]
-    if devices > 1 and not any(a.startswith(("--multi_gpu", "--use_", "--cpu")) for a in launch):
+    flags = [part for flag, value in wanted.items() if flag not in given for part in (flag, value)]
+    if devices > 1 and not any(a.startswith(("--multi_gpu", "--use_", "--cpu")) for a in given):
         flags.append("--multi_gpu")
     # The recipe has printed its error by the time that the launcher would add a traceback of its own.
-    return flags if "--quiet" in launch else [*flags, "--quiet"]
+    return flags if "--quiet" in given else [*flags, "--quiet"]

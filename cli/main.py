@@ -24,6 +24,7 @@ Fine-tune a Hugging Face model into a smaller one.
   lowrank-ft report  tuned --baseline MODEL                         one page of HTML about it
   lowrank-ft push    tuned --repo-id me/model
   lowrank-ft tokenize texts/ --tokenizer MODEL --output-dir tokens  a large text, once, for many runs
+  lowrank-ft pretrain --preset wei2024-s-r32 --dataset tokens       from scratch, with low rank
 """
 
 

@@ -34,7 +34,7 @@ from lowrank_ft.training import (
 from lowrank_ft.training.arguments import as_rank, parse_args
 from lowrank_ft.training.calibration import training_calibration
 from lowrank_ft.training.data import TokenizedData
-from lowrank_ft.training.tokens import TokenFiles
+from lowrank_ft.training.tokens import check_embeddings
 
 
 @one_line_errors
@@ -56,14 +56,11 @@ def main() -> None:
     with accelerator.main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
         distill_data = load_distill_data(data_args, tokenizer)
-    if isinstance(train_data, TokenFiles):
-        train_data.check_embeddings(config.get_text_config().vocab_size)
+    check_embeddings(config.get_text_config().vocab_size, train_data, eval_data, distill_data)
 
     # 2. The model: factors, and the guide beside them; and the dense model, if there is something to distil from it.
-    with accelerator.main_process_first():
-        model, base_model, teacher = prepare_model(
-            model_args, source, train_data, distill=train_args.distill_weight > 0
-        )
+    #    All processes do this at the same time: those that waited for a long conversion would time out.
+    model, base_model, teacher = prepare_model(model_args, source, train_data, distill=train_args.distill_weight > 0)
 
     export_dtype = config.dtype if model_args.export_dtype == "auto" else getattr(torch, model_args.export_dtype)
     export_dtype = export_dtype or torch.float32

@@ -1,7 +1,7 @@
 """Train a model from scratch with low rank from its initialization on, guided by a dense branch at first.
 
     lowrank-ft tokenize texts/ --tokenizer TOKENIZER --output-dir tokens
-    accelerate launch recipes/pretrain.py --preset wei2024-s-r32 --dataset tokens --max_steps 4196
+    accelerate launch recipes/pretrain.py --preset wei2024-s-r32 --dataset tokens --gradient_accumulation_steps 64
     accelerate launch recipes/pretrain.py --config_name path/to/llama --rank 64 --dataset tokens --guide_mode stochastic
 
 Self-guided training in its four forms: ``--guide_mode full`` (the dense branch always computed in the guided phase) or
@@ -9,6 +9,7 @@ Self-guided training in its four forms: ``--guide_mode full`` (the dense branch 
 in ``output_dir`` is a compact checkpoint that ``AutoModelForCausalLM`` loads.
 """
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -30,12 +31,16 @@ from lowrank_ft.training import Trainer, checkpoint_to_resume, load_data, make_a
 from lowrank_ft.training.arguments import as_rank, parse_groups
 from lowrank_ft.training.config import DataArguments
 from lowrank_ft.training.pretraining import PretrainArguments, ScratchArguments
-from lowrank_ft.training.tokens import TokenFiles, is_token_folder, read_index, tokenizer_facts
+from lowrank_ft.training.tokens import check_embeddings, is_token_folder, read_index, tokenizer_facts
+
+_NOT_THE_MODEL = ("transformers_version", "quantization_config", "_name_or_path")
 
 
 @one_line_errors
 def main() -> None:
     scratch, data_args, train_args = parse_groups((ScratchArguments, DataArguments, PretrainArguments), None, __doc__)
+    if data_args.distill_dataset or train_args.distill_weight:
+        raise ConfigError("from scratch there is no dense model to distil from; leave distill_weight and _dataset out")
     checkpoint_to_resume(train_args)  # refuses a folder in use before any work is done
 
     # 1. The tokenizer decides how many embeddings there are, so it comes first; then the data.
@@ -47,8 +52,7 @@ def main() -> None:
     accelerator = make_accelerator(train_args)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
-    if isinstance(train_data, TokenFiles):
-        train_data.check_embeddings(config.vocab_size)
+    check_embeddings(config.vocab_size, train_data, eval_data)
 
     # 2. The model: fresh weights, their best approximation of low rank, and a dense branch that starts there.
     model, plan = build_model(scratch, config, train_args.seed)
@@ -147,13 +151,10 @@ def build_model(args: ScratchArguments, config: PreTrainedConfig, seed: int) -> 
 
 def run_facts(args: ScratchArguments, config: PreTrainedConfig, plan: Plan | None) -> dict[str, Any]:
     """What a resumed run must share, value by value, so that a difference can be named."""
-    values = {f"config.{k}": v for k, v in sorted(config.to_dict().items()) if _is_plain(v)}
+    values = json.loads(json.dumps(config.to_dict(), default=str))
+    described = {f"config.{k}": v for k, v in sorted(values.items()) if k not in _NOT_THE_MODEL}
     ranks = {} if plan is None else {f"rank of {name}": rank for name, rank in plan.ranks.items()}
-    return {**values, **ranks, "guide": args.guide}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return {**described, **ranks, "guide": args.guide}
 
 
 if __name__ == "__main__":

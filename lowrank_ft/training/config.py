@@ -167,6 +167,11 @@ class TrainArguments:
                 f"fixed_flops and distill_weight {self.distill_weight} exclude each other: the dense run has no teacher "
                 "whose FLOPs could be matched; leave one of them out"
             )
+        if self.fixed_flops and self.trainable != "all":
+            raise ConfigError(
+                f"fixed_flops counts a run in which every linear is trained, and trainable is {self.trainable}; "
+                "leave one of them out"
+            )
         _require_range("save_total_limit", self.save_total_limit, 1)
         if self.max_steps == 0 or self.num_train_epochs <= 0:
             raise ConfigError("max_steps 0 or num_train_epochs 0 trains nothing; give a positive number")

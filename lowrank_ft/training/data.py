@@ -55,10 +55,12 @@ class TokenizedData(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": labels}
 
     def fingerprint(self) -> str:
-        """Changes with any token of these examples; tells a resumed run that its data are not the same."""
+        """Changes with any token of these examples, their borders, and which of them carry loss: data of a resumed run."""
         first, last = self.starts[0], self.starts[-1]
         if isinstance(self.ids, np.ndarray):
-            checksum = f"crc32 {zlib.crc32(self.ids[first:last].tobytes()):08x}"
+            crc = zlib.crc32(self.ids[first:last].tobytes(), zlib.crc32(np.asarray(self.starts).tobytes()))
+            crc = crc if self.counted is None else zlib.crc32(self.counted[first:last].tobytes(), crc)
+            checksum = f"crc32 {crc:08x}"
         else:
             checksum = f"from {first} on, {self.ids.checksum()}"
         return f"{len(self)} examples, {last - first} tokens, {checksum}"

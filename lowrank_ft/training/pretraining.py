@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.from_scratch import FROM_SCRATCH_GUIDES
 from lowrank_ft.schedule import require_choice
 from lowrank_ft.training.config import TrainArguments, _opt
 
-GUIDES = ("dense", "none")
+GUIDES = (*FROM_SCRATCH_GUIDES, "none")
 
 
 @dataclass
@@ -14,7 +15,7 @@ class ScratchArguments:
     """What is trained from scratch, and whether a guide helps it."""
 
     preset: str | None = _opt(
-        None, "a published model, with its rank: wei2024-s-r32 (lowrank-ft plan --preset lists them)"
+        None, "a published model, with its rank, such as wei2024-s-r32; lowrank-ft plan --help names them"
     )
     config_name: str | None = _opt(None, "any other causal language model: folder with a config.json, or Hub id")
     config_overrides: dict | str | None = _opt(

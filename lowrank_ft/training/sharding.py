@@ -140,6 +140,23 @@ def require_shared_folder(folder: Path, accelerator: Accelerator) -> None:
         )
 
 
+def require_same_model(model: nn.Module, accelerator: Accelerator) -> None:
+    """Each process is about to keep its part of the model that it made itself; DDP would send that of the first.
+
+    Raises:
+        ConfigError: on all processes, if they did not make the same one: factors may differ from CPU to CPU.
+    """
+    with torch.no_grad():
+        sums = [p.detach().double().sum() for p in model.parameters()]
+    mine = torch.stack(sums).float().to(accelerator.device)
+    every: Any = accelerator.gather(mine[None])
+    if not bool((every == every[0]).all()):
+        raise ConfigError(
+            "the processes have made different factors, and shards of them do not fit together; convert first, with "
+            "lowrank-ft convert, and train what it wrote"
+        )
+
+
 def guide_units(model: nn.Module) -> list[Any]:
     """The guides that are units, for :func:`forget_units` once they are dropped."""
     return [layer.guide for _, layer in guided_layers(model) if isinstance(layer.guide, FSDPModule)]

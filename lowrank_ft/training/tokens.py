@@ -131,12 +131,20 @@ class TokenFiles(TokenizedData):
                 f"{shown_tokenizer(other)}; tokenize the text again with --tokenizer {name}, or train the other model"
             )
 
-    def check_embeddings(self, rows: int) -> None:
-        """Raise a DataError where the files hold an id for which a model of ``rows`` embeddings has none."""
-        largest, facts = self.ids.index["largest_id"], self.ids.index["tokenizer"]
+
+def check_embeddings(rows: int, *parts: TokenizedData | None) -> None:
+    """Raise a DataError where token files hold an id for which a model of ``rows`` embeddings has none.
+
+    Args:
+        parts: the data of a run; what is not read from token files came from the model's own tokenizer.
+    """
+    for part in parts:
+        if part is None or not isinstance(part.ids, MappedTokens):
+            continue
+        largest, facts = part.ids.index["largest_id"], part.ids.index["tokenizer"]
         if largest >= rows:
             raise DataError(
-                f"{self.ids.folder} holds token ids up to {largest} (its tokenizer {facts['name']} has "
+                f"{part.ids.folder} holds token ids up to {largest} (its tokenizer {facts['name']} has "
                 f"{facts['vocab_size']} tokens), and the model has {rows} embeddings; give it a vocab_size of "
                 f"{facts['vocab_size']}, or tokenize with the model's own tokenizer"
             )

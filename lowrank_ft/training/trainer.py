@@ -146,13 +146,17 @@ class Trainer:
         optimizer = make_optimizer(self._bare, self.args)
         if self._sharded:
             sharding.require_shared_folder(self.output_dir, self.accelerator)
+            sharding.require_same_model(self._bare, self.accelerator)
             sharding.choose_units(self._bare, self.accelerator, self._blocks)
             self._skeleton = sharding.skeleton(self._bare)
         compile_model(self._bare, self.args)
         self.accelerator.ddp_handler = ddp_handler(self._ddp_handler, self._bare, self.args)
         self.model, self.optimizer = self.accelerator.prepare(self._bare, optimizer)
+        torch.manual_seed(self.args.seed + self.accelerator.process_index)  # dropout differs from process to process
         if checkpoint is not None and state is not None:
             self._restore(checkpoint, state)
+            if self.step >= self.guided_steps and any(guided_layers(self._bare)):
+                self._end_guidance()  # resumed with changes, to a shorter guided phase
         log = MetricsLog(self.output_dir, self.step) if self.accelerator.is_main_process else None
         self._init_trackers()
         self._loop(log)
@@ -388,6 +392,7 @@ class Trainer:
             "global_batch": self.global_batch,
             "train_examples": len(self.train_data),
             "train_data": self.train_data.fingerprint(),
+            "eval_data": None if self.eval_data is None else self.eval_data.fingerprint(),
             "distill_data": None if self.distill_data is None else self.distill_data.fingerprint(),
             "teacher": None if self._teacher is None else self._teacher.fingerprint(),
             "guides": self._guide_kinds,

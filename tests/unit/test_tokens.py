@@ -15,7 +15,7 @@ from lowrank_ft.training.config import DataArguments
 from lowrank_ft.training.data import StepBatches, TokenizedData, collate, load_data, pack, token_ids
 from lowrank_ft.training.documents import PIECE, Corpus, Position, cut
 from lowrank_ft.training.token_writer import write_token_files
-from lowrank_ft.training.tokens import MappedTokens, TokenFiles
+from lowrank_ft.training.tokens import MappedTokens, TokenFiles, check_embeddings
 from tests.conftest import DEMO_MODEL
 
 WORDS = [
@@ -242,9 +242,9 @@ def test_another_tokenizer_or_a_smaller_model_is_refused(made, tokenizer):
     largest = int(data.ids[0 : len(data.ids)].max())
     held_out = TokenFiles(made, 8, "held_out")
     largest = max(largest, int(held_out.ids[0 : len(held_out.ids)].max()))
-    data.check_embeddings(largest + 1)
+    check_embeddings(largest + 1, data, None)
     with pytest.raises(DataError, match=rf"ids up to {largest} .*2048 tokens.* the model has {largest} embeddings"):
-        data.check_embeddings(largest)
+        check_embeddings(largest, None, data.split(1)[1])
 
 
 def test_recipes_read_token_files(made, expected, tokenizer):
