@@ -6,6 +6,7 @@ Nothing heavy is imported before a command is known, so ``--help`` answers at on
 
 import argparse
 import importlib
+import logging
 import os
 import re
 import signal
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     formatwarning = warnings.formatwarning
     if not options.debug:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        logging.getLogger("bitsandbytes").setLevel(
+            logging.ERROR
+        )  # where it is installed, a kernel that nobody asked for
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     signal.signal(signal.SIGTERM, _interrupt)  # so that half-written output is cleaned up
     try:

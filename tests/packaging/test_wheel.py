@@ -31,7 +31,7 @@ def test_contents(wheel):
         for package, folder in {"lowrank_ft": "lowrank_ft", "lowrank_ft_cli": "cli"}.items()
         for path in (ROOT / folder).rglob("*.py")
     }
-    sources |= {"lowrank_ft_recipes/__init__.py", "lowrank_ft_recipes/finetune.py"}
+    sources |= {f"lowrank_ft_recipes/{name}.py" for name in ("__init__", "finetune", "pretrain")}
     packed = {n for n in sizes if n.endswith(".py")}
     assert packed == sources
     others = {n for n in sizes if not n.endswith(".py") and ".dist-info/" not in n}
