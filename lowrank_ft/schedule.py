@@ -39,8 +39,13 @@ def keeps_guide(seed: int, step: int, layer: int, alpha: float) -> bool:
     Args:
         layer: position among the guided layers of the model, in module order. Names would change with every wrapper.
     """
-    digest = hashlib.blake2b(f"{seed}/{step}/{layer}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53 < alpha  # 53 bits: all that a float holds, so never 1.0
+    return hash_fraction(f"{seed}/{step}/{layer}".encode()) < alpha
+
+
+def hash_fraction(data: bytes) -> float:
+    """A hash of ``data`` as a fraction, 0 to below 1: a draw that is the same everywhere and always."""
+    digest = hashlib.blake2b(data, digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53  # 53 bits: all that a float holds, so never 1.0
 
 
 def mean_guide_cost(guided_steps: int, schedule: str, mode: str) -> float:

@@ -6,6 +6,7 @@ is tokenized once by ``lowrank-ft tokenize``; the folder that it wrote is a sour
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -172,7 +173,7 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
     path = Path(name).expanduser()
     if not name:
         raise DataError("no dataset is named; give --dataset a Hub name or a .txt, .jsonl or .parquet file")
-    try:
+    with reading(name):
         if path.is_file():
             builder = BUILDERS.get(path.suffix.lower())
             if builder is None:
@@ -184,9 +185,16 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
         if path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~")):
             raise DataError(f"there is no file {path}; check the path")
         return load_dataset(name, config, split=split)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Anything that ``datasets`` raises becomes a DataError that names the source."""
+    try:
+        yield
     except DataError:
         raise
-    except Exception as error:  # datasets raises its own, pyarrow's and the Hub's; all mean that it cannot be read
+    except Exception as error:  # its own, pyarrow's and the Hub's; all mean that it cannot be read
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(f"the dataset {name} cannot be read: {reason}") from error
 

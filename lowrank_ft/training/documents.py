@@ -9,10 +9,8 @@ in pieces of at most ``PIECE`` characters that end where a line ends. ``datasets
 """
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +19,8 @@ from typing import Any, NamedTuple, Protocol
 from datasets import load_dataset_builder
 
 from lowrank_ft.errors import DataError
-from lowrank_ft.training.data import BUILDERS
+from lowrank_ft.schedule import hash_fraction
+from lowrank_ft.training.data import BUILDERS, reading
 
 PIECE = 2**18
 """Characters. Tokens of a longer document may differ, at the cuts only, from those of the document in one piece."""
@@ -140,7 +139,7 @@ class Corpus:
                 draw = 0.0
                 for count, (text, ends) in enumerate(cut(document.chunks)):
                     if count == 0:
-                        draw = _draw(text)
+                        draw = hash_fraction(text.encode("utf-8", "replace"))
                     if text and count >= skip:
                         after = (document.after, 0) if ends else (document.before, count + 1)
                         yield Piece(text, count == 0, ends, draw, Position(number, *after))
@@ -197,11 +196,11 @@ class _Table:
     def version(self) -> Any:
         if self._local:
             return _file_version(Path(self.name))
-        with _reading(self.name):
+        with reading(self.name):
             return load_dataset_builder(**self._builder_options).hash  # of a Hub dataset, its commit
 
     def documents(self, state: Any) -> Iterator[_Document]:
-        with _reading(self.name):
+        with reading(self.name):
             rows = load_dataset_builder(**self._builder_options).as_streaming_dataset(split=self.split)
             if rows.column_names and self.column in rows.column_names:
                 rows = rows.select_columns([self.column])
@@ -225,18 +224,6 @@ class _Table:
             raise DataError(f"the column {self.column!r} of {self.name} holds {type(text).__name__} and not text")
         # A lone surrogate, which JSON can spell, is no character, and tokenizers refuse it.
         return (text or "").encode("utf-8", "replace").decode("utf-8")
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Anything that ``datasets`` raises becomes a DataError that names the source."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # its own, pyarrow's and the Hub's; all mean that it cannot be read
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"the dataset {name} cannot be read: {reason}") from error
 
 
 def _files(name: str, globs: Sequence[str], exclude: Sequence[str]) -> list[Path] | None:
@@ -280,8 +267,3 @@ def _wanted(path: Path, globs: Sequence[str]) -> bool:
 def _file_version(path: Path) -> list[int]:
     about = path.stat()
     return [about.st_size, about.st_mtime_ns]
-
-
-def _draw(text: str) -> float:
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: a float below 1
