@@ -3,6 +3,7 @@
     python -m tests.callback_driver OUTPUT KIND ... [--resume STEP ...] [--kill-at STEP] [--batch SIZE] [--dropout P]
 
 A KIND is the guide of ``convert`` (``dense``, ``frozen``, ``residual``) or of PEFT (``peft-residual``, ``peft-frozen``).
+With ``ACCELERATE_USE_FSDP=true`` on several processes the model is sharded, which accelerate leaves out on the CPU.
 A random Llama with dropout, 8 steps of two micro-batches, 4 steps guided, a checkpoint after every second. What
 happened goes to ``OUTPUT/KIND/straight-RANK.json``. ``--resume`` trains again from those checkpoints, without training
 from the beginning if there is a run already, and writes ``from-STEP-RANK.json``.
@@ -21,14 +22,26 @@ import numpy as np
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lowrank_ft
 from lowrank_ft import GuidanceCallback, LowRankConfig
 from lowrank_ft.nn import guided_layers
+from lowrank_ft.training import sharding
 from tests.conftest import tiny_llama
+from tests.distributed.watching import live_bytes
 
 STEPS, GUIDED = 8, 4
+
+
+class ShardingTrainer(Trainer):
+    """Sees FSDP in the launcher's configuration on the CPU, too."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        sharding.set_up(self.accelerator)
+        self.is_fsdp_enabled = sharding.uses_fsdp(self.accelerator)
 
 
 def make_model(kind: str, dropout: float = 0.2, rank: int = 8) -> Any:
@@ -52,7 +65,7 @@ def make_trainer(
         gradient_accumulation_steps=2, logging_steps=1, save_steps=2, report_to=[], disable_tqdm=True, seed=3,
     )  # fmt: skip
     args = TrainingArguments(**{**settings, **options})
-    return Trainer(model, args, train_dataset=make_data(), eval_dataset=eval_data, callbacks=list(callbacks))
+    return ShardingTrainer(model, args, train_dataset=make_data(), eval_dataset=eval_data, callbacks=list(callbacks))
 
 
 def guide_references(model: nn.Module) -> list[weakref.ref]:
@@ -71,6 +84,7 @@ class Watch(TrainerCallback):
     def __init__(self, model: nn.Module, kill_at: int | None = None) -> None:
         self.references, self.kill_at = guide_references(model), kill_at
         self.alive: dict[int, int] = {}
+        self.live_bytes: dict[int, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.references += guide_references(kwargs["model"])  # moving a model may make other tensors of its buffers
@@ -78,6 +92,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gc.collect()
         self.alive[state.global_step] = len({id(t) for r in self.references if (t := r()) is not None})
+        self.live_bytes[state.global_step] = live_bytes()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.kill_at:
@@ -100,11 +115,15 @@ def train(kind: str, output: Path, options: argparse.Namespace, resume: int | No
     )  # fmt: skip
     checkpoint = None if resume is None else output / "straight" / f"checkpoint-{resume}"
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.is_fsdp_enabled:  # of shards, Trainer writes no model
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder / "final"))
     entry = {
         "world": trainer.accelerator.num_processes,
         "type": type(trainer.model_wrapped).__name__,
         "alive": watch.alive,
+        "live_bytes": watch.live_bytes,
+        "sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "losses": series(trainer, "loss"),
         "alphas": series(trainer, "alpha"),
         "optimized": sum(len(group["params"]) for group in trainer.optimizer.param_groups),

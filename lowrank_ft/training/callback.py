@@ -2,12 +2,12 @@
 
     on_step_begin    alpha = alpha_at(state.global_step)            the same for every micro-batch of the step
     forward, eval    the guides are skipped: an evaluation measures what will be exported
-    on_step_end      after step guided_steps - 1: the guides leave model, optimizer and DDP
+    on_step_end      after step guided_steps - 1: the guides leave model, optimizer, DDP and FSDP2
     every checkpoint trainer_state.json says which phase it is of
 
 Alpha is a pure function of the global step, so a resumed run sees the same values. A checkpoint that was written after
-the drop needs a model without guides *before* its weights and its optimizer state are read: :mod:`.model_hooks` sees to
-that at the moment of reading, because Trainer calls no callback before.
+the drop needs a model without guides *before* its weights and its optimizer state are read. Trainer calls no callback
+there: what has to be changed about it is in :mod:`.host_trainer`, and about the model in :mod:`.model_hooks`.
 """
 
 import gc
@@ -25,16 +25,21 @@ from transformers.trainer_callback import ExportableState
 from lowrank_ft.errors import ConfigError, TrainingStateError
 from lowrank_ft.nn import end_guidance, guided_layers, lowrank_layers, set_alpha
 from lowrank_ft.schedule import ALPHA_SCHEDULES, alpha_at, require_choice
-from lowrank_ft.training.model_hooks import hooks_of, remake_ddp
+from lowrank_ft.training.host_trainer import (
+    drop_guides,
+    prepare_before_training,
+    require_units,
+    trainer_of,
+)
+from lowrank_ft.training.model_hooks import hooks_of
 
 STATE_FILE = "trainer_state.json"
 GUIDED, COMPACT = "guided", "compact"
 _INSTEAD = {
     "DEEPSPEED": "ZeRO cannot let parameters go while it trains. Run the guided phase with DDP (the same command "
     "without the DeepSpeed config), and start a new run under DeepSpeed, without this callback, from the model it saved",
-    "FSDP": "it cannot end guidance in a model that Trainer has sharded. Train with DDP, or with the package's own "
-    "trainer, lowrank-ft finetune",
-    "MEGATRON_LM": "it works on one process and with DDP",
+    "XLA": "it works on one process, with DDP and with FSDP2, on GPUs and CPUs",
+    "MEGATRON_LM": "it works on one process, with DDP and with FSDP2",
 }
 
 
@@ -43,7 +48,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     For both kinds of guided model: ``lowrank_ft.convert(model, ..., guide=...)``, and PEFT's
     ``get_peft_model(model, LowRankConfig(..., guide=...))``. Hand it to the trainer as ``callbacks=[...]``, on one
-    process or with DDP::
+    process, with DDP or with FSDP2::
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[GuidanceCallback(guided_ratio=0.25)])
 
@@ -61,8 +66,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         recorded: what this run is, as every checkpoint tells it: phase, number of guided steps, schedule.
 
     Raises:
-        ConfigError: an argument out of range, or both lengths. When training begins, before the first step: the model
-            has no guide, the guided phase is longer than the training, or the model is trained in shards.
+        ConfigError: an argument out of range, or both lengths. When the Trainer is made: DeepSpeed and others that do
+            not go with guides. When training begins, before the first step: settings of FSDP under which guides would
+            be lost; the model has no guide; the guided phase is longer than the training.
         TrainingStateError: when training begins, too: the checkpoint is of a run with another guided phase.
     """
 
@@ -124,8 +130,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _refuse_setups(args)
-        if kwargs.get("model") is not None:
-            hooks_of(kwargs["model"]).training = False  # weights that are read now decide whether there are guides
+        trainer = trainer_of(self)
+        if trainer is not None:
+            prepare_before_training(trainer, self.prepare_for_resume)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -134,9 +141,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         hooks = hooks_of(model)
         phase = self._check_phase(state, model)
+        require_units(model)
         steps = self._resolve_steps(state.max_steps) if phase == GUIDED else self.recorded["guided_steps"]
         self.recorded = {"phase": phase, "guided_steps": steps, "alpha_schedule": self.alpha_schedule}
-        hooks.training = True
         if phase == COMPACT or state.global_step >= steps:
             self._drop(model, optimizer)
         else:
@@ -221,12 +228,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         return self.guided_steps
 
     def _drop(self, model: nn.Module, optimizer: Any) -> None:
-        had_guides = any(guided_layers(model))
         hooks_of(model).stop_skipping()
-        end_guidance(model, getattr(optimizer, "optimizer", optimizer))
+        drop_guides(model, optimizer, self)
         self.recorded["phase"] = COMPACT
-        if had_guides:
-            remake_ddp(self)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -246,8 +250,7 @@ def _record_in(callbacks: Any) -> dict[str, Any] | None:
 
 
 def _refuse_setups(args: TrainingArguments) -> None:
-    # Without a GPU accelerate ignores a wish for FSDP, so both the wish and what came of it are looked at.
-    kind = "DEEPSPEED" if args.deepspeed else "FSDP" if args.fsdp else AcceleratorState().distributed_type.name
+    kind = "DEEPSPEED" if args.deepspeed else AcceleratorState().distributed_type.name
     if kind in _INSTEAD:
         raise ConfigError(f"GuidanceCallback under {kind}: {_INSTEAD[kind]}")
     if args.torch_compile and args.world_size > 1:

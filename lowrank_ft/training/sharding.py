@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.fsdp import FSDPModule
 
 from lowrank_ft.errors import ConfigError, OutputError
@@ -64,11 +65,39 @@ def set_up(accelerator: Accelerator) -> None:
             )
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
-        _check_plugin(accelerator.state.fsdp_plugin)
+        check_plugin(accelerator.state.fsdp_plugin)
+        if not hasattr(checkpoint, "HuggingFaceStorageWriter"):
+            raise ConfigError(
+                f"torch {torch.__version__} cannot write sharded checkpoints as safetensors; update torch, or use DDP"
+            )
     elif kind != DistributedType.NO and kind not in _DDP:
         raise ConfigError(
             f"accelerate is configured for {kind.value}; training runs on one process, with DDP "
             "(accelerate launch --multi_gpu) or with FSDP2 (--config_file recipes/configs/fsdp2.yaml)"
+        )
+
+
+def check_plugin(plugin: Any) -> None:
+    """Raises ConfigError for settings of FSDP under which guides would be lost, or would stay after the drop."""
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+
+    if plugin.fsdp_version != 2:
+        raise ConfigError("accelerate is configured for FSDP1, from which no guide can be dropped; set fsdp_version: 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "fsdp_cpu_ram_efficient_loading leaves the model empty on all processes but the first, and every process "
+            "makes factors and guides from it; set it to false"
+        )
+    policy = plugin.auto_wrap_policy
+    if getattr(policy, "func", policy) is size_based_auto_wrap_policy:
+        raise ConfigError(
+            "fsdp_auto_wrap_policy SIZE_BASED_WRAP would put guides into larger units, which keep them after they are "
+            "dropped; set TRANSFORMER_BASED_WRAP"
+        )
+    if plugin.activation_checkpointing:
+        raise ConfigError(
+            "fsdp_activation_checkpointing renames parameters, and checkpoints go by names; set it to false and use "
+            "--gradient_checkpointing, which does the same"
         )
 
 
@@ -241,31 +270,3 @@ def _shard_on_cpu(accelerator: Accelerator) -> None:
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState().distributed_type = DistributedType.FSDP  # accelerate copies it from here again and again
-
-
-def _check_plugin(plugin: Any) -> None:
-    from torch.distributed import checkpoint
-    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
-
-    if plugin.fsdp_version != 2:
-        raise ConfigError("accelerate is configured for FSDP1, from which no guide can be dropped; set fsdp_version: 2")
-    if plugin.cpu_ram_efficient_loading:
-        raise ConfigError(
-            "fsdp_cpu_ram_efficient_loading leaves the model empty on all processes but the first, and every process "
-            "makes factors and guides from it; set it to false"
-        )
-    policy = plugin.auto_wrap_policy
-    if getattr(policy, "func", policy) is size_based_auto_wrap_policy:
-        raise ConfigError(
-            "fsdp_auto_wrap_policy SIZE_BASED_WRAP would put guides into larger units, which keep them after they are "
-            "dropped; set TRANSFORMER_BASED_WRAP"
-        )
-    if plugin.activation_checkpointing:
-        raise ConfigError(
-            "fsdp_activation_checkpointing renames parameters, and checkpoints go by names; set it to false and use "
-            "--gradient_checkpointing, which does the same"
-        )
-    if not hasattr(checkpoint, "HuggingFaceStorageWriter"):
-        raise ConfigError(
-            f"torch {torch.__version__} cannot write sharded checkpoints as safetensors; update torch, or use DDP"
-        )

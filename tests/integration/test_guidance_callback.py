@@ -331,13 +331,12 @@ def test_a_checkpoint_written_without_the_callback(tmp_path):
     ("option", "message"),
     [
         ("deepspeed", "under DEEPSPEED.*start a new run under DeepSpeed"),
-        ("fsdp", "under FSDP.*with DDP"),
         ("torch_compile", "torch_compile on several processes.*torch_compile=False"),
     ],
 )
 def test_setups_in_which_it_cannot_work(option, message):
-    """Trainer itself takes the first two in distributed training only."""
-    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "torch_compile": False, "world_size": 2, option: True})
+    """Trainer itself takes deepspeed in distributed training only. FSDP: tests/distributed/test_callback_fsdp2.py."""
+    args = SimpleNamespace(**{"deepspeed": None, "torch_compile": False, "world_size": 2, option: True})
     with pytest.raises(ConfigError, match=message):
         GuidanceCallback().on_init_end(args, None, None, model=make_model("dense"))
 

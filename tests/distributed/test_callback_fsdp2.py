@@ -1,0 +1,127 @@
+"""``GuidanceCallback`` in ``transformers.Trainer`` on two processes with FSDP2, against one at equal global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lowrank_ft
+from lowrank_ft import GuidanceCallback
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.training import host_trainer, sharding
+from tests.callback_driver import GUIDED, STEPS, make_model, make_trainer, series
+from tests.conftest import ROOT, tiny_llama
+
+FORMS = {"FULL_STATE_DICT": ("dense", "peft-residual"), "SHARDED_STATE_DICT": ("residual",)}
+KINDS = [kind for kinds in FORMS.values() for kind in kinds]
+RESUMED = (GUIDED - 2, GUIDED + 2)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What both processes wrote of a run, and its folder: ``runs(kind, "straight")``. One launch for each form."""
+    output = tmp_path_factory.mktemp("fsdp2")
+    for form, kinds in FORMS.items():
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            "-m", "tests.callback_driver", str(output), *kinds, "--batch", "1", "--dropout", "0",
+            "--resume", *map(str, RESUMED),
+        ]  # fmt: skip
+        env = {
+            **os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": form,
+            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=output, env=env, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return lambda kind, run: (
+        [json.loads((output / kind / f"{run}-{rank}.json").read_text()) for rank in (0, 1)],
+        output / kind / run,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one_with_the_same_global_batch(runs, tmp_path, kind):
+    one = make_trainer(make_model(kind, 0.0), tmp_path / "one", GuidanceCallback(0.5), save_strategy="no")
+    one.train()
+    parameters = len(list(one.model.parameters()))
+    for rank in runs(kind, "straight")[0]:
+        assert rank["world"] == 2
+        assert rank["type"].startswith("FSDP")
+        assert rank["sharded"] == parameters  # all of them are DTensors
+        assert rank["losses"] == pytest.approx(series(one, "loss"), rel=2e-4)
+        assert rank["alphas"] == series(one, "alpha")
+        assert rank["optimized"] == sum(len(group["params"]) for group in one.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_guides_leave_the_memory(runs, kind):
+    tensors = 28 if kind == "peft-residual" else 14
+    shape = tiny_llama()
+    weights = [m.weight for n, m in shape.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    half = sum(w.numel() * w.element_size() for w in weights) // 2  # a process holds half of each guide
+    for rank in runs(kind, "straight")[0]:
+        assert [rank["alive"][str(step)] for step in (1, GUIDED - 1, GUIDED, STEPS)] == [tensors, tensors, 0, 0]
+        freed = rank["live_bytes"][str(GUIDED - 1)] - rank["live_bytes"][str(STEPS)]
+        if kind == "dense":
+            assert freed >= 3 * half  # W and its two moments; gradients are gone at the end of a step
+        elif kind == "residual":
+            assert freed >= half
+        else:
+            assert freed > 0  # initial factors; the dense weight is PEFT's
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", RESUMED)
+def test_two_processes_resume_to_the_same_run(runs, kind, step):
+    for found, expected in zip(runs(kind, f"from-{step}")[0], runs(kind, "straight")[0], strict=True):
+        assert (found["world"], found["type"]) == (2, expected["type"])
+        assert (found["losses"], found["checksum"]) == (expected["losses"], expected["checksum"])
+        assert min(map(int, found["alive"])) == step + 1
+        assert found["alive"][str(STEPS)] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_compact_and_that_of_one_process(runs, tmp_path, kind, ids):
+    one = make_trainer(make_model(kind, 0.0), tmp_path / "one", GuidanceCallback(0.5), save_strategy="no")
+    one.train()
+    final = runs(kind, "straight")[1] / "final"
+    if kind.startswith("peft"):
+        loaded = PeftModel.from_pretrained(tiny_llama(), final)
+    else:
+        assert not any("guide" in k for k in load_file(final / "model.safetensors"))
+        loaded = AutoModelForCausalLM.from_pretrained(final)
+        assert loaded.config.architectures == ["LlamaForCausalLM"]
+    expected = one.model.eval()(ids).logits
+    torch.testing.assert_close(loaded.eval()(ids).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_refused_under_fsdp(monkeypatch):
+    """Before a step, and before anything is sharded."""
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=8, guide="dense")
+    plugin = SimpleNamespace(
+        fsdp_version=2, cpu_ram_efficient_loading=False, auto_wrap_policy=None, activation_checkpointing=False,
+        state_dict_type="StateDictType.FULL_STATE_DICT",
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        model=model, train=lambda *_: pytest.fail("trained"), args=SimpleNamespace(load_best_model_at_end=True),
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+    )  # fmt: skip
+    monkeypatch.setattr(sharding, "uses_fsdp", lambda _: True)
+    host_trainer.prepare_before_training(trainer, GuidanceCallback.prepare_for_resume)
+    with pytest.raises(ConfigError, match="SHARDED_STATE_DICT, or load_best_model_at_end=False"):
+        trainer.train()
+    plugin.fsdp_version = 1
+    with pytest.raises(ConfigError, match="fsdp_version: 2"):
+        trainer.train()
+    monkeypatch.setattr(host_trainer, "AcceleratorState", lambda: SimpleNamespace(distributed_type="FSDP"))
+    with pytest.raises(ConfigError, match="instead of add_callback"):
+        host_trainer.require_units(model)
