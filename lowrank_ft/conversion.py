@@ -31,6 +31,7 @@ from lowrank_ft.schedule import require_choice
 from lowrank_ft.solvers import singular_values, truncated_svd
 from lowrank_ft.targets import LinearSpec, Patterns, is_linear, refuse_tied
 
+MIN_COSINE = 0.1  # between factors and the weights that they were made from, mean over the linears
 _NO_MEMORY = (
     "end-to-end distillation does not fit into the device's memory; the factors are what block refinement makes them "
     "(try fewer tokens per text, another device, or --distill-epochs 0)"
@@ -272,17 +273,22 @@ def describe_in_config(model: nn.Module, base_model: str | None = None) -> None:
 
 
 def _require_kinship(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Factors of a matrix come nearer to it than nothing does; factors of an unrelated one do not."""
-    distance = size = 0.0
+    """Factors of a matrix point in its direction; those of an unrelated one do not.
+
+    Not their distance: factors that were fitted to outputs may be farther from the weight than zero is. On the small
+    Llama of the benchmarks, converted to 0.25 by default, the mean cosine is 0.53 and the smallest 0.10.
+    """
+    cosines = []
     for name, layer in lowrank_layers(model):
         weight = weights[name].float()
         product = layer.U.weight.detach().float() @ layer.V.weight.detach().float()
-        distance += (weight - product.to(weight.device)).square().sum().item()
-        size += weight.square().sum().item()
-    if distance >= size > 0:
+        norms = (weight.norm() * product.norm()).item()
+        if norms > 0:
+            cosines.append((weight * product.to(weight.device)).sum().item() / norms)
+    if cosines and (mean := sum(cosines) / len(cosines)) < MIN_COSINE:
         raise PlanError(
-            "the guide model is not the one that the checkpoint was made from: its weights are no nearer to the "
-            "factors than zero is; name the right dense model and revision"
+            "the guide model is not the one that the checkpoint was made from: the mean cosine between its weights and "
+            f"the factors is {mean:.2f}, and {MIN_COSINE} is the least; name the right dense model and revision"
         )
 
 

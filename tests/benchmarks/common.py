@@ -1,10 +1,13 @@
 """What the benchmarks share: model, texts, the yardstick, and where results go."""
 
 import argparse
+import concurrent.futures
 import json
 import math
 import os
 import platform
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,19 @@ def machine(device: str) -> dict[str, Any]:
 
 def tokenizer_of(name: str) -> Any:
     return AutoTokenizer.from_pretrained(name)
+
+
+def as_completed(
+    pool: Executor, function: Callable[..., Any], jobs: list[tuple[Any, ...]]
+) -> Iterator[tuple[Any, Any]]:
+    """Job and result of ``function(*job)``, as they come. At the first error the jobs that wait are given up."""
+    futures = {pool.submit(function, *job): job for job in jobs}
+    try:
+        for done in concurrent.futures.as_completed(futures):
+            yield futures[done], done.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

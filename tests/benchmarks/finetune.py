@@ -219,8 +219,7 @@ def choose_rates(pool: Any, families: list[str], report: dict[str, Any], save: A
         wanted = [(f, r) for f in families for r in _missing_rates(found[f])]
         if not wanted:
             return {f: sorted(found[f], key=lambda r, f=f: found[f][r]) for f in families}
-        for done in concurrent.futures.as_completed([pool.submit(pilot, f, r) for f, r in wanted]):
-            name, rate, result = done.result()
+        for _, (name, rate, result) in common.as_completed(pool, pilot, wanted):
             found[name][rate] = result
             report["pilots"][name] = {f"{r:g}": p for r, p in sorted(found[name].items())}
             save()
@@ -275,16 +274,16 @@ def main() -> None:
         families = list(dict.fromkeys(table[n].get("rate_of", n) for n in chosen))
         rates = choose_rates(pool, families, report, save)
         have = {(r["method"], r["learning_rate"]) for r in report["rows"]}
-        futures = []
+        full: list[tuple[list[str], float]] = []
         for names in jobs_of(chosen, table):
             family = table[names[0]].get("rate_of", names[0])
             tries = 2 if table[names[0]]["kind"] in ("full", "lora") else 1
             for rate in rates[family][:tries]:
                 missing = [n for n in names if (n, rate) not in have]
                 if missing:
-                    futures.append(pool.submit(full_run, missing, rate))
-        for done in concurrent.futures.as_completed(futures):
-            report["rows"] += done.result()
+                    full.append((missing, rate))
+        for _, rows in common.as_completed(pool, full_run, full):
+            report["rows"] += rows
             save()
     report["dense"] = Bench(options).measure(common.load(options.model, options.device))
     report["rows"].sort(key=lambda r: (list(table).index(r["method"]), r["test_perplexity"]))

@@ -8,7 +8,6 @@ run that is broken off goes on where it was.
 """
 
 import argparse
-import concurrent.futures
 import json
 import math
 import statistics
@@ -62,8 +61,8 @@ def main() -> None:
     jobs = [(s, seed) for seed in options.seeds for s in settings(options.max_steps) if {**s, "seed": seed} not in have]
     convert_all(options, list(RATIOS))
     with workers(options) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(measure, *job) for job in jobs]):
-            report["rows"].append(done.result())
+        for _, row in common.as_completed(pool, measure, jobs):
+            report["rows"].append(row)
             report["summary"] = summary(report["rows"])
             common.write_json(options.output, report)
     show(report)

@@ -88,6 +88,19 @@ def test_a_guide_with_other_weights_is_refused():
         attach_guides(model, tiny_llama(seed=1), "residual")
 
 
+def test_factors_that_were_fitted_to_outputs_keep_their_guide(ids):
+    """They may be farther from their weight than zero is; then, too, the guide makes up for all of it."""
+    dense, model = tiny_llama(), tiny_llama()
+    convert(model, rank=8)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    weight = dense.get_submodule("model.layers.0.mlp.up_proj").weight
+    for _, each in lowrank_layers(model):
+        each.U.weight.data *= 3
+    assert (weight - layer.U.weight @ layer.V.weight).norm() > weight.norm()
+    attach_guides(model, dense, "residual")
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=2e-5, rtol=1e-4)
+
+
 def test_a_compact_model_is_not_converted_again():
     model = tiny_llama()
     convert(model, rank=8)

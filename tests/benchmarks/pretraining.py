@@ -1,0 +1,307 @@
+"""From scratch: dense, low-rank and self-guided low-rank models of several sizes, at equal tokens and at equal FLOPs.
+
+    PYTHONPATH=. python tests/benchmarks/pretraining.py
+    PYTHONPATH=. python tests/benchmarks/pretraining.py --preset-size s --sizes paper --device cuda
+
+The models are the presets of Wei et al. (2024, arXiv 2406.16450 and 2407.09835), narrower: rank a quarter of the hidden
+size in the FFN, the first block dense. The text is Python's standard library and the English of ``../shared/data``,
+tokenized by the command; some files are held out. The learning rate of each kind of model is chosen at the smallest size
+from a grid, at full length, and falls with the width at larger ones. ``FLOPs`` are those of
+:mod:`lowrank_ft.accounting`, a guide's included while it is computed. A run that is broken off goes on where it was.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowrank_ft import initialize_lowrank, preset_config
+from lowrank_ft.accounting import training_flops
+from lowrank_ft.console import print_table
+from lowrank_ft.cost import attention_scores, step_cost
+from lowrank_ft.evaluation import evaluate_blocks
+from lowrank_ft.presets import preset
+from lowrank_ft.schedule import alpha_at
+from lowrank_ft.training import DataArguments, Trainer, load_data
+from lowrank_ft.training.pretraining import PretrainArguments
+from lowrank_ft.training.records import METRICS_FILE, read_metrics
+from tests.benchmarks import common
+
+SIZES: dict[str, dict[str, int]] = {
+    "1M": dict(hidden_size=96, num_hidden_layers=6, num_attention_heads=3),
+    "2M": dict(hidden_size=160, num_hidden_layers=6, num_attention_heads=5),
+    "5M": dict(hidden_size=224, num_hidden_layers=8, num_attention_heads=7),
+    "paper": {},  # the preset as it is
+}
+GUIDED = 0.5  # share of the steps, at equal tokens
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {"kind": "dense"},
+    "low rank": {"kind": "low rank"},
+    "self-guided": {"kind": "self-guided"},
+    "low rank, dense FLOPs": {"kind": "low rank", "longer": True},
+    "self-guided, dense FLOPs": {"kind": "self-guided", "fixed_flops": True},
+    "stochastic": {"kind": "self-guided", "guide_mode": "stochastic"},
+    "stochastic, dense FLOPs": {"kind": "self-guided", "guide_mode": "stochastic", "fixed_flops": True},
+}
+FIRST_ONLY = ("stochastic", "stochastic, dense FLOPs")  # run at the smallest size alone
+GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+COLORS = {"dense": "#1a202c", "low rank": "#c05621", "self-guided": "#2b6cb0", "stochastic": "#6b46c1"}
+
+
+def size_of(options: argparse.Namespace, name: str) -> Any:
+    """The low-rank preset of this size, for the tokenizer's vocabulary and the tokens of this run."""
+    own = SIZES[name]
+    if name != "paper":
+        own = {**own, "sequence_length": options.block_size, "sequences_per_step": options.batch_size}
+        own |= {"tokens": options.tokens}
+    return preset(f"wei2024-{options.preset_size}-r32", vocab_size=options.vocab_size, **own)
+
+
+def build(options: argparse.Namespace, size: str, method: dict[str, Any], seed: int) -> Any:
+    made = size_of(options, size)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(preset_config(made), dtype=torch.float32)
+    if method["kind"] != "dense":
+        guide = "dense" if method["kind"] == "self-guided" else None
+        initialize_lowrank(model, rank=made.rank, guide=guide)
+    return model
+
+
+def planned(options: argparse.Namespace, size: str, method: dict[str, Any], model: Any) -> tuple[int, float]:
+    """Steps, ``fixed_flops`` not included, and the guided share of them.
+
+    At dense FLOPs the share is the paper's (2406.16450): such that every guided step is repeated once.
+    """
+    steps, cost = size_of(options, size).steps, step_cost(model)
+    if method.get("longer"):
+        return int(
+            steps * flops_per_step(options, cost.dense, model) / flops_per_step(options, cost.factored, model)
+        ), 0.0
+    if not method.get("fixed_flops"):
+        return steps, GUIDED
+    guide = cost.guide * (0.5 if method.get("guide_mode") == "stochastic" else 1.0)
+    return steps, (cost.dense - cost.factored) / (cost.factored + guide)
+
+
+def flops_per_step(options: argparse.Namespace, multiply_adds: float, model: Any) -> float:
+    """Of a step whose linears take this many multiply-adds per token, forward and backward."""
+    scores, _ = attention_scores(model.config, options.block_size)
+    tokens = options.batch_size * options.block_size
+    return 2 * tokens * multiply_adds + training_flops(tokens, 0, scores)
+
+
+def curve(options: argparse.Namespace, model: Any, method: dict[str, Any], log: Path) -> list[dict[str, float]]:
+    """Held-out loss against the FLOPs spent so far."""
+    entries, cost = read_metrics(log), step_cost(model)
+    guided = next((e["guided_steps"] for e in entries if e.get("event") == "start"), 0)
+    stochastic = method.get("guide_mode") == "stochastic"
+    base = flops_per_step(options, cost.factored, model)
+    extra = flops_per_step(options, cost.factored + cost.guide, model) - base
+    points = []
+    for entry in (e for e in entries if "eval_loss" in e):
+        step = int(entry["step"])
+        shares = (alpha_at(k, guided) if stochastic else 1.0 for k in range(min(step, guided)))
+        points.append({"step": step, "flops": step * base + extra * sum(shares), "loss": entry["eval_loss"]})
+    return points
+
+
+def train(size: str, name: str, rate: float, seed: int) -> dict[str, Any]:
+    options, method = _bench["options"], METHODS[name]
+    model = build(options, size, method, seed)
+    steps, share = planned(options, size, method, model)
+    counted = build(options, size, method, seed)  # keeps its guides
+    with tempfile.TemporaryDirectory() as folder:
+        args = PretrainArguments(
+            output_dir=folder, max_steps=steps, guided_ratio=share, learning_rate=rate, warmup_ratio=0.05, seed=seed,
+            per_device_train_batch_size=options.micro_batch, logging_steps=max(1, steps // 20),
+            gradient_accumulation_steps=options.batch_size // options.micro_batch, eval_steps=max(1, steps // 8),
+            guide_mode=method.get("guide_mode", "full"), fixed_flops=method.get("fixed_flops", False),
+            load_best_model_at_end=False,
+        )  # fmt: skip
+        trainer = Trainer(model, args, _bench["train"], _bench["curve"])
+        trained = trainer.train()
+        points = curve(options, counted, method, Path(folder) / METRICS_FILE)
+    return {
+        "size": size, "method": name, "learning_rate": rate, "seed": seed, "steps": trainer.max_steps,
+        "guided_steps": trainer.guided_steps, "parameters": sum(p.numel() for p in trained.parameters()),
+        "flops": points[-1]["flops"], "loss": evaluate_blocks(trained, _bench["test"], 16).loss, "curve": points,
+    }  # fmt: skip
+
+
+_bench: dict[str, Any] = {}
+
+
+def _start_worker(options: argparse.Namespace, threads: int) -> None:
+    torch.set_num_threads(threads)
+    tokenizer = common.tokenizer_of(options.model)
+    data = DataArguments(dataset=str(options.tokens_folder), block_size=options.block_size)
+    train_data, held_out = load_data(data, tokenizer)
+    spread = torch.linspace(0, len(held_out) - 1, min(options.test_blocks, len(held_out))).long()
+    test = torch.stack([held_out[int(i)]["input_ids"] for i in spread])
+    _, part = held_out.split(min(64, len(held_out)))
+    _bench.update(options=options, train=train_data, curve=part, test=test)
+
+
+def tokenize(options: argparse.Namespace) -> None:
+    if options.tokens_folder.is_dir():
+        return
+    data = common.SHARED / "data"
+    sources = [sysconfig.get_paths()["stdlib"], *(str(data / f"{n}.txt") for n in ("calibration", "shakespeare"))]
+    command = ["tokenize", *sources, "--glob", "*.py", "--exclude", "site-packages", "dist-packages", "test"]
+    command += ["--tokenizer", options.model, "--held-out", "0.03", "--output-dir", str(options.tokens_folder)]
+    subprocess.run([sys.executable, "-m", "lowrank_ft_cli.main", *command], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_common(parser)
+    parser.add_argument("--preset-size", default="s", choices=("s", "m", "l", "xl"), help="for --sizes paper")
+    parser.add_argument("--sizes", nargs="+", default=["1M", "2M", "5M"], choices=tuple(SIZES), help="smallest first")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=786_432, help="of a run at equal tokens; not of paper")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per optimizer step")
+    parser.add_argument("--micro-batch", type=int, default=8, help="sequences per forward pass")
+    parser.add_argument("--test-blocks", type=int, default=256, help="held-out blocks at the end of a run")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time; they share the threads")
+    parser.add_argument("--tokens-folder", type=Path, default=Path("build/benchmarks/pretraining-tokens"))
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "pretraining.json")
+    options = parser.parse_args()
+    tokenize(options)
+    options.vocab_size = len(common.tokenizer_of(options.model))
+    report: dict[str, Any] = {
+        "machine": common.machine(options.device), "python": platform.python_version(), "grid": GRID,
+        "tokens": options.tokens, "tokens_per_step": options.batch_size * options.block_size, "pilots": {}, "rows": [],
+    }  # fmt: skip
+    if options.output.is_file():
+        report |= {k: json.loads(options.output.read_text(encoding="utf-8"))[k] for k in ("pilots", "rows")}
+    threads = max(1, torch.get_num_threads() // options.workers)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.workers, context, _start_worker, (options, threads)) as pool:
+        rates = choose_rates(pool, options, report)
+        have = {(r["size"], r["method"], r["seed"]) for r in report["rows"]}
+        jobs = [
+            (size, name, scaled(options, rates[METHODS[name]["kind"]], size), seed)
+            for seed in options.seeds
+            for size in reversed(options.sizes)  # the longest first, so that the workers end together
+            for name in options.methods
+            if (name not in FIRST_ONLY or size == options.sizes[0]) and (size, name, seed) not in have
+        ]
+        for _, row in common.as_completed(pool, train, jobs):
+            report["rows"].append(row)
+            report["summary"] = summary(report["rows"])
+            common.write_json(options.output, report)
+    show(report)
+    draw(report, options.output.with_suffix(".png"))
+
+
+def choose_rates(pool: Any, options: argparse.Namespace, report: dict[str, Any]) -> dict[str, float]:
+    """Per kind of model the best of the grid at the smallest size; the grid grows while its end is best."""
+    kinds = sorted({METHODS[name]["kind"] for name in options.methods})
+    while True:
+        found = {k: {float(r): loss for r, loss in report["pilots"].get(k, {}).items()} for k in kinds}
+        wanted = [(k, r) for k in kinds for r in _missing_rates(found[k])]
+        if not wanted:
+            return {k: min(found[k], key=lambda r, k=k: found[k][r]) for k in kinds}
+        jobs = [(options.sizes[0], kind, rate, options.seeds[0]) for kind, rate in wanted]
+        for (_, kind, rate, _), row in common.as_completed(pool, train, jobs):
+            report["pilots"].setdefault(kind, {})[f"{rate:g}"] = row["loss"]
+            common.write_json(options.output, report)
+
+
+def _missing_rates(found: dict[float, float]) -> list[float]:
+    missing = [r for r in GRID if r not in found]
+    if missing:
+        return missing
+    best, rates = min(found, key=lambda r: found[r]), sorted(found)
+    return [best * 2] if best == rates[-1] else [best / 2] if best == rates[0] else []
+
+
+def scaled(options: argparse.Namespace, rate: float, size: str) -> float:
+    """Inversely with the width, as Adam's best rate goes (Yang et al. 2022, arXiv 2203.03466)."""
+    return rate * size_of(options, options.sizes[0]).hidden_size / size_of(options, size).hidden_size
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per size and method: means over seeds, and the difference in loss to the dense model, seed by seed."""
+    dense = {(r["size"], r["seed"]): r["loss"] for r in rows if r["method"] == "dense"}
+    result = []
+    for size in dict.fromkeys(s for s in SIZES if any(r["size"] == s for r in rows)):
+        for name in METHODS:
+            members = [r for r in rows if (r["size"], r["method"]) == (size, name)]
+            gaps = [r["loss"] - dense[size, r["seed"]] for r in members if (size, r["seed"]) in dense]
+            if members:
+                result.append({
+                    "size": size, "method": name, "seeds": len(members), "parameters": members[0]["parameters"],
+                    "flops": statistics.mean(r["flops"] for r in members),
+                    "loss": statistics.mean(r["loss"] for r in members), "loss_error": _error([r["loss"] for r in members]),
+                    "gap": statistics.mean(gaps) if gaps else None, "gap_error": _error(gaps),
+                })  # fmt: skip
+    return result
+
+
+def _error(values: list[float]) -> float | None:
+    """Standard error of the mean; None for fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def show(report: dict[str, Any]) -> None:
+    rows = []
+    for s in report["summary"]:
+        gap = "" if s["gap"] is None or s["method"] == "dense" else f"{s['gap']:+.3f}"
+        error = "" if not gap or s["gap_error"] is None else f"{s['gap_error']:.3f}"
+        rows.append((s["size"], s["method"], str(s["seeds"]), f"{s['parameters'] / 1e6:.2f} M", f"{s['flops']:.2e}",
+                     f"{s['loss']:.3f}", gap, error))  # fmt: skip
+    columns = ("size", "method", "seeds", "parameters", "FLOPs", "loss", "against dense", "std. error")
+    print_table(columns, rows, title="from scratch: held-out loss, nats per token")
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Left: loss against FLOPs, a curve per size, the mean of the seeds. Right: the gap to the dense model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    found = report["summary"]
+    for name in METHODS:
+        ends = [s for s in found if s["method"] == name]
+        if not ends:
+            continue
+        color = COLORS[name.partition(",")[0]]
+        style = {"color": color, "ls": "--" if "FLOPs" in name else "-"}
+        for s in ends:
+            curves = [r["curve"] for r in report["rows"] if (r["size"], r["method"]) == (s["size"], name)]
+            points = [c for c in zip(*curves, strict=True) if c[0]["step"]]
+            left.plot([p[0]["flops"] for p in points], [statistics.mean(q["loss"] for q in p) for p in points],
+                      alpha=0.35, lw=1, **style)  # fmt: skip
+        left.errorbar([s["flops"] for s in ends], [s["loss"] for s in ends], [s["loss_error"] or 0 for s in ends],
+                      marker="o", ms=4, capsize=3, label=name, **style)  # fmt: skip
+        if name != "dense":
+            right.errorbar([s["size"] for s in ends], [s["gap"] for s in ends], [s["gap_error"] or 0 for s in ends],
+                           marker="o", ms=4, capsize=3, label=name, **style)  # fmt: skip
+    left.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss, nats per token",
+             title="dots: ends of training, sizes joined; thin: on the way")  # fmt: skip
+    right.axhline(0, color=COLORS["dense"], lw=1)
+    right.set(xlabel="size of the dense model", ylabel="loss above the dense model's, nats per token")
+    left.legend(fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
