@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +43,16 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(3, 97, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first Accelerator's settings for the life of the process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from lowrank_ft.errors import OutputError
+from lowrank_ft.folders import check_folder
 
 # --overwrite replaces a folder only where each entry looks like a part of a checkpoint.
 _CHECKPOINT_PARTS = (
@@ -29,23 +29,12 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
         keep: the source of the conversion, which must not be inside the output.
 
     Raises:
-        OutputError: the path is a file, or a folder with content and without leave to replace it, or holds ``keep``.
+        OutputError: see :func:`check_folder`; or the path holds ``keep``.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"--output-dir {path} is a file; name a folder")
     if keep is not None and Path(keep).exists() and Path(keep).resolve().is_relative_to(path.resolve()):
         raise OutputError(f"--output-dir {path} holds the source {keep}; write somewhere else")
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise OutputError(f"--output-dir {path} is the folder that you are in, or above it; name a new one")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"--output-dir {path} is not empty; name another folder, or add --overwrite to replace it")
-    foreign = [p.name for p in path.iterdir() if not any(fnmatch(p.name, part) for part in _CHECKPOINT_PARTS)]
-    if foreign or not (path / "config.json").is_file():
-        what = f"holds {sorted(foreign)[0]}" if foreign else "has no config.json"
-        raise OutputError(f"--output-dir {path} {what}, and --overwrite replaces nothing but checkpoints; name another")
+    check_folder(path, overwrite, "config.json", _CHECKPOINT_PARTS, "checkpoints")
 
 
 @contextmanager

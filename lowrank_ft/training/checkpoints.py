@@ -201,16 +201,15 @@ def write_rng(folder: Path, rank: int) -> None:
     save_file(states, folder / f"rng-{rank}.safetensors")
 
 
-def read_rng(folder: Path, rank: int) -> bool:
-    """Restore it; False where the checkpoint has none for this process."""
+def read_rng(folder: Path, rank: int) -> None:
+    """Restore it; nothing happens where the checkpoint has none for this process."""
     path = folder / f"rng-{rank}.safetensors"
     if not path.is_file():
-        return False
+        return
     states = load_file(path)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    return True
 
 
 def read_state(folder: Path) -> TrainerState:

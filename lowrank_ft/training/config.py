@@ -13,7 +13,7 @@ from lowrank_ft.trainable import TRAINABLE
 from lowrank_ft.training.optimizers import OPTIMIZERS
 
 
-def _opt(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -23,30 +23,30 @@ def _opt(default: Any, help: str) -> Any:
 class ModelArguments:
     """What is trained, and what guides it."""
 
-    model: str = _opt("", "compact checkpoint, or a dense one with rank or param_ratio; folder or Hub id")
-    revision: str | None = _opt(None, "branch, tag or commit of the model on the Hub")
-    trust_remote_code: bool = _opt(False, "run Python code that the checkpoint brings")
-    rank: float | str | None = _opt(None, "rank for a dense model: a whole number, or a fraction of full rank (1.0)")
-    param_ratio: float | None = _opt(None, "share of the targeted linears' parameters to keep, for a dense model")
-    rank_pattern: dict | str | None = _opt(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")
-    target_modules: list[str] | None = _opt(None, "names or suffixes of the linears to factorize, as in PEFT")
-    exclude_modules: list[str] | None = _opt(None, "names or suffixes to leave dense, as in PEFT")
-    method: str = _opt("anchored", f"how factors of a dense model are found: {', '.join(METHODS)}")
-    allocation: str | None = _opt(
+    model: str = option("", "compact checkpoint, or a dense one with rank or param_ratio; folder or Hub id")
+    revision: str | None = option(None, "branch, tag or commit of the model on the Hub")
+    trust_remote_code: bool = option(False, "run Python code that the checkpoint brings")
+    rank: float | str | None = option(None, "rank for a dense model: a whole number, or a fraction of full rank (1.0)")
+    param_ratio: float | None = option(None, "share of the targeted linears' parameters to keep, for a dense model")
+    rank_pattern: dict | str | None = option(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")
+    target_modules: list[str] | None = option(None, "names or suffixes of the linears to factorize, as in PEFT")
+    exclude_modules: list[str] | None = option(None, "names or suffixes to leave dense, as in PEFT")
+    method: str = option("anchored", f"how factors of a dense model are found: {', '.join(METHODS)}")
+    allocation: str | None = option(
         None, f"how ranks share the parameters: {', '.join(ALLOCATIONS)}; default: loss with param_ratio, else uniform"
     )
-    calibration_tokens: int = _opt(
+    calibration_tokens: int = option(
         65_536, "tokens of the training data that the factors of a dense model are fitted to"
     )
-    guide: str = _opt("residual", f"dense branch that is phased out: {', '.join(GUIDES)}, or none")
-    guide_bits: int | None = _opt(
+    guide: str = option("residual", f"dense branch that is phased out: {', '.join(GUIDES)}, or none")
+    guide_bits: int | None = option(
         None, "store a residual or frozen guide in 16, 8 or 4 bits; 8 and 4 need bitsandbytes; default: as --dtype"
     )
-    guide_model: str | None = _opt(
+    guide_model: str | None = option(
         None, "dense model of the guide and of distillation; default: the one the checkpoint was made from"
     )
-    dtype: str = _opt("float32", "dtype of the trained weights: float32, bfloat16, float16")
-    export_dtype: str = _opt("auto", "dtype of the exported weights; auto: that of the source checkpoint")
+    dtype: str = option("float32", "dtype of the trained weights: float32, bfloat16, float16")
+    export_dtype: str = option("auto", "dtype of the exported weights; auto: that of the source checkpoint")
 
     def __post_init__(self) -> None:
         require_choice("method", self.method, METHODS)
@@ -63,24 +63,24 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on."""
 
-    dataset: str = _opt(
+    dataset: str = option(
         "", "datasets name on the Hub, a local .txt, .md, .jsonl, .json or .parquet file, or a folder of token files"
     )
-    dataset_config: str | None = _opt(None, "configuration of a dataset on the Hub")
-    dataset_split: str = _opt("train", "its split")
-    eval_dataset: str | None = _opt(None, "like dataset; default: the last eval_ratio of the training data")
-    eval_split: str = _opt("validation", "split of eval_dataset, if that is on the Hub")
-    eval_ratio: float = _opt(
+    dataset_config: str | None = option(None, "configuration of a dataset on the Hub")
+    dataset_split: str = option("train", "its split")
+    eval_dataset: str | None = option(None, "like dataset; default: the last eval_ratio of the training data")
+    eval_split: str = option("validation", "split of eval_dataset, if that is on the Hub")
+    eval_ratio: float = option(
         0.1, "share held out for evaluation where there is neither an eval_dataset nor a held-out part; 0: none"
     )
-    distill_dataset: str | None = _opt(
+    distill_dataset: str | None = option(
         None, "like dataset: general text on which the model is held to the dense one; default: the training data"
     )
-    distill_config: str | None = _opt(None, "configuration of distill_dataset, if that is on the Hub")
-    distill_split: str = _opt("train", "its split, such as train[:10000]; all of it is tokenized at the start")
-    text_column: str = _opt("text", "column of plain text")
-    messages_column: str = _opt("messages", "column of chats, a list of {role, content}; used where it exists")
-    block_size: int | None = _opt(
+    distill_config: str | None = option(None, "configuration of distill_dataset, if that is on the Hub")
+    distill_split: str = option("train", "its split, such as train[:10000]; all of it is tokenized at the start")
+    text_column: str = option("text", "column of plain text")
+    messages_column: str = option("messages", "column of chats, a list of {role, content}; used where it exists")
+    block_size: int | None = option(
         None, "tokens per packed block or at most per chat; default: 1024 or what the model has"
     )
 
@@ -94,53 +94,53 @@ class DataArguments:
 class TrainArguments:
     """How it is trained."""
 
-    output_dir: str = _opt("out/finetuned", "the compact checkpoint; run records go into it too")
-    overwrite_output_dir: bool = _opt(False, "replace what an earlier run left in output_dir")
-    resume_from_checkpoint: str | None = _opt(None, "auto: the newest checkpoint in output_dir; or its path")
-    resume_with_changes: bool = _opt(
+    output_dir: str = option("out/finetuned", "the compact checkpoint; run records go into it too")
+    overwrite_output_dir: bool = option(False, "replace what an earlier run left in output_dir")
+    resume_from_checkpoint: str | None = option(None, "auto: the newest checkpoint in output_dir; or its path")
+    resume_with_changes: bool = option(
         False, "go on although settings differ from those of the checkpoint; they are shown"
     )
-    max_steps: int = _opt(-1, "optimizer steps; -1: num_train_epochs decides")
-    num_train_epochs: float = _opt(1.0, "passes over the data")
-    per_device_train_batch_size: int = _opt(8, "blocks or chats per process and forward pass")
-    per_device_eval_batch_size: int = _opt(8, "likewise in evaluation")
-    gradient_accumulation_steps: int = _opt(1, "forward passes per optimizer step")
-    optim: str = _opt("adamw_torch", f"form of AdamW: {', '.join(OPTIMIZERS)}; most of them need bitsandbytes")
-    trainable: str = _opt(
+    max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides")
+    num_train_epochs: float = option(1.0, "passes over the data")
+    per_device_train_batch_size: int = option(8, "blocks or chats per process and forward pass")
+    per_device_eval_batch_size: int = option(8, "likewise in evaluation")
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
+    optim: str = option("adamw_torch", f"form of AdamW: {', '.join(OPTIMIZERS)}; most of them need bitsandbytes")
+    trainable: str = option(
         "all", f"what is trained: {', '.join(TRAINABLE)}; all but the first leave the other weights as they are"
     )
-    lora_r: int = _opt(16, "rank of the adapters on U and V under --trainable lora or leading")
-    lora_alpha: int = _opt(32, "their scale is lora_alpha / lora_r; leading has 1")
-    learning_rate: float = _opt(2e-4, "peak learning rate of AdamW")
-    lr_scheduler_type: str = _opt("cosine", f"decay after the warm-up: {', '.join(LR_SCHEDULES)}")
-    warmup_ratio: float = _opt(0.03, "share of the steps in which the learning rate rises")
-    weight_decay: float = _opt(0.01, "of matrices; of vectors only with decay_vectors")
-    decay_vectors: bool = _opt(False, "weight decay of norms and biases, too")
-    adam_beta1: float = _opt(0.9, "AdamW")
-    adam_beta2: float = _opt(0.999, "AdamW")
-    max_grad_norm: float = _opt(1.0, "gradients are clipped to this norm; 0: never")
-    alpha_schedule: str = _opt("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
-    guided_ratio: float = _opt(0.25, "share of the steps in which the guide is there")
-    guide_mode: str = _opt(
+    lora_r: int = option(16, "rank of the adapters on U and V under --trainable lora or leading")
+    lora_alpha: int = option(32, "their scale is lora_alpha / lora_r; leading has 1")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW")
+    lr_scheduler_type: str = option("cosine", f"decay after the warm-up: {', '.join(LR_SCHEDULES)}")
+    warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises")
+    weight_decay: float = option(0.01, "of matrices; of vectors only with decay_vectors")
+    decay_vectors: bool = option(False, "weight decay of norms and biases, too")
+    adam_beta1: float = option(0.9, "AdamW")
+    adam_beta2: float = option(0.999, "AdamW")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never")
+    alpha_schedule: str = option("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
+    guided_ratio: float = option(0.25, "share of the steps in which the guide is there")
+    guide_mode: str = option(
         "full", "full: every guide in every guided step; stochastic: each with probability alpha, at half the cost"
     )
-    fixed_flops: bool = _opt(
+    fixed_flops: bool = option(
         False, "add unguided steps on the guided phase's data until the run costs what dense training would"
     )
-    distill_weight: float = _opt(0.0, "share w of distillation in the loss: (1-w) cross-entropy + w T^2 KL; 0: none")
-    distill_temperature: float = _opt(1.0, "T, by which the logits of both models are divided before the KL")
-    mixed_precision: str | None = _opt(None, "no, bf16 or fp16; default: what accelerate is configured for")
-    gradient_checkpointing: bool = _opt(False, "recompute activations in the backward pass to save memory")
-    torch_compile: bool = _opt(False, "compile the model with torch.compile")
-    torch_compile_backend: str = _opt("inductor", "backend of torch.compile")
-    seed: int = _opt(42, "order of the data, dropout, which guides the stochastic mode keeps")
-    logging_steps: int = _opt(10, "steps between two records of the loss")
-    eval_steps: int = _opt(0, "steps between evaluations; 0: only at the end")
-    save_steps: int = _opt(0, "steps between checkpoints to resume from; 0: none")
-    save_total_limit: int = _opt(2, "checkpoints to keep")
-    load_best_model_at_end: bool = _opt(True, "export the weights of the best evaluation rather than the last")
-    report_to: list[str] = _opt([], "trackers of accelerate, such as tensorboard or wandb")
-    run_name: str = _opt("lowrank-ft", "name of the run for the trackers")
+    distill_weight: float = option(0.0, "share w of distillation in the loss: (1-w) cross-entropy + w T^2 KL; 0: none")
+    distill_temperature: float = option(1.0, "T, by which the logits of both models are divided before the KL")
+    mixed_precision: str | None = option(None, "no, bf16 or fp16; default: what accelerate is configured for")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    torch_compile: bool = option(False, "compile the model with torch.compile")
+    torch_compile_backend: str = option("inductor", "backend of torch.compile")
+    seed: int = option(42, "order of the data, dropout, which guides the stochastic mode keeps")
+    logging_steps: int = option(10, "steps between two records of the loss")
+    eval_steps: int = option(0, "steps between evaluations; 0: only at the end")
+    save_steps: int = option(0, "steps between checkpoints to resume from; 0: none")
+    save_total_limit: int = option(2, "checkpoints to keep")
+    load_best_model_at_end: bool = option(True, "export the weights of the best evaluation rather than the last")
+    report_to: list[str] = option([], "trackers of accelerate, such as tensorboard or wandb")
+    run_name: str = option("lowrank-ft", "name of the run for the trackers")
 
     def __post_init__(self) -> None:
         require_choice("optim", self.optim, OPTIMIZERS)

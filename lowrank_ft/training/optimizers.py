@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.errors import ConfigError, MissingPackageError, TrainingStateError
+from lowrank_ft.memory import OPTIMIZERS
 from lowrank_ft.schedule import require_choice
 
 _BITSANDBYTES = {
@@ -24,7 +25,6 @@ _BITSANDBYTES = {
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
 }
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *_BITSANDBYTES)
 
 
 def build_adamw(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from lowrank_ft.errors import ConfigError, DataError, OutputError
+from lowrank_ft.folders import check_folder
 from lowrank_ft.training.data import text_ends
 from lowrank_ft.training.documents import Corpus, Piece, Position
 from lowrank_ft.training.tokens import (
@@ -95,7 +96,7 @@ def write_token_files(
     if max_shard_bytes < _LEAST_SHARD_BYTES:
         raise ConfigError(f"--max-shard-size is {max_shard_bytes} bytes; it must be {_LEAST_SHARD_BYTES} or more")
     output_dir = Path(output_dir)
-    _check_output(output_dir, overwrite)
+    check_folder(output_dir, overwrite, INDEX_FILE, (INDEX_FILE, "tokens-*.safetensors"), "token files")
     if corpus.would_read(output_dir / INDEX_FILE):
         raise OutputError(f"--output-dir {output_dir} is inside a folder that is read; write somewhere else")
     facts = tokenizer_facts(tokenizer, name)
@@ -237,21 +238,6 @@ def _write_index(folder: Path, settings: dict[str, Any], corpus: Corpus) -> dict
 
 
 # The folder, and who works in it
-
-
-def _check_output(path: Path, overwrite: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"--output-dir {path} is a file; name a folder")
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise OutputError(f"--output-dir {path} is the folder that you are in, or above it; name a new one")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"--output-dir {path} is not empty; name another folder, or add --overwrite to replace it")
-    foreign = sorted(p.name for p in path.iterdir() if p.name != INDEX_FILE and not p.match("tokens-*.safetensors"))
-    if foreign or not (path / INDEX_FILE).is_file():
-        what = f"holds {foreign[0]}" if foreign else f"has no {INDEX_FILE}"
-        raise OutputError(f"--output-dir {path} {what}, and --overwrite replaces nothing but token files; name another")
 
 
 @contextmanager

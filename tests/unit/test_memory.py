@@ -7,12 +7,10 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
-from lowrank_ft import memory
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.memory import MODES, Architecture, Mode, Settings, estimate
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.plan import make_plan
-from lowrank_ft.training.optimizers import OPTIMIZERS
 from tests.benchmarks.memory import GPT2, LLAMA, TARGET, _Profiled, measure, prepare, random_model
 from tests.conftest import DEMO_MODEL, tiny_llama
 
@@ -104,10 +102,6 @@ def test_what_saves_memory_saves_it():
     assert peak(NAMED["no guide"], optim="adamw_8bit") < plain - 0.7 * 8 * plan.converted_model_parameters
     assert peak(NAMED["no guide"], gradient_accumulation_steps=2) >= plain
     assert peak(Mode("", "factors", "residual", 4, "lora"), dtype="bfloat16") < peak(NAMED["LoRA"], dtype="bfloat16")
-
-
-def test_the_optimizers_are_those_of_a_run():
-    assert set(memory.OPTIMIZERS) == set(OPTIMIZERS)
 
 
 @pytest.mark.parametrize(

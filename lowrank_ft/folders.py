@@ -1,0 +1,32 @@
+"""Folders that a command writes: which may be written, and which may be replaced."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+from lowrank_ft.errors import OutputError
+
+
+def check_folder(path: Path, overwrite: bool, index: str, parts: tuple[str, ...], what: str) -> None:
+    """Refuse, before any work is done, a folder that may not be written.
+
+    Args:
+        overwrite: an earlier output may be replaced; any other folder with files in it may not.
+        index: the file by which an earlier output is known.
+        parts: patterns of all files that it may hold.
+        what: its name in messages, in the plural.
+
+    Raises:
+        OutputError: the path is a file, or this folder or one above, or has content that may not be replaced.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"--output-dir {path} is a file; name a folder")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise OutputError(f"--output-dir {path} is the folder that you are in, or above it; name a new one")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"--output-dir {path} is not empty; name another folder, or add --overwrite to replace it")
+    foreign = sorted(p.name for p in path.iterdir() if not any(fnmatch(p.name, part) for part in parts))
+    if foreign or not (path / index).is_file():
+        problem = f"holds {foreign[0]}" if foreign else f"has no {index}"
+        raise OutputError(f"--output-dir {path} {problem}, and --overwrite replaces nothing but {what}; name another")
