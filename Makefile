@@ -4,7 +4,7 @@ BIN := .venv/bin
 SUITE ?= ../shared/tools/peft_suite.py
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-lowest lint check fmt peft-suite bench-quality bench-finetune bench-guides bench-memory bench-training-step docs wheel clean help
+.PHONY: demo test test-lowest lint check fmt peft-suite bench-quality bench-finetune bench-guides bench-memory bench-pretraining bench-throughput bench-training-step docs wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | expand -t 14
@@ -21,7 +21,7 @@ test-lowest: .venv-lowest/dev.stamp  ## the tests with the oldest versions that 
 peft-suite: .venv/dev.stamp  ## PEFT's own tests over LowRankConfig (SUITE=path/to/peft_suite.py; slow)
 	$(BIN)/python $(SUITE) --config lowrank_ft:LowRankConfig --kwargs '{"r": 1.0, "alpha": 0.0}' --work build/peft-suite
 
-bench-quality bench-finetune bench-guides bench-memory: .venv/dev.stamp  ## benchmarks; slow, and each goes on where it was broken off
+bench-quality bench-finetune bench-guides bench-memory bench-pretraining bench-throughput: .venv/dev.stamp  ## benchmarks; slow, and each goes on where it was broken off
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/$(@:bench-%=%).py
 
 bench-training-step: .venv/dev.stamp  ## what an optimizer step costs in each guide mode; a few minutes
