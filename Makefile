@@ -21,8 +21,11 @@ test-lowest: .venv-lowest/dev.stamp  ## the tests with the oldest versions that 
 peft-suite: .venv/dev.stamp  ## PEFT's own tests over LowRankConfig (SUITE=path/to/peft_suite.py; slow)
 	$(BIN)/python $(SUITE) --config lowrank_ft:LowRankConfig --kwargs '{"r": 1.0, "alpha": 0.0}' --work build/peft-suite
 
-bench-quality bench-finetune bench-guides bench-memory bench-pretraining bench-throughput: .venv/dev.stamp  ## benchmarks; slow, and each goes on where it was broken off
+bench-quality bench-finetune bench-guides bench-memory bench-pretraining: .venv/dev.stamp  ## benchmarks; slow, and each goes on where it was broken off
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/$(@:bench-%=%).py
+
+bench-throughput: .venv/dev.stamp  ## tokens per second of dense, low-rank and wide models; a few minutes
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/throughput.py
 
 bench-training-step: .venv/dev.stamp  ## what an optimizer step costs in each guide mode; a few minutes
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/training_step.py

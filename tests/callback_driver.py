@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -64,8 +65,11 @@ def make_trainer(
         output_dir=str(output), use_cpu=True, max_steps=STEPS, per_device_train_batch_size=2, learning_rate=3e-3,
         gradient_accumulation_steps=2, logging_steps=1, save_steps=2, report_to=[], disable_tqdm=True, seed=3,
     )  # fmt: skip
+    model_init = options.pop("model_init", None)
     args = TrainingArguments(**{**settings, **options})
-    return ShardingTrainer(model, args, train_dataset=make_data(), eval_dataset=eval_data, callbacks=list(callbacks))
+    return ShardingTrainer(
+        model, args, train_dataset=make_data(), eval_dataset=eval_data, model_init=model_init, callbacks=list(callbacks)
+    )
 
 
 def guide_references(model: nn.Module) -> list[weakref.ref]:
@@ -97,6 +101,12 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What ``save_model`` wrote: a model or an adapter."""
+    (file,) = folder.glob("*model.safetensors")
+    return load_file(file)
 
 
 def series(trainer: Trainer, key: str) -> list[Any]:

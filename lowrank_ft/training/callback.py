@@ -99,7 +99,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         """Give ``model`` the shape of ``checkpoint``: without guides, if it was written after they were dropped.
 
         Trainer needs this before it reads the checkpoint. A callback in ``callbacks=[...]`` sees to it by itself. Call
-        it, before making the Trainer, if the callback is added later, with ``add_callback``; and inside ``model_init``.
+        it, before making the Trainer, if the callback is added later, with ``add_callback``.
 
         Args:
             model: guided, as it was before the first step of the run.
@@ -130,7 +130,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _refuse_setups(args)
-        trainer = trainer_of(self)
+        trainer = trainer_of(state)
         if trainer is not None:
             prepare_before_training(trainer, self.prepare_for_resume)
 
@@ -145,7 +145,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         steps = self._resolve_steps(state.max_steps) if phase == GUIDED else self.recorded["guided_steps"]
         self.recorded = {"phase": phase, "guided_steps": steps, "alpha_schedule": self.alpha_schedule}
         if phase == COMPACT or state.global_step >= steps:
-            self._drop(model, optimizer)
+            self._drop(model, optimizer, state)
         else:
             hooks.skip_guides_in_evaluation()
 
@@ -159,7 +159,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Before Trainer saves the checkpoint of this step, so that its weights and its phase agree.
         if self.recorded["phase"] == GUIDED and state.global_step >= self.recorded["guided_steps"]:
-            self._drop(kwargs["model"], kwargs.get("optimizer"))
+            self._drop(kwargs["model"], kwargs.get("optimizer"), state)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
@@ -177,7 +177,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 f"{self.recorded['guided_steps']}; the guides are dropped, so that what is saved now is compact",
                 stacklevel=2,
             )
-            self._drop(kwargs["model"], kwargs.get("optimizer"))
+            self._drop(kwargs["model"], kwargs.get("optimizer"), state)
         hooks_of(kwargs["model"]).remove()
 
     # What they do
@@ -227,9 +227,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             )
         return self.guided_steps
 
-    def _drop(self, model: nn.Module, optimizer: Any) -> None:
+    def _drop(self, model: nn.Module, optimizer: Any, state: TrainerState) -> None:
         hooks_of(model).stop_skipping()
-        drop_guides(model, optimizer, self)
+        drop_guides(model, optimizer, state)
         self.recorded["phase"] = COMPACT
         gc.collect()
         if torch.cuda.is_available():

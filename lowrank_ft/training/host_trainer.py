@@ -2,13 +2,14 @@
 
 A callback hears of a checkpoint only after its weights and its optimizer state are read, and never of the Trainer. So:
 
-    before train()    the model takes the shape of the checkpoint that will be read, and under FSDP2 every guide becomes a
-                      unit of its own (:func:`prepare_before_training`)
-    at the drop       DDP and FSDP2 forget the guides (:func:`drop_guides`)
+    in train(), first    the model takes the shape of the checkpoint that will be read, and under FSDP2 every guide
+                         becomes a unit of its own (:func:`prepare_before_training`)
+    at the drop          DDP and FSDP2 forget the guides (:func:`drop_guides`)
 """
 
 import functools
 import gc
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowrank_ft.errors import ConfigError
@@ -26,11 +27,11 @@ from lowrank_ft.nn import end_guidance, guided_layers
 from lowrank_ft.training import sharding
 
 
-def trainer_of(callback: TrainerCallback) -> Trainer | None:
-    """The Trainer that runs this callback. It gives callbacks no reference to itself, so the garbage collector is asked."""
-    for found in gc.get_objects():
+def trainer_of(state: TrainerState | None) -> Trainer | None:
+    """The Trainer whose state this is. Callbacks get the state alone, so the garbage collector is asked for the Trainer."""
+    for found in gc.get_objects() if state is not None else ():
         # type() rather than isinstance(), which asks lazy modules for their class, and makes them import or warn.
-        if issubclass(type(found), Trainer) and any(c is callback for c in found.callback_handler.callbacks):
+        if issubclass(type(found), Trainer) and vars(found).get("state") is state:
             return found
     return None
 
@@ -39,22 +40,31 @@ def prepare_before_training(trainer: Trainer, prepare: Callable[[nn.Module, Path
     """Let ``trainer.train`` call ``prepare(model, checkpoint)`` if it resumes, and choose the units of FSDP2.
 
     In place of the method of this one object: under FSDP2 Trainer makes the optimizer and shards the model before it
-    reads anything of a checkpoint, so no hook on the model would come in time.
+    reads anything of a checkpoint, so no hook on the model would come in time. With a ``model_init``
+    it is the model that this makes for the run.
     """
-    train = trainer.train
+    train, model_init = trainer.train, trainer.call_model_init
 
     @functools.wraps(train)
-    def prepared(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        folder = resume_from_checkpoint
+    def prepared_train(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(train).bind_partial(*args, **kwargs).arguments
+        folder = given.get("resume_from_checkpoint")
         if folder is True:
             folder = get_last_checkpoint(str(trainer.args.output_dir))
-        if trainer.model is not None:  # with model_init there may be none yet
-            if folder and Path(folder).is_dir():  # otherwise Trainer says what is wrong
-                prepare(trainer.model, Path(folder))
-            _make_guides_units(trainer, trainer.model)
-        return train(resume_from_checkpoint, *args, **kwargs)
 
-    trainer.train = prepared  # type: ignore[method-assign]
+        def prepared(model: nn.Module) -> nn.Module:
+            if folder and Path(folder).is_dir():  # otherwise Trainer says what is wrong
+                prepare(model, Path(folder))
+            _make_guides_units(trainer, model)
+            return model
+
+        if trainer.model_init is None:
+            prepared(trainer.model)
+        else:  # train() makes its model itself
+            trainer.call_model_init = lambda *trial: prepared(model_init(*trial))  # type: ignore[method-assign]
+        return train(*args, **kwargs)
+
+    trainer.train = prepared_train  # type: ignore[method-assign]
 
 
 def _make_guides_units(trainer: Trainer, model: nn.Module) -> None:
@@ -81,16 +91,17 @@ def require_units(model: nn.Module) -> None:
     if any(list(guide.parameters()) and not isinstance(guide, FSDPModule) for guide in guides):
         raise ConfigError(
             "the model was sharded before GuidanceCallback could make its guides units of FSDP2; hand the callback to "
-            "Trainer as callbacks=[...], with the model, instead of add_callback or model_init"
+            "Trainer as callbacks=[...] instead of add_callback"
         )
 
 
-def drop_guides(model: nn.Module, optimizer: Any, callback: TrainerCallback) -> None:
+def drop_guides(model: nn.Module, optimizer: Any, state: TrainerState) -> None:
     """Take the guides from model, optimizer and whatever spreads the model over processes.
 
     Args:
         model: the one that Trainer holds: sharded under FSDP2, the inner one under DDP.
         optimizer: accelerate's or torch's, or None before there is one.
+        state: the one that Trainer handed to the callback.
     """
     had_guides = any(guided_layers(model))
     sharding.reshard(model)  # after an evaluation parameters may be gathered, and not those that the optimizer has
@@ -99,17 +110,17 @@ def drop_guides(model: nn.Module, optimizer: Any, callback: TrainerCallback) -> 
     if units:
         sharding.forget_units(model, units)
     elif had_guides:
-        _remake_ddp(callback)
+        _remake_ddp(state)
 
 
-def _remake_ddp(callback: TrainerCallback) -> None:
+def _remake_ddp(state: TrainerState) -> None:
     """Let DDP forget the guides. Nothing happens on one process.
 
     DDP holds every parameter that it was made with, and waits for the gradients of those that had one, so it has to be
     made anew. But Trainer's running loop has the old wrapper in a local variable, which nobody can exchange. So the old
     object is emptied, and takes over the attributes of the new one: both are then the same wrapper.
     """
-    trainer = trainer_of(callback)
+    trainer = trainer_of(state)
     if trainer is None:
         return
     held, accelerator = trainer.model_wrapped, trainer.accelerator

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowrank_ft.cost import step_cost
+from lowrank_ft.accounting import FORWARD_AND_BACKWARD
+from lowrank_ft.cost import attention_scores, step_cost
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import GuidedLowRankLinear, guided_layers
 from lowrank_ft.schedule import data_step_at, mean_guide_cost, repeated_steps
@@ -38,8 +39,11 @@ class RunLength:
         return data_step_at(step, self.planned, self.guided)
 
 
-def run_length(model: nn.Module, args: TrainArguments, planned: int) -> RunLength:
+def run_length(model: nn.Module, args: TrainArguments, planned: int, sequence_length: float) -> RunLength:
     """For a model with its guides still attached.
+
+    Args:
+        sequence_length: tokens of an example, on average, for what attention itself costs.
 
     Raises:
         ConfigError: an option for guides and no guided step; or ``fixed_flops`` where the costs are not known, or
@@ -57,7 +61,20 @@ def run_length(model: nn.Module, args: TrainArguments, planned: int) -> RunLengt
         )
     cost = step_cost(model)
     guide = cost.guide * mean_guide_cost(guided, args.alpha_schedule, args.guide_mode)
-    return RunLength(planned, guided, repeated_steps(planned, guided, cost.dense, cost.factored, guide))
+    scores = _scores(model, sequence_length)
+    return RunLength(
+        planned, guided, repeated_steps(planned, guided, cost.dense + scores, cost.factored + scores, guide)
+    )
+
+
+def _scores(model: nn.Module, sequence_length: float) -> int:
+    """Multiply-adds of attention itself, per token and training step; 0 where the config does not tell."""
+    try:
+        return (
+            FORWARD_AND_BACKWARD * attention_scores(getattr(model, "config", None), max(1, round(sequence_length)))[0]
+        )
+    except ConfigError:
+        return 0
 
 
 def require_guided_phase(args: TrainArguments, problem: str) -> None:

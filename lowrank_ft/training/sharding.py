@@ -97,7 +97,7 @@ def check_plugin(plugin: Any) -> None:
     if plugin.activation_checkpointing:
         raise ConfigError(
             "fsdp_activation_checkpointing renames parameters, and checkpoints go by names; set it to false and use "
-            "--gradient_checkpointing, which does the same"
+            "gradient_checkpointing, which does the same"
         )
 
 

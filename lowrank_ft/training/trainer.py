@@ -101,7 +101,8 @@ class Trainer:
         world, accumulation = self.accelerator.num_processes, args.gradient_accumulation_steps
         self.global_batch = args.per_device_train_batch_size * accumulation * world
         epochs = math.ceil(len(train_data) * args.num_train_epochs / self.global_batch)
-        self._length = run_length(model, args, args.max_steps if args.max_steps > 0 else epochs)
+        mean_length = (train_data.starts[-1] - train_data.starts[0]) / len(train_data)
+        self._length = run_length(model, args, args.max_steps if args.max_steps > 0 else epochs, mean_length)
         self.max_steps, self.guided_steps = self._length.total, self._length.guided
         self.step = 0
         self.best_loss: float | None = None

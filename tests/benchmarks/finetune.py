@@ -105,6 +105,9 @@ class Bench:
             if guide is not None:
                 attach_guides(converted, model, guide)
             return converted
+        if method["kind"] == "svd":
+            convert(model, param_ratio=method["ratio"], guide=guide)
+            return model
         if method["kind"] == "direct":
             data = training_calibration(self.train, CALIBRATION_TOKENS, self.options.seed)
             convert(model, param_ratio=method["ratio"], calibration=data, guide=guide)

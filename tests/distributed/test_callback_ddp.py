@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lowrank_ft import GuidanceCallback
-from tests.callback_driver import GUIDED, STEPS, make_model, make_trainer, series
+from tests.callback_driver import GUIDED, STEPS, make_model, make_trainer, saved_weights, series
 from tests.conftest import ROOT
 
 KINDS = ("dense", "peft-residual")
@@ -27,7 +28,10 @@ def runs(tmp_path_factory):
     env["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(command, capture_output=True, text=True, cwd=output, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    return lambda kind, run: [json.loads((output / kind / f"{run}-{rank}.json").read_text()) for rank in (0, 1)]
+    return lambda kind, run: (
+        [json.loads((output / kind / f"{run}-{rank}.json").read_text()) for rank in (0, 1)],
+        output / kind / run,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -35,7 +39,7 @@ def test_two_processes_are_one_with_the_same_global_batch(runs, tmp_path, kind):
     """``dense`` is the hard case: DDP waits for the gradients of every parameter that it was made with."""
     one = make_trainer(make_model(kind, 0.0), tmp_path / "one", GuidanceCallback(0.5), save_strategy="no")
     one.train()
-    for rank in runs(kind, "straight"):
+    for rank in runs(kind, "straight")[0]:
         assert (rank["world"], rank["type"]) == (2, "DistributedDataParallel")
         assert rank["losses"] == pytest.approx(series(one, "loss"), rel=2e-4)
         assert rank["alphas"] == series(one, "alpha")
@@ -43,14 +47,17 @@ def test_two_processes_are_one_with_the_same_global_batch(runs, tmp_path, kind):
         assert [rank["alive"][str(step)] for step in (1, GUIDED - 1, GUIDED, STEPS)] == [tensors, tensors, 0, 0]
         assert rank["optimized"] == sum(len(group["params"]) for group in one.optimizer.param_groups)
     # The wrapper that was made anew averages gradients: both processes end with the same weights.
-    assert len({rank["checksum"] for rank in runs(kind, "straight")}) == 1
+    assert len({rank["checksum"] for rank in runs(kind, "straight")[0]}) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", RESUMED)
 def test_two_processes_resume_to_the_same_run(runs, kind, step):
-    for found, expected in zip(runs(kind, f"from-{step}"), runs(kind, "straight"), strict=True):
+    for found, expected in zip(runs(kind, f"from-{step}")[0], runs(kind, "straight")[0], strict=True):
         assert (found["world"], found["type"]) == (2, "DistributedDataParallel")
         assert (found["losses"], found["checksum"]) == (expected["losses"], expected["checksum"])
         assert min(map(int, found["alive"])) == step + 1
         assert found["alive"][str(STEPS)] == 0
+    again, straight = (saved_weights(runs(kind, run)[1] / "final") for run in (f"from-{step}", "straight"))
+    assert again.keys() == straight.keys()
+    assert all(torch.equal(again[name], straight[name]) for name in straight)

@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lowrank_ft
 from lowrank_ft import GuidanceCallback
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.training import host_trainer, sharding
-from tests.callback_driver import GUIDED, STEPS, make_model, make_trainer, series
+from tests.callback_driver import GUIDED, STEPS, make_model, make_trainer, saved_weights, series
 from tests.conftest import ROOT, tiny_llama
 
 FORMS = {"FULL_STATE_DICT": ("dense", "peft-residual"), "SHARDED_STATE_DICT": ("residual",)}
@@ -86,6 +85,9 @@ def test_two_processes_resume_to_the_same_run(runs, kind, step):
         assert (found["losses"], found["checksum"]) == (expected["losses"], expected["checksum"])
         assert min(map(int, found["alive"])) == step + 1
         assert found["alive"][str(STEPS)] == 0
+    again, straight = (saved_weights(runs(kind, run)[1] / "final") for run in (f"from-{step}", "straight"))
+    assert again.keys() == straight.keys()
+    assert all(torch.equal(again[name], straight[name]) for name in straight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +98,7 @@ def test_what_is_saved_is_compact_and_that_of_one_process(runs, tmp_path, kind, 
     if kind.startswith("peft"):
         loaded = PeftModel.from_pretrained(tiny_llama(), final)
     else:
-        assert not any("guide" in k for k in load_file(final / "model.safetensors"))
+        assert not any("guide" in k for k in saved_weights(final))
         loaded = AutoModelForCausalLM.from_pretrained(final)
         assert loaded.config.architectures == ["LlamaForCausalLM"]
     expected = one.model.eval()(ids).logits
@@ -113,7 +115,7 @@ def test_refused_under_fsdp(monkeypatch):
     )  # fmt: skip
     trainer = SimpleNamespace(
         model=model, train=lambda *_: pytest.fail("trained"), args=SimpleNamespace(load_best_model_at_end=True),
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model_init=None, call_model_init=None,
     )  # fmt: skip
     monkeypatch.setattr(sharding, "uses_fsdp", lambda _: True)
     host_trainer.prepare_before_training(trainer, GuidanceCallback.prepare_for_resume)

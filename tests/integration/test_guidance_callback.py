@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
 import lowrank_ft
 from lowrank_ft import GuidanceCallback, LowRankConfig
@@ -257,6 +257,25 @@ def test_added_later_it_wants_prepare_for_resume(straight, tmp_path):
     trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert_same_weights(trainer.model.state_dict(), expected.model.state_dict())
+
+
+@pytest.mark.parametrize("step", [GUIDED - 2, GUIDED + 2])
+def test_with_model_init_the_model_of_the_run_is_prepared(straight, tmp_path, step):
+    expected, _, folder = straight("dense")
+    trainer = make_trainer(
+        None, tmp_path, GuidanceCallback(guided_steps=GUIDED), model_init=lambda: make_model("dense")
+    )
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert_same_weights(trainer.model.state_dict(), expected.model.state_dict())
+
+
+def test_a_trainer_that_failed_to_be_made_disturbs_no_other(tmp_path):
+    """The one that runs a callback is looked for among all that are alive."""
+    half_made = Trainer.__new__(Trainer)
+    trainer = make_trainer(make_model("residual"), tmp_path, GuidanceCallback(guided_steps=1), max_steps=2)
+    trainer.train()
+    assert not any(guided_layers(trainer.model))
+    assert vars(half_made) == {}
 
 
 # What is refused, always before the first step

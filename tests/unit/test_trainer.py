@@ -202,14 +202,15 @@ def test_stochastic_guidance_sets_the_gates_of_every_step_and_learns(tmp_path, d
 
 
 def test_fixed_flops_adds_steps_that_repeat_the_guided_data(tmp_path, data):
-    """By the cost of a trained run of the paper's rule; the schedule of the learning rate spans all steps."""
+    """By the FLOPs of the paper's rule, scores of attention included; the learning rate's schedule spans all steps."""
     seen = []
     model = guided()
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True)
     cost = step_cost(model)
+    scores = 3 * 2 * BLOCK * 2 * model.config.hidden_size  # two layers, queries and values as wide as the model
     Trainer(model, arguments(tmp_path, fixed_flops=True), data).train()
     spare = 8 * cost.dense - 8 * cost.factored - 4 * cost.guide
-    added = math.floor(spare / cost.factored)
+    added = math.floor(spare / (cost.factored + scores))
     assert added > 1
     start = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert (start["guided_steps"], start["repeated_steps"], start["max_steps"]) == (4, added, 8 + added)
