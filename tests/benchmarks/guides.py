@@ -66,6 +66,7 @@ def main() -> None:
     }  # fmt: skip
     if options.output.is_file():
         report["rows"] = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
+    report["summary"] = summary(report["rows"])
     have = [{k: v for k, v in r.items() if k != "test_perplexity"} for r in report["rows"]]
     jobs = [(s, seed) for seed in options.seeds for s in settings(options.max_steps) if {**s, "seed": seed} not in have]
     convert_all(options, list(RATIOS))

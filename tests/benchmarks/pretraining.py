@@ -1,13 +1,15 @@
 """From scratch: dense, low-rank and self-guided low-rank models of several sizes, at equal tokens and at equal FLOPs.
 
     PYTHONPATH=. python tests/benchmarks/pretraining.py
-    PYTHONPATH=. python tests/benchmarks/pretraining.py --preset-size s --sizes paper --device cuda
+    PYTHONPATH=. python tests/benchmarks/pretraining.py --sizes s --tokens 100000000 --batch-size 64 --block-size 1024
 
-The models are the presets of Wei et al. (2024, arXiv 2406.16450 and 2407.09835), narrower: rank a quarter of the hidden
-size in the FFN, the first block dense. The text is Python's standard library and the English of ``../shared/data``,
-tokenized by the command; some files are held out. The learning rate of each kind of model is chosen at the smallest size
-from a grid, at full length, and falls with the width at larger ones. ``FLOPs`` are those of
-:mod:`lowrank_ft.accounting`, a guide's included while it is computed. A run that is broken off goes on where it was.
+The models are the presets of Wei et al. (2024, arXiv 2406.16450 and 2407.09835), narrower unless ``--sizes s`` asks for
+the smallest of theirs: rank a quarter of the hidden size in the FFN, the first block dense. The text is Python's
+standard library and the English of ``../shared/data``, tokenized by the command; some files are held out. The learning
+rate of each kind of model is chosen at the smallest size from a grid, at full length and with a seed of its own, on
+held-out blocks that the test does not have, and falls with the width at larger sizes. ``FLOPs`` are those of
+:mod:`lowrank_ft.accounting`, a guide's included while it is computed. A benchmark that is broken off goes on where it
+was. Training runs where accelerate puts it: on a GPU if there is one.
 """
 
 import argparse
@@ -31,10 +33,12 @@ from lowrank_ft import initialize_lowrank, preset_config
 from lowrank_ft.accounting import training_flops
 from lowrank_ft.console import print_table
 from lowrank_ft.cost import attention_scores, step_cost
+from lowrank_ft.errors import DivergedError
 from lowrank_ft.evaluation import evaluate_blocks
 from lowrank_ft.presets import preset
 from lowrank_ft.schedule import alpha_at
 from lowrank_ft.training import DataArguments, Trainer, load_data
+from lowrank_ft.training.data import pack
 from lowrank_ft.training.pretraining import PretrainArguments
 from lowrank_ft.training.records import METRICS_FILE, read_metrics
 from tests.benchmarks import common
@@ -43,7 +47,7 @@ SIZES: dict[str, dict[str, int]] = {
     "1M": dict(hidden_size=96, num_hidden_layers=6, num_attention_heads=3),
     "2M": dict(hidden_size=160, num_hidden_layers=6, num_attention_heads=5),
     "5M": dict(hidden_size=224, num_hidden_layers=8, num_attention_heads=7),
-    "paper": {},  # the preset as it is
+    "s": {},  # the preset's own
 }
 GUIDED = 0.5  # share of the steps, at equal tokens
 METHODS: dict[str, dict[str, Any]] = {
@@ -57,16 +61,16 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 FIRST_ONLY = ("stochastic", "stochastic, dense FLOPs")  # run at the smallest size alone
 GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+PILOT_SEED = 1000
 COLORS = {"dense": "#1a202c", "low rank": "#c05621", "self-guided": "#2b6cb0", "stochastic": "#6b46c1"}
 
 
 def size_of(options: argparse.Namespace, name: str) -> Any:
     """The low-rank preset of this size, for the tokenizer's vocabulary and the tokens of this run."""
-    own = SIZES[name]
-    if name != "paper":
-        own = {**own, "sequence_length": options.block_size, "sequences_per_step": options.batch_size}
-        own |= {"tokens": options.tokens}
-    return preset(f"wei2024-{options.preset_size}-r32", vocab_size=options.vocab_size, **own)
+    return preset(
+        "wei2024-s-r32", vocab_size=options.vocab_size, tokens=options.tokens, sequence_length=options.block_size,
+        sequences_per_step=options.batch_size, **SIZES[name],
+    )  # fmt: skip
 
 
 def build(options: argparse.Namespace, size: str, method: dict[str, Any], seed: int) -> Any:
@@ -85,14 +89,14 @@ def planned(options: argparse.Namespace, size: str, method: dict[str, Any], mode
     At dense FLOPs the share is the paper's (2406.16450): such that every guided step is repeated once.
     """
     steps, cost = size_of(options, size).steps, step_cost(model)
+    dense, factored = (flops_per_step(options, c, model) for c in (cost.dense, cost.factored))
     if method.get("longer"):
-        return int(
-            steps * flops_per_step(options, cost.dense, model) / flops_per_step(options, cost.factored, model)
-        ), 0.0
+        return int(steps * dense / factored), 0.0
     if not method.get("fixed_flops"):
         return steps, GUIDED
-    guide = cost.guide * (0.5 if method.get("guide_mode") == "stochastic" else 1.0)
-    return steps, (cost.dense - cost.factored) / (cost.factored + guide)
+    guide = flops_per_step(options, cost.factored + cost.guide, model) - factored
+    guide *= 0.5 if method.get("guide_mode") == "stochastic" else 1.0
+    return steps, (dense - factored) / (factored + guide)
 
 
 def flops_per_step(options: argparse.Namespace, multiply_adds: float, model: Any) -> float:
@@ -117,7 +121,8 @@ def curve(options: argparse.Namespace, model: Any, method: dict[str, Any], log: 
     return points
 
 
-def train(size: str, name: str, rate: float, seed: int) -> dict[str, Any]:
+def train(size: str, name: str, rate: float, seed: int, blocks: str = "test") -> dict[str, Any]:
+    """One run; ``blocks`` are what its loss is measured on in the end."""
     options, method = _bench["options"], METHODS[name]
     model = build(options, size, method, seed)
     steps, share = planned(options, size, method, model)
@@ -136,7 +141,7 @@ def train(size: str, name: str, rate: float, seed: int) -> dict[str, Any]:
     return {
         "size": size, "method": name, "learning_rate": rate, "seed": seed, "steps": trainer.max_steps,
         "guided_steps": trainer.guided_steps, "parameters": sum(p.numel() for p in trained.parameters()),
-        "flops": points[-1]["flops"], "loss": evaluate_blocks(trained, _bench["test"], 16).loss, "curve": points,
+        "flops": points[-1]["flops"], "loss": evaluate_blocks(trained, _bench[blocks], 16).loss, "curve": points,
     }  # fmt: skip
 
 
@@ -148,10 +153,10 @@ def _start_worker(options: argparse.Namespace, threads: int) -> None:
     tokenizer = common.tokenizer_of(options.model)
     data = DataArguments(dataset=str(options.tokens_folder), block_size=options.block_size)
     train_data, held_out = load_data(data, tokenizer)
-    spread = torch.linspace(0, len(held_out) - 1, min(options.test_blocks, len(held_out))).long()
-    test = torch.stack([held_out[int(i)]["input_ids"] for i in spread])
-    _, part = held_out.split(min(64, len(held_out)))
-    _bench.update(options=options, train=train_data, curve=part, test=test)
+    blocks = torch.stack([held_out[i]["input_ids"] for i in range(len(held_out))])
+    pilot = torch.arange(len(blocks)) % 4 == 3
+    curve = pack(blocks[pilot].flatten().int().numpy(), options.block_size)
+    _bench.update(options=options, train=train_data, curve=curve, pilot=blocks[pilot], test=blocks[~pilot])
 
 
 def tokenize(options: argparse.Namespace) -> None:
@@ -167,26 +172,29 @@ def tokenize(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_common(parser)
-    parser.add_argument("--preset-size", default="s", choices=("s", "m", "l", "xl"), help="for --sizes paper")
     parser.add_argument("--sizes", nargs="+", default=["1M", "2M", "5M"], choices=tuple(SIZES), help="smallest first")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=786_432, help="of a run at equal tokens; not of paper")
+    parser.add_argument("--tokens", type=int, default=786_432, help="of a run at equal tokens")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per optimizer step")
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences per forward pass")
-    parser.add_argument("--test-blocks", type=int, default=256, help="held-out blocks at the end of a run")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; they share the threads")
     parser.add_argument("--tokens-folder", type=Path, default=Path("build/benchmarks/pretraining-tokens"))
     parser.add_argument("--output", type=Path, default=common.RESULTS / "pretraining.json")
     options = parser.parse_args()
     tokenize(options)
     options.vocab_size = len(common.tokenizer_of(options.model))
-    report: dict[str, Any] = {
-        "machine": common.machine(options.device), "python": platform.python_version(), "grid": GRID,
-        "tokens": options.tokens, "tokens_per_step": options.batch_size * options.block_size, "pilots": {}, "rows": [],
+    settings = {
+        "model": Path(options.model).name, "python": platform.python_version(), "grid": list(GRID),
+        "tokens": options.tokens, "batch_size": options.batch_size, "block_size": options.block_size,
+        "smallest": options.sizes[0],
     }  # fmt: skip
+    report: dict[str, Any] = {"machine": common.machine(options.device), **settings, "pilots": {}, "rows": []}
     if options.output.is_file():
-        report |= {k: json.loads(options.output.read_text(encoding="utf-8"))[k] for k in ("pilots", "rows")}
+        earlier = json.loads(options.output.read_text(encoding="utf-8"))
+        if changed := [k for k, v in settings.items() if earlier[k] != v]:
+            parser.error(f"{options.output} was measured with another {changed[0]}; name another --output")
+        report |= {k: earlier[k] for k in ("pilots", "rows")}
     threads = max(1, torch.get_num_threads() // options.workers)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, context, _start_worker, (options, threads)) as pool:
@@ -203,27 +211,40 @@ def main() -> None:
             report["rows"].append(row)
             report["summary"] = summary(report["rows"])
             common.write_json(options.output, report)
+    report["summary"] = summary(report["rows"])
     show(report)
     draw(report, options.output.with_suffix(".png"))
 
 
 def choose_rates(pool: Any, options: argparse.Namespace, report: dict[str, Any]) -> dict[str, float]:
-    """Per kind of model the best of the grid at the smallest size; the grid grows while its end is best."""
+    """Per kind of model the best of the grid at the smallest size; the grid grows while its end is best, twice at most."""
     kinds = sorted({METHODS[name]["kind"] for name in options.methods})
     while True:
-        found = {k: {float(r): loss for r, loss in report["pilots"].get(k, {}).items()} for k in kinds}
+        found = {k: {float(r): _or_inf(loss) for r, loss in report["pilots"].get(k, {}).items()} for k in kinds}
         wanted = [(k, r) for k in kinds for r in _missing_rates(found[k])]
         if not wanted:
             return {k: min(found[k], key=lambda r, k=k: found[k][r]) for k in kinds}
-        jobs = [(options.sizes[0], kind, rate, options.seeds[0]) for kind, rate in wanted]
-        for (_, kind, rate, _), row in common.as_completed(pool, train, jobs):
-            report["pilots"].setdefault(kind, {})[f"{rate:g}"] = row["loss"]
+        jobs = [(options.sizes[0], kind, rate) for kind, rate in wanted]
+        for (_, kind, rate), loss in common.as_completed(pool, pilot_loss, jobs):
+            report["pilots"].setdefault(kind, {})[f"{rate:g}"] = loss
             common.write_json(options.output, report)
+
+
+def pilot_loss(size: str, kind: str, rate: float) -> float | None:
+    """None where the run diverged."""
+    try:
+        return float(train(size, kind, rate, PILOT_SEED, "pilot")["loss"])
+    except DivergedError:
+        return None
+
+
+def _or_inf(loss: float | None) -> float:
+    return math.inf if loss is None else loss
 
 
 def _missing_rates(found: dict[float, float]) -> list[float]:
     missing = [r for r in GRID if r not in found]
-    if missing:
+    if missing or len(found) > len(GRID) + 1:
         return missing
     best, rates = min(found, key=lambda r: found[r]), sorted(found)
     return [best * 2] if best == rates[-1] else [best / 2] if best == rates[0] else []
