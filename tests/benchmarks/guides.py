@@ -30,9 +30,6 @@ def settings(steps: int) -> list[dict[str, Any]]:
     for guide, share in (("none", 0.25), ("residual", 0.25), ("residual", 0.5), ("residual", 1.0)):
         for ratio in (0.6, 0.25):
             table.append({"ratio": ratio, "steps": 4 * steps, "guide": guide, "guided_ratio": share})
-    for guide in ("none", "residual"):
-        for ratio in (0.8, 0.4):
-            table.append({"ratio": ratio, "steps": 4 * steps, "guide": guide, "guided_ratio": 0.25})
     for guide in ("none", "residual", "frozen", "dense"):
         for ratio in RATIOS:
             table.append({"ratio": ratio, "steps": steps, "guide": guide, "guided_ratio": 0.25})
@@ -44,6 +41,9 @@ def settings(steps: int) -> list[dict[str, Any]]:
     for guide in ("none", "residual", "dense"):
         for ratio in (0.6, 0.4):
             table.append({"kind": "svd", "ratio": ratio, "steps": steps, "guide": guide, "guided_ratio": 0.25})
+    for guide in ("none", "residual"):
+        for ratio in (0.8, 0.4):
+            table.append({"kind": "ours", "ratio": ratio, "steps": 4 * steps, "guide": guide, "guided_ratio": 0.25})
     return table
 
 

@@ -259,14 +259,19 @@ def test_added_later_it_wants_prepare_for_resume(straight, tmp_path):
     assert_same_weights(trainer.model.state_dict(), expected.model.state_dict())
 
 
-@pytest.mark.parametrize("step", [GUIDED - 2, GUIDED + 2])
-def test_with_model_init_the_model_of_the_run_is_prepared(straight, tmp_path, step):
-    expected, _, folder = straight("dense")
-    trainer = make_trainer(
-        None, tmp_path, GuidanceCallback(guided_steps=GUIDED), model_init=lambda: make_model("dense")
-    )
-    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-    assert_same_weights(trainer.model.state_dict(), expected.model.state_dict())
+def test_with_model_init_the_model_of_the_run_is_prepared(tmp_path):
+    """Trainer makes one when it is made, throws it away, and makes another when it trains."""
+    runs = {}
+    for step in (None, GUIDED - 2, GUIDED + 2):
+        trainer = make_trainer(
+            None, tmp_path / str(step), GuidanceCallback(guided_steps=GUIDED), model_init=lambda: make_model("dense")
+        )
+        checkpoint = None if step is None else str(tmp_path / "None" / f"checkpoint-{step}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs[step] = trainer.model.state_dict()
+        assert not any(guided_layers(trainer.model))
+    assert_same_weights(runs[GUIDED - 2], runs[None])
+    assert_same_weights(runs[GUIDED + 2], runs[None])
 
 
 def test_a_trainer_that_failed_to_be_made_disturbs_no_other(tmp_path):
