@@ -58,6 +58,12 @@ class Comparison:
         """Over the factored linears; None where there are none."""
         return self.compact.factored / self.dense.factored if self.dense.factored else None
 
+    @property
+    def kept(self) -> float:
+        """The same, over ``linears``: with those of their kinds that stay dense. 1 where there are none."""
+        before = sum(p.dense_parameters for p in self.linears)
+        return sum(p.parameters for p in self.linears) / before if before else 1.0
+
 
 @dataclass(frozen=True)
 class StepCost:

@@ -9,6 +9,7 @@ What is left in ``output_dir`` at the end is a compact checkpoint that ``AutoMod
 
 import copy
 import sys
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,11 +18,12 @@ import lowrank_ft
 from lowrank_ft.calibration import Calibration
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.conversion import default_allocation
+from lowrank_ft.cost import compare
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation import context_length
 from lowrank_ft.hub.export import begin_run
 from lowrank_ft.hub.source import Source, check_causal_lm, check_finite, is_compact, load_model
-from lowrank_ft.nn import check_guide_bits
+from lowrank_ft.nn import check_guide_bits, guided_layers
 from lowrank_ft.targets import as_patterns
 from lowrank_ft.training import (
     ModelArguments,
@@ -52,7 +54,7 @@ def main() -> None:
     positions = getattr(config, "max_position_embeddings", None)
     data_args.block_size = context_length(data_args.block_size, positions, source.name)
     accelerator = make_accelerator(train_args)
-    check_guide_bits(model_args.guide, model_args.guide_bits, accelerator.device)
+    check_guide_bits(model_args.guide_at(1.0), model_args.guide_bits, accelerator.device)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
         distill_data = load_distill_data(data_args, tokenizer)
@@ -61,6 +63,8 @@ def main() -> None:
     # 2. The model: factors, and the guide beside them; and the dense model, if there is something to distil from it.
     #    All processes do this at the same time: those that waited for a long conversion would time out.
     model, base_model, teacher = prepare_model(model_args, source, train_data, distill=train_args.distill_weight > 0)
+
+    guide = next((layer.kind for _, layer in guided_layers(model)), "none")
 
     export_dtype = config.dtype if model_args.export_dtype == "auto" else getattr(torch, model_args.export_dtype)
     export_dtype = export_dtype or torch.float32
@@ -74,7 +78,7 @@ def main() -> None:
 
     # 4. Export.
     if accelerator.is_main_process:
-        results = {"training steps": trainer.max_steps, "guide": f"{model_args.guide}, {trainer.guided_steps} steps"}
+        results = {"training steps": trainer.max_steps, "guide": f"{guide}, {trainer.guided_steps} steps"}
         if trainer.best_loss is not None:
             results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
         lowrank_ft.save_compact(
@@ -92,7 +96,6 @@ def prepare_model(
     The teacher, None unless there is distillation, is a whole dense model of its own, in the same dtype.
     """
     dtype = getattr(torch, args.dtype)
-    guide = None if args.guide == "none" else args.guide
     sizes = (args.rank, args.param_ratio)
     compact = is_compact(source.load_config())
     if compact and any(s is not None for s in sizes):
@@ -109,15 +112,19 @@ def prepare_model(
         if distill:
             teacher = load_dense(args, args.guide_model, None, distill) if args.guide_model else copy.deepcopy(model)
         calibration = calibration_of(args, train_data)
-        lowrank_ft.convert(
-            model,
+        sizes_and_targets: dict[str, Any] = dict(
             rank=as_rank(args.rank),
             param_ratio=args.param_ratio,
             rank_pattern=args.rank_pattern,
             target_modules=as_patterns(args.target_modules),
             exclude_modules=as_patterns(args.exclude_modules),
+        )
+        guide = args.guide_at(lowrank_ft.make_plan(model, **sizes_and_targets).param_ratio)
+        lowrank_ft.convert(
+            model,
+            **sizes_and_targets,
             guide=guide,
-            guide_bits=args.guide_bits,
+            guide_bits=args.guide_bits if guide else None,
             method=args.method,
             allocation=args.allocation or default_allocation(args.param_ratio, calibration),
             calibration=calibration,
@@ -127,6 +134,9 @@ def prepare_model(
 
     origin = model.config.quantization_config
     base_model = args.guide_model or origin.base_model
+    guide = args.guide_at(compare(model).kept)
+    if args.guide == "auto" and not base_model:
+        guide = None
     if guide is None and not distill:
         return model, base_model, None
     if not base_model:

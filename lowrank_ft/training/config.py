@@ -12,6 +12,8 @@ from lowrank_ft.schedule import ALPHA_SCHEDULES, GUIDE_MODES, LR_SCHEDULES, requ
 from lowrank_ft.trainable import TRAINABLE
 from lowrank_ft.training.optimizers import OPTIMIZERS
 
+AUTO_GUIDE_FROM = 0.45  # param ratio; see docs/explanation/guidance.md
+
 
 def option(default: Any, help: str) -> Any:
     if isinstance(default, list | dict):
@@ -38,7 +40,11 @@ class ModelArguments:
     calibration_tokens: int = option(
         65_536, "tokens of the training data that the factors of a dense model are fitted to"
     )
-    guide: str = option("residual", f"dense branch that is phased out: {', '.join(GUIDES)}, or none")
+    guide: str = option(
+        "auto",
+        f"dense branch that is phased out: {', '.join(GUIDES)}, none; auto: residual where at least {AUTO_GUIDE_FROM:.0%} of "
+        "the linears' parameters are left, else none",
+    )
     guide_bits: int | None = option(
         None, "store a residual or frozen guide in 16, 8 or 4 bits; 8 and 4 need bitsandbytes; default: as --dtype"
     )
@@ -53,10 +59,20 @@ class ModelArguments:
         if self.allocation is not None:
             require_choice("allocation", self.allocation, ALLOCATIONS)
         _require_range("calibration_tokens", self.calibration_tokens, 1)
-        require_choice("guide", self.guide, (*GUIDES, "none"))
-        check_guide_bits(self.guide, self.guide_bits)
+        require_choice("guide", self.guide, (*GUIDES, "none", "auto"))
+        check_guide_bits(self.guide_at(1.0), self.guide_bits)
         require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require_choice("export_dtype", self.export_dtype, ("auto", "float32", "bfloat16", "float16"))
+
+    def guide_at(self, param_ratio: float) -> str | None:
+        """The guide of a model whose linears keep this share of their parameters; None for no guide.
+
+        ``auto`` is what tests/benchmarks/guides.py found: a residual guide helps where moderately much was taken away,
+        and hinders where little is left.
+        """
+        if self.guide == "auto":
+            return "residual" if param_ratio >= AUTO_GUIDE_FROM else None
+        return None if self.guide == "none" else self.guide
 
 
 @dataclass

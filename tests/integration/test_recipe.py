@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lowrank_ft
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.hub.source import Source, load_model
-from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn import guided_layers, lowrank_layers
 from lowrank_ft.training import ModelArguments
 from lowrank_ft.training.arguments import as_rank, parse_args
 from lowrank_ft.training.data import pack
@@ -168,7 +168,7 @@ def test_yaml_and_flags(tmp_path):
     ("options", "message"),
     [
         ({"lerning_rate": 1}, "there is no option 'lerning_rate'; did you mean learning_rate"),
-        ({"guide": "teacher"}, "guide 'teacher' is unknown; choose one of residual, frozen, dense, none"),
+        ({"guide": "teacher"}, "guide 'teacher' is unknown; choose one of residual, frozen, dense, none, auto"),
         ({"eval_ratio": 2}, "eval_ratio is 2"),
         ({"distill_weight": 2}, "distill_weight is 2; it must be 0 to 1"),
         ({"distill_temperature": 0}, "distill_temperature is 0; it must be above 0"),
@@ -243,7 +243,28 @@ def test_the_teacher_is_the_dense_model_and_a_copy(tmp_path):
         prepare_model(args, Source(args.model), train_data, distill=True)
 
 
-def converted(dense):
+@pytest.mark.parametrize(("ratio", "kind"), [(0.6, "residual"), (0.3, None)])
+def test_auto_guides_what_keeps_half_of_its_parameters(tmp_path, ratio, kind):
+    """Whether the recipe converts, or finds a checkpoint; and one that does not know its origin goes without."""
+    from recipes.finetune import prepare_model
+
+    train_data = pack(np.arange(2048, dtype=np.int32) % 500, 64)
+    dense = load_model(Source(str(DEMO_MODEL)), torch.float32)
+    for folder, base_model in (("compact", str(DEMO_MODEL)), ("orphan", "")):
+        lowrank_ft.save_compact(converted(dense, ratio), tmp_path / folder, base_model=base_model)
+    for options, expected in (
+        ({"model": str(DEMO_MODEL), "param_ratio": ratio, "method": "svd"}, kind),
+        ({"model": str(tmp_path / "compact")}, kind),
+        ({"model": str(tmp_path / "compact"), "guide_bits": 16}, kind),
+        ({"model": str(tmp_path / "compact"), "guide": "frozen"}, "frozen"),
+        ({"model": str(tmp_path / "orphan")}, None),
+    ):
+        args = ModelArguments(**options)
+        model, _, _ = prepare_model(args, Source(args.model), train_data)
+        assert {layer.kind for _, layer in guided_layers(model)} == ({expected} if expected else set())
+
+
+def converted(dense, ratio=0.5):
     model = copy.deepcopy(dense)
-    lowrank_ft.convert(model, param_ratio=0.5)
+    lowrank_ft.convert(model, param_ratio=ratio)
     return model
