@@ -23,7 +23,7 @@ STEPS, GUIDED, SEED = 8, 4, 5
 
 def main(output: Path, batch_size: int) -> None:
     model = tiny_llama()
-    convert(model, rank=8, guide="dense")
+    convert(model, rank=6, guide="dense")
     data = pack(np.random.default_rng(0).integers(3, 97, 40 * 16).astype(np.int32), 16)
     seen: dict[str, Any] = {"finds_unused": []}
 
