@@ -49,7 +49,7 @@ def test_deepspeed_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
         ({"fsdp_version": 1}, "set fsdp_version: 2"),
         ({"cpu_ram_efficient_loading": True}, "set it to false"),
         ({"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 10}, "set TRANSFORMER_BASED_WRAP"),
-        ({"activation_checkpointing": True}, "use --gradient_checkpointing"),
+        ({"activation_checkpointing": True}, "use gradient_checkpointing"),
     ],
 )
 def test_settings_under_which_guides_would_stay_or_be_lost_are_refused(options, message):
