@@ -36,9 +36,9 @@ def data():
     return pack((np.arange(40 * BLOCK) % 90 + 3).astype(np.int32), BLOCK)
 
 
-def guided(guide="residual"):
+def guided(guide="residual", rank=8):
     model = tiny_llama()
-    convert(model, rank=8, guide=guide)
+    convert(model, rank=rank, guide=guide)
     return model
 
 
@@ -204,7 +204,7 @@ def test_stochastic_guidance_sets_the_gates_of_every_step_and_learns(tmp_path, d
 def test_fixed_flops_adds_steps_that_repeat_the_guided_data(tmp_path, data):
     """By the FLOPs of the paper's rule, scores of attention included; the learning rate's schedule spans all steps."""
     seen = []
-    model = guided()
+    model = guided(rank=5)
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True)
     cost = step_cost(model)
     scores = 3 * 2 * BLOCK * 2 * model.config.hidden_size  # two layers, queries and values as wide as the model
