@@ -318,7 +318,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
              title="dots: ends of training, sizes joined; thin: on the way")  # fmt: skip
     right.axhline(0, color=COLORS["dense"], lw=1)
     right.set(xlabel="size of the dense model", ylabel="loss above the dense model's, nats per token")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, handlelength=3.5)
     for axis in (left, right):
         axis.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
