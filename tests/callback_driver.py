@@ -14,6 +14,8 @@ import gc
 import json
 import os
 import signal
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ import lowrank_ft
 from lowrank_ft import GuidanceCallback, LowRankConfig
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import sharding
-from tests.conftest import tiny_llama
+from tests.conftest import ROOT, tiny_llama
 from tests.distributed.watching import live_bytes
 
 STEPS, GUIDED = 8, 4
@@ -107,6 +109,24 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What ``save_model`` wrote: a model or an adapter."""
     (file,) = folder.glob("*model.safetensors")
     return load_file(file)
+
+
+def launch(output: Path, kinds: tuple[str, ...], resumed: tuple[int, ...], **environment: str) -> None:
+    """This driver on two processes."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "tests.callback_driver", str(output), *kinds, "--batch", "1", "--dropout", "0",
+        "--resume", *map(str, resumed),
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=output, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def outcome(output: Path, kind: str, run: str) -> tuple[list[dict[str, Any]], Path]:
+    """What both processes of :func:`launch` wrote of a run, and its folder."""
+    return [json.loads((output / kind / f"{run}-{rank}.json").read_text()) for rank in (0, 1)], output / kind / run
 
 
 def series(trainer: Trainer, key: str) -> list[Any]:

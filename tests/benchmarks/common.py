@@ -129,6 +129,15 @@ def as_completed(
         raise
 
 
+def missing_rates(found: dict[float, float], grid: tuple[float, ...], most: int) -> list[float]:
+    """Learning rates to try next: the grid, and past its end, ``most`` times, while the best result is at an end."""
+    missing = [r for r in grid if r not in found]
+    if missing or len(found) >= len(grid) + most:
+        return missing
+    best, rates = min(found, key=lambda r: found[r]), sorted(found)
+    return [best * 2] if best == rates[-1] else [best / 2] if best == rates[0] else []
+
+
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Write whole or not at all: a benchmark saves after every measurement."""
     path.parent.mkdir(parents=True, exist_ok=True)

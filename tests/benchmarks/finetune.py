@@ -219,21 +219,13 @@ def choose_rates(pool: Any, families: list[str], report: dict[str, Any], save: A
         f: {float(r): p for r, p in report["pilots"].get(f, {}).items()} for f in families
     }
     while True:
-        wanted = [(f, r) for f in families for r in _missing_rates(found[f])]
+        wanted = [(f, r) for f in families for r in common.missing_rates(found[f], GRID, 3)]
         if not wanted:
             return {f: sorted(found[f], key=lambda r, f=f: found[f][r]) for f in families}
         for _, (name, rate, result) in common.as_completed(pool, pilot, wanted):
             found[name][rate] = result
             report["pilots"][name] = {f"{r:g}": p for r, p in sorted(found[name].items())}
             save()
-
-
-def _missing_rates(found: dict[float, float]) -> list[float]:
-    missing = [r for r in GRID if r not in found]
-    if missing or len(found) > len(GRID) + 2:
-        return missing
-    best, rates = min(found, key=lambda r: found[r]), sorted(found)
-    return [best * 2] if best == rates[-1] else [best / 2] if best == rates[0] else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_ft import initialize_lowrank, preset_config
 from lowrank_ft.accounting import training_flops
 from lowrank_ft.console import print_table
-from lowrank_ft.cost import attention_scores, step_cost
+from lowrank_ft.cost import StepCost, attention_scores, step_cost
 from lowrank_ft.errors import DivergedError
 from lowrank_ft.evaluation import evaluate_blocks
 from lowrank_ft.presets import preset
@@ -83,36 +83,40 @@ def build(options: argparse.Namespace, size: str, method: dict[str, Any], seed: 
     return model
 
 
-def planned(options: argparse.Namespace, size: str, method: dict[str, Any], model: Any) -> tuple[int, float]:
+def planned(
+    options: argparse.Namespace, size: str, method: dict[str, Any], cost: StepCost, config: Any
+) -> tuple[int, float]:
     """Steps, ``fixed_flops`` not included, and the guided share of them.
 
     At dense FLOPs the share is the paper's (2406.16450): such that every guided step is repeated once.
     """
-    steps, cost = size_of(options, size).steps, step_cost(model)
-    dense, factored = (flops_per_step(options, c, model) for c in (cost.dense, cost.factored))
+    steps = size_of(options, size).steps
+    dense, factored = (flops_per_step(options, c, config) for c in (cost.dense, cost.factored))
     if method.get("longer"):
         return int(steps * dense / factored), 0.0
     if not method.get("fixed_flops"):
         return steps, GUIDED
-    guide = flops_per_step(options, cost.factored + cost.guide, model) - factored
+    guide = flops_per_step(options, cost.guided(), config) - factored
     guide *= 0.5 if method.get("guide_mode") == "stochastic" else 1.0
     return steps, (dense - factored) / (factored + guide)
 
 
-def flops_per_step(options: argparse.Namespace, multiply_adds: float, model: Any) -> float:
+def flops_per_step(options: argparse.Namespace, multiply_adds: float, config: Any) -> float:
     """Of a step whose linears take this many multiply-adds per token, forward and backward."""
-    scores, _ = attention_scores(model.config, options.block_size)
+    scores, _ = attention_scores(config, options.block_size)
     tokens = options.batch_size * options.block_size
     return 2 * tokens * multiply_adds + training_flops(tokens, 0, scores)
 
 
-def curve(options: argparse.Namespace, model: Any, method: dict[str, Any], log: Path) -> list[dict[str, float]]:
+def curve(
+    options: argparse.Namespace, cost: StepCost, config: Any, method: dict[str, Any], log: Path
+) -> list[dict[str, float]]:
     """Held-out loss against the FLOPs spent so far."""
-    entries, cost = read_metrics(log), step_cost(model)
+    entries = read_metrics(log)
     guided = next((e["guided_steps"] for e in entries if e.get("event") == "start"), 0)
     stochastic = method.get("guide_mode") == "stochastic"
-    base = flops_per_step(options, cost.factored, model)
-    extra = flops_per_step(options, cost.factored + cost.guide, model) - base
+    base = flops_per_step(options, cost.factored, config)
+    extra = flops_per_step(options, cost.guided(), config) - base
     points = []
     for entry in (e for e in entries if "eval_loss" in e):
         step = int(entry["step"])
@@ -125,8 +129,8 @@ def train(size: str, name: str, rate: float, seed: int, blocks: str = "test") ->
     """One run; ``blocks`` are what its loss is measured on in the end."""
     options, method = _bench["options"], METHODS[name]
     model = build(options, size, method, seed)
-    steps, share = planned(options, size, method, model)
-    counted = build(options, size, method, seed)  # keeps its guides
+    cost = step_cost(model)  # while it has its guides
+    steps, share = planned(options, size, method, cost, model.config)
     with tempfile.TemporaryDirectory() as folder:
         args = PretrainArguments(
             output_dir=folder, max_steps=steps, guided_ratio=share, learning_rate=rate, warmup_ratio=0.05, seed=seed,
@@ -137,7 +141,7 @@ def train(size: str, name: str, rate: float, seed: int, blocks: str = "test") ->
         )  # fmt: skip
         trainer = Trainer(model, args, _bench["train"], _bench["curve"])
         trained = trainer.train()
-        points = curve(options, counted, method, Path(folder) / METRICS_FILE)
+        points = curve(options, cost, model.config, method, Path(folder) / METRICS_FILE)
     return {
         "size": size, "method": name, "learning_rate": rate, "seed": seed, "steps": trainer.max_steps,
         "guided_steps": trainer.guided_steps, "parameters": sum(p.numel() for p in trained.parameters()),
@@ -221,7 +225,7 @@ def choose_rates(pool: Any, options: argparse.Namespace, report: dict[str, Any])
     kinds = sorted({METHODS[name]["kind"] for name in options.methods})
     while True:
         found = {k: {float(r): _or_inf(loss) for r, loss in report["pilots"].get(k, {}).items()} for k in kinds}
-        wanted = [(k, r) for k in kinds for r in _missing_rates(found[k])]
+        wanted = [(k, r) for k in kinds for r in common.missing_rates(found[k], GRID, 2)]
         if not wanted:
             return {k: min(found[k], key=lambda r, k=k: found[k][r]) for k in kinds}
         jobs = [(options.sizes[0], kind, rate) for kind, rate in wanted]
@@ -240,14 +244,6 @@ def pilot_loss(size: str, kind: str, rate: float) -> float | None:
 
 def _or_inf(loss: float | None) -> float:
     return math.inf if loss is None else loss
-
-
-def _missing_rates(found: dict[float, float]) -> list[float]:
-    missing = [r for r in GRID if r not in found]
-    if missing or len(found) > len(GRID) + 1:
-        return missing
-    best, rates = min(found, key=lambda r: found[r]), sorted(found)
-    return [best * 2] if best == rates[-1] else [best / 2] if best == rates[0] else []
 
 
 def scaled(options: argparse.Namespace, rate: float, size: str) -> float:

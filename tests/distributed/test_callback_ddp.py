@@ -1,16 +1,12 @@
 """``GuidanceCallback`` in ``transformers.Trainer`` on two processes with DDP, against one at equal global batch."""
 
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 from lowrank_ft import GuidanceCallback
-from tests.callback_driver import GUIDED, STEPS, make_model, make_trainer, saved_weights, series
-from tests.conftest import ROOT
+from tests.callback_driver import GUIDED, STEPS, launch, make_model, make_trainer, outcome, saved_weights, series
 
 KINDS = ("dense", "peft-residual")
 RESUMED = (GUIDED - 2, GUIDED + 2)
@@ -20,18 +16,8 @@ RESUMED = (GUIDED - 2, GUIDED + 2)
 def runs(tmp_path_factory):
     """What both processes wrote of a run: ``runs(kind, "straight")``. One launch does all."""
     output = tmp_path_factory.mktemp("ddp")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "tests.callback_driver", str(output), *KINDS, "--batch", "1", "--dropout", "0", "--resume", *map(str, RESUMED),
-    ]  # fmt: skip
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=output, env=env, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return lambda kind, run: (
-        [json.loads((output / kind / f"{run}-{rank}.json").read_text()) for rank in (0, 1)],
-        output / kind / run,
-    )
+    launch(output, KINDS, RESUMED)
+    return partial(outcome, output)
 
 
 @pytest.mark.parametrize("kind", KINDS)

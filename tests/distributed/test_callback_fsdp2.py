@@ -1,9 +1,6 @@
 """``GuidanceCallback`` in ``transformers.Trainer`` on two processes with FSDP2, against one at equal global batch."""
 
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +12,8 @@ import lowrank_ft
 from lowrank_ft import GuidanceCallback
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.training import host_trainer, sharding
-from tests.callback_driver import GUIDED, STEPS, make_model, make_trainer, saved_weights, series
-from tests.conftest import ROOT, tiny_llama
+from tests.callback_driver import GUIDED, STEPS, launch, make_model, make_trainer, outcome, saved_weights, series
+from tests.conftest import tiny_llama
 
 FORMS = {"FULL_STATE_DICT": ("dense", "peft-residual"), "SHARDED_STATE_DICT": ("residual",)}
 KINDS = [kind for kinds in FORMS.values() for kind in kinds]
@@ -28,22 +25,11 @@ def runs(tmp_path_factory):
     """What both processes wrote of a run, and its folder: ``runs(kind, "straight")``. One launch for each form."""
     output = tmp_path_factory.mktemp("fsdp2")
     for form, kinds in FORMS.items():
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            "-m", "tests.callback_driver", str(output), *kinds, "--batch", "1", "--dropout", "0",
-            "--resume", *map(str, RESUMED),
-        ]  # fmt: skip
-        env = {
-            **os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": form,
-            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, cwd=output, env=env, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
-    return lambda kind, run: (
-        [json.loads((output / kind / f"{run}-{rank}.json").read_text()) for rank in (0, 1)],
-        output / kind / run,
-    )
+        launch(
+            output, kinds, RESUMED, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2",
+            FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_STATE_DICT_TYPE=form,
+        )  # fmt: skip
+    return partial(outcome, output)
 
 
 @pytest.mark.parametrize("kind", KINDS)
