@@ -11,12 +11,13 @@ from lowrank_ft_cli.options import device_of, dtype_of, folder_bytes, source_of
 from torch import Tensor
 
 from lowrank_ft.console import human_bytes, human_count, print_table
+from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.sources import read_rows
 from lowrank_ft.errors import ConfigError, DataError
 from lowrank_ft.evaluation import agreement, context_length, evaluate_blocks, to_blocks, windows
 from lowrank_ft.hub.source import Source, check_causal_lm, load_model
 from lowrank_ft.hub.tasks import load_tasks, run_tasks
 from lowrank_ft.plan import count_parameters
-from lowrank_ft.training.data import read_rows, token_ids
 
 _ABOUT_DATA = ("stride", "max_tokens", "block_size")
 

@@ -19,6 +19,8 @@ from lowrank_ft.calibration import Calibration
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.conversion import default_allocation
 from lowrank_ft.cost import compare
+from lowrank_ft.data.examples import TokenizedData
+from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation import context_length
 from lowrank_ft.hub.export import begin_run
@@ -35,8 +37,6 @@ from lowrank_ft.training import (
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
 from lowrank_ft.training.calibration import training_calibration
-from lowrank_ft.training.data import TokenizedData
-from lowrank_ft.training.tokens import check_embeddings
 
 
 @one_line_errors

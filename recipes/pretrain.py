@@ -20,6 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 import lowrank_ft
 from lowrank_ft.console import one_line_errors, shown_command
+from lowrank_ft.data.encoding import tokenizer_facts
+from lowrank_ft.data.token_format import is_token_folder, read_index
+from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation import context_length
 from lowrank_ft.hub.export import begin_run
@@ -31,7 +34,6 @@ from lowrank_ft.training import Trainer, checkpoint_to_resume, load_data, make_a
 from lowrank_ft.training.arguments import as_rank, parse_groups
 from lowrank_ft.training.config import DataArguments
 from lowrank_ft.training.pretraining import PretrainArguments, ScratchArguments
-from lowrank_ft.training.tokens import check_embeddings, is_token_folder, read_index, tokenizer_facts
 
 _NOT_THE_MODEL = ("transformers_version", "quantization_config", "_name_or_path")
 

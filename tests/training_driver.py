@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from lowrank_ft.conversion import convert
+from lowrank_ft.data.examples import pack
 from lowrank_ft.training import TrainArguments, Trainer, checkpoints
-from lowrank_ft.training.data import pack
 from tests.conftest import tiny_llama
 
 STEPS, GUIDED = 12, 6

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion import attach_guides, convert
+from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.examples import TokenizedData, pack
 from lowrank_ft.demo.reload import PROMPT
 from lowrank_ft.demo.text import prose
 from lowrank_ft.errors import CheckpointError
@@ -27,7 +29,6 @@ from lowrank_ft.hub.output import check_output_dir, whole_folder
 from lowrank_ft.plan import count_parameters
 from lowrank_ft.training.calibration import training_calibration
 from lowrank_ft.training.config import TrainArguments
-from lowrank_ft.training.data import TokenizedData, pack, token_ids
 from lowrank_ft.training.trainer import Trainer
 
 MODEL = Path(__file__).parent / "model"

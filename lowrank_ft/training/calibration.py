@@ -19,8 +19,9 @@ from torch import Tensor
 from lowrank_ft.calibration.chains import Batch
 from lowrank_ft.calibration.config import Calibration, positions
 from lowrank_ft.calibration.sampling import sample_blocks
+from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.examples import Example, TokenizedData, collate
 from lowrank_ft.errors import ConfigError, DataError
-from lowrank_ft.training.data import Example, TokenizedData, collate, token_ids
 
 SELF = "self"
 CALIBRATION_TOKENS = 262_144

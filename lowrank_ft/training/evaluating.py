@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from lowrank_ft.data.examples import TokenizedData, collate
 from lowrank_ft.evaluation import IGNORED, Evaluation, predicted_tokens, summed_loss
 from lowrank_ft.nn import compact_view
-from lowrank_ft.training.data import TokenizedData, collate
 from lowrank_ft.training.sharding import reshard, uses_fsdp
 
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lowrank_ft.data.examples import StepBatches, TokenizedData, collate
 from lowrank_ft.errors import ConfigError, DivergedError, TrainingStateError
 from lowrank_ft.evaluation import Evaluation, predicted_tokens, summed_loss
 from lowrank_ft.nn import end_guidance, guide_label, guided_layers, set_alpha, set_gates
@@ -39,7 +40,6 @@ from lowrank_ft.trainable import merge_adapters, restrict_training
 from lowrank_ft.training import checkpoints, sharding
 from lowrank_ft.training.checkpoints import TrainerState
 from lowrank_ft.training.config import TrainArguments
-from lowrank_ft.training.data import StepBatches, TokenizedData, collate
 from lowrank_ft.training.distillation import Term, forward_options, make_teacher, summed_kl, terms_of_loss
 from lowrank_ft.training.evaluating import evaluate_compact
 from lowrank_ft.training.length import run_length

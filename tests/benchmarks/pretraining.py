@@ -33,12 +33,12 @@ from lowrank_ft import initialize_lowrank, preset_config
 from lowrank_ft.accounting import training_flops
 from lowrank_ft.console import print_table
 from lowrank_ft.cost import StepCost, attention_scores, step_cost
+from lowrank_ft.data.examples import pack
 from lowrank_ft.errors import DivergedError
 from lowrank_ft.evaluation import evaluate_blocks
 from lowrank_ft.presets import preset
 from lowrank_ft.schedule import alpha_at
 from lowrank_ft.training import DataArguments, Trainer, load_data
-from lowrank_ft.training.data import pack
 from lowrank_ft.training.pretraining import PretrainArguments
 from lowrank_ft.training.records import METRICS_FILE, read_metrics
 from tests.benchmarks import common
@@ -182,6 +182,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=786_432, help="of a run at equal tokens")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per optimizer step")
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences per forward pass")
+    parser.add_argument(
+        "--rates-of", type=Path, help="earlier result whose pilots choose the learning rates, not new ones"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; they share the threads")
     parser.add_argument("--tokens-folder", type=Path, default=Path("build/benchmarks/pretraining-tokens"))
     parser.add_argument("--output", type=Path, default=common.RESULTS / "pretraining.json")
@@ -191,12 +194,14 @@ def main() -> None:
     settings = {
         "model": Path(options.model).name, "python": platform.python_version(), "grid": list(GRID),
         "tokens": options.tokens, "batch_size": options.batch_size, "block_size": options.block_size,
-        "smallest": options.sizes[0],
+        "smallest": options.sizes[0], "rates_of": options.rates_of.name if options.rates_of else None,
     }  # fmt: skip
     report: dict[str, Any] = {"machine": common.machine(options.device), **settings, "pilots": {}, "rows": []}
+    if options.rates_of:
+        report["pilots"] = json.loads(options.rates_of.read_text(encoding="utf-8"))["pilots"]
     if options.output.is_file():
         earlier = json.loads(options.output.read_text(encoding="utf-8"))
-        if changed := [k for k, v in settings.items() if earlier[k] != v]:
+        if changed := [k for k, v in settings.items() if earlier.get(k) != v]:
             parser.error(f"{options.output} was measured with another {changed[0]}; name another --output")
         report |= {k: earlier[k] for k in ("pilots", "rows")}
     threads = max(1, torch.get_num_threads() // options.workers)

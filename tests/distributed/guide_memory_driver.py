@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_ft.conversion import convert
+from lowrank_ft.data.examples import pack
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import TrainArguments, Trainer
-from lowrank_ft.training.data import pack
 from tests.conftest import tiny_llama
 
 

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 import lowrank_ft
 from lowrank_ft import GuidanceCallback, LowRankConfig
+from lowrank_ft.data.examples import pack
 from lowrank_ft.errors import ConfigError, TrainingStateError
 from lowrank_ft.nn import compact_view, end_guidance, guided_layers, lowrank_layers
 from lowrank_ft.schedule import alpha_at
 from lowrank_ft.training import TrainArguments
 from lowrank_ft.training import Trainer as OwnTrainer
-from lowrank_ft.training.data import pack
 from lowrank_ft.training.records import read_metrics
 from tests.callback_driver import GUIDED, STEPS, Watch, make_data, make_model, make_trainer, series
 from tests.conftest import DEMO_MODEL, ROOT, tiny_llama

@@ -10,10 +10,10 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from lowrank_ft.training import token_writer
-from lowrank_ft.training.data import token_ids
-from lowrank_ft.training.documents import PIECE
-from lowrank_ft.training.tokens import MappedTokens
+from lowrank_ft.data import token_writer
+from lowrank_ft.data.documents import PIECE
+from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.token_format import MappedTokens
 from tests.conftest import DEMO_MODEL
 
 WORDS = ["def", "return", "self", "the", "quick", "brown", "fox", "import", "lambda x: x", "東京", "\n", "    ", "3.14"]

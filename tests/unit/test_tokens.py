@@ -10,12 +10,15 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from lowrank_ft.data.documents import PIECE, Corpus, Position, cut
+from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.examples import StepBatches, TokenizedData, collate, pack
+from lowrank_ft.data.token_format import MappedTokens
+from lowrank_ft.data.token_writer import write_token_files
+from lowrank_ft.data.tokens import TokenFiles, check_embeddings
 from lowrank_ft.errors import ConfigError, DataError, OutputError
 from lowrank_ft.training.config import DataArguments
-from lowrank_ft.training.data import StepBatches, TokenizedData, collate, load_data, pack, token_ids
-from lowrank_ft.training.documents import PIECE, Corpus, Position, cut
-from lowrank_ft.training.token_writer import write_token_files
-from lowrank_ft.training.tokens import MappedTokens, TokenFiles, check_embeddings
+from lowrank_ft.training.data import load_data
 from tests.conftest import DEMO_MODEL
 
 WORDS = [

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lowrank_ft.conversion import convert
 from lowrank_ft.cost import step_cost
+from lowrank_ft.data.examples import StepBatches, pack
 from lowrank_ft.errors import ConfigError, DivergedError, OutputError, TrainingStateError
 from lowrank_ft.evaluation import summed_loss
 from lowrank_ft.nn import compact_state_dict, guided_layers, set_alpha
@@ -20,7 +21,6 @@ from lowrank_ft.schedule import alpha_at, keeps_guide, lr_factor_at
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.arguments import parse_args
 from lowrank_ft.training.checkpoints import find_checkpoints, load_optimizer_tensors, optimizer_tensors
-from lowrank_ft.training.data import StepBatches, pack
 from lowrank_ft.training.records import read_metrics
 from tests.conftest import tiny_llama
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol
 
 from datasets import load_dataset_builder
 
+from lowrank_ft.data.sources import BUILDERS, reading
 from lowrank_ft.errors import DataError
 from lowrank_ft.schedule import hash_fraction
-from lowrank_ft.training.data import BUILDERS, reading
 
 PIECE = 2**18
 """Characters. Tokens of a longer document may differ, at the cuts only, from those of the document in one piece."""

@@ -7,7 +7,8 @@
 
 All shards' ``train`` tensors end to end are the training text, each document followed by the end-of-text token; likewise
 ``held_out``. safetensors reads a slice of a tensor from the mapped file, so a block costs its own bytes and not those of
-the file. A folder without ``index.json`` is not whole. ``token_writer.py`` writes these folders, this file reads them.
+the file. A folder without ``index.json`` is not whole. ``token_writer.py`` writes these folders, this file reads
+them, and ``tokens.py`` makes examples of them.
 """
 
 import bisect
@@ -21,16 +22,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lowrank_ft.errors import DataError
-from lowrank_ft.evaluation import DEFAULT_BLOCK_SIZE
-from lowrank_ft.training.data import TokenizedData, text_ends
 
 FORMAT = "lowrank_ft.tokens"
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 PARTS = ("train", "held_out")
-_PROBE = (
-    'def f(x):\n\treturn {"a": 3.14159}  # 2024\r\n\n The café·s naïve Ünïcode — 东京 Москва עברית 🙂 <s></s> don\'t'
-)
 
 
 class MappedTokens:
@@ -83,71 +79,6 @@ class MappedTokens:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slices": {}}  # a process that loads data maps the files itself
-
-
-class TokenFiles(TokenizedData):
-    """Blocks of a folder of token files, with the interface of :class:`TokenizedData`; nothing is loaded ahead.
-
-    Memory does not grow with the text, but for the order of an epoch: :class:`StepBatches` draws a permutation, 8 bytes
-    per block, which is 8 MB per billion tokens in blocks of 1024.
-
-    Args:
-        folder: what ``lowrank-ft tokenize`` wrote.
-        block_size: tokens per block; what is left at the end of the text is dropped.
-        part: ``train``, or ``held_out`` for the documents that were held out.
-        verify: read all files once and compare their checksums, about a second per GB; otherwise sizes and headers only.
-
-    Raises:
-        DataError: the folder is no whole folder of token files; a file is missing, truncated, or altered; or the part
-            has fewer tokens than one block.
-    """
-
-    ids: MappedTokens
-
-    def __init__(
-        self, folder: str | Path, block_size: int = DEFAULT_BLOCK_SIZE, part: str = "train", verify: bool = True
-    ) -> None:
-        ids = MappedTokens(folder, part, verify)
-        if block_size < 1:
-            raise DataError(f"the block size is {block_size}; it must be 1 or more")
-        if len(ids) < block_size:
-            raise DataError(
-                f"the part {part} of {folder} has {len(ids)} tokens, less than one block of {block_size}; "
-                "lower --block-size, or tokenize more text"
-            )
-        super().__init__(ids, range(0, len(ids) + 1, block_size))
-
-    def check_tokenizer(self, tokenizer: Any, name: str | None = None) -> None:
-        """Raise a DataError unless ``tokenizer`` is that of these files.
-
-        Args:
-            name: what the message calls it; default: where it was loaded from.
-        """
-        name = name or str(getattr(tokenizer, "name_or_path", "") or "this run")
-        mine, other = self.ids.index["tokenizer"], tokenizer_facts(tokenizer, name)
-        if mine["sha256"] != other["sha256"]:
-            raise DataError(
-                f"{self.ids.folder} was tokenized with {shown_tokenizer(mine)}, and the tokenizer of this run is "
-                f"{shown_tokenizer(other)}; tokenize the text again with --tokenizer {name}, or train the other model"
-            )
-
-
-def check_embeddings(rows: int, *parts: TokenizedData | None) -> None:
-    """Raise a DataError where token files hold an id for which a model of ``rows`` embeddings has none.
-
-    Args:
-        parts: the data of a run; what is not read from token files came from the model's own tokenizer.
-    """
-    for part in parts:
-        if part is None or not isinstance(part.ids, MappedTokens):
-            continue
-        largest, facts = part.ids.index["largest_id"], part.ids.index["tokenizer"]
-        if largest >= rows:
-            raise DataError(
-                f"{part.ids.folder} holds token ids up to {largest} (its tokenizer {facts['name']} has "
-                f"{facts['vocab_size']} tokens), and the model has {rows} embeddings; give it a vocab_size of "
-                f"{facts['vocab_size']}, or tokenize with the model's own tokenizer"
-            )
 
 
 def is_token_folder(path: str | Path) -> bool:
@@ -241,40 +172,9 @@ def read_header(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def tokenizer_facts(tokenizer: Any, name: str) -> dict[str, Any]:
-    """Name, hash and size of a tokenizer.
-
-    The hash is over what the ids mean: the vocabulary, how a text begins and ends, and the ids of a fixed text in
-    several scripts, which depend on merges and normalization. The name plays no part, so a copy has the same hash.
-
-    Raises:
-        DataError: the tokenizer has no end-of-text token.
-    """
-    begin, end = text_ends(tokenizer)
-    if not end:
-        raise DataError(
-            f"the tokenizer of {name} has no end-of-text token, which goes between documents; set eos_token in its "
-            "tokenizer_config.json"
-        )
-    vocabulary = tokenizer.get_vocab()
-    probe = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
-    described = json.dumps([sorted(vocabulary.items()), begin, end, list(probe)])
-    return {
-        "name": name,
-        "sha256": hashlib.sha256(described.encode()).hexdigest(),
-        "vocab_size": max([*vocabulary.values(), *begin, *end]) + 1,
-        "end_of_text": end[0],
-    }
-
-
 def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def shown_tokenizer(facts: dict[str, Any]) -> str:
-    """One line for people."""
-    return f"{facts['name']} ({facts['vocab_size']} tokens, sha256 {facts['sha256'][:16]}...)"

@@ -1,0 +1,99 @@
+"""From text and chats to token ids, and what makes two tokenizers the same."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from lowrank_ft.errors import DataError
+
+_PROBE = (
+    'def f(x):\n\treturn {"a": 3.14159}  # 2024\r\n\n The café·s naïve Ünïcode — 东京 Москва עברית 🙂 <s></s> don\'t'
+)
+
+
+def token_ids(texts: Iterable[str], tokenizer: Any) -> np.ndarray:
+    """All texts' tokens in one array: each begins as the tokenizer begins a text, and ends with its end-of-text token."""
+    begin, end = text_ends(tokenizer)
+    pieces = []
+    for text in texts:
+        # Long documents are meant: the blocks are cut afterwards, so the length warning would mislead.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces.append(np.array([*begin, *ids, *end], dtype=np.int32))
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+
+
+def text_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids with which the tokenizer begins a text, and its end-of-text token; empty where it has none."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    bos = tokenizer.bos_token_id
+    begin = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    return begin, end
+
+
+def encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Token ids of a chat in the tokenizer's own template, and which of them belong to the assistant's replies.
+
+    A template that marks replies itself (``{% generation %}``) is believed. Otherwise a reply is the text that the
+    template adds to the chat before it with its generation prompt: what the model will have to write when it serves.
+
+    Raises:
+        DataError: the template is missing, or rewrites earlier turns when a later one is added.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("the tokenizer has no chat template; use one that has, or train on --text-column")
+    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    replies = []
+    for turn, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        if not text.startswith(after) or not after.startswith(before):
+            raise DataError(
+                "the chat template rewrites earlier turns, so replies cannot be told apart; "
+                "use a template with {% generation %} marks"
+            )
+        replies.append((len(before), len(after)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
+    counted = [any(first <= start < last for first, last in replies) for start, _ in offsets]
+    return list(encoded["input_ids"]), counted
+
+
+def tokenizer_facts(tokenizer: Any, name: str) -> dict[str, Any]:
+    """Name, hash and size of a tokenizer.
+
+    The hash is over what the ids mean: the vocabulary, how a text begins and ends, and the ids of a fixed text in
+    several scripts, which depend on merges and normalization. The name plays no part, so a copy has the same hash.
+
+    Raises:
+        DataError: the tokenizer has no end-of-text token.
+    """
+    begin, end = text_ends(tokenizer)
+    if not end:
+        raise DataError(
+            f"the tokenizer of {name} has no end-of-text token, which goes between documents; set eos_token in its "
+            "tokenizer_config.json"
+        )
+    vocabulary = tokenizer.get_vocab()
+    probe = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+    described = json.dumps([sorted(vocabulary.items()), begin, end, list(probe)])
+    return {
+        "name": name,
+        "sha256": hashlib.sha256(described.encode()).hexdigest(),
+        "vocab_size": max([*vocabulary.values(), *begin, *end]) + 1,
+        "end_of_text": end[0],
+    }
+
+
+def shown_tokenizer(facts: dict[str, Any]) -> str:
+    """One line for people."""
+    return f"{facts['name']} ({facts['vocab_size']} tokens, sha256 {facts['sha256'][:16]}...)"

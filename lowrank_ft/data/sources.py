@@ -1,0 +1,46 @@
+"""Rows of text from a name on the Hub or from a local file: ``datasets`` reads them all."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from lowrank_ft.errors import DataError
+
+BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def read_rows(name: str, split: str = "train", config: str | None = None) -> Dataset:
+    """A dataset by Hub name, or a local file by its path; a text file is one row.
+
+    Raises:
+        DataError: it does not exist, or is of a kind that is not read.
+    """
+    path = Path(name).expanduser()
+    if not name:
+        raise DataError("no dataset is named; give --dataset a Hub name or a .txt, .jsonl or .parquet file")
+    with reading(name):
+        if path.is_file():
+            builder = BUILDERS.get(path.suffix.lower())
+            if builder is None:
+                raise DataError(f"{path} has the ending {path.suffix!r}; the endings read are {', '.join(BUILDERS)}")
+            if path.stat().st_size == 0:
+                raise DataError(f"{path} is empty")
+            extra = {"sample_by": "document"} if builder == "text" else {}
+            return load_dataset(builder, data_files=str(path), split="train", **extra)
+        if path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~")):
+            raise DataError(f"there is no file {path}; check the path")
+        return load_dataset(name, config, split=split)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Anything that ``datasets`` raises becomes a DataError that names the source."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # its own, pyarrow's and the Hub's; all mean that it cannot be read
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(f"the dataset {name} cannot be read: {reason}") from error
