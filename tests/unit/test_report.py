@@ -12,7 +12,8 @@ from lowrank_ft.cost import compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, DataError, MissingPackageError
 from lowrank_ft.hub import pictures
 from lowrank_ft.hub.export import save_compact
-from lowrank_ft.hub.report import build_report, measure_linears, open_checkpoint
+from lowrank_ft.hub.inspection import measure_linears, open_checkpoint
+from lowrank_ft.hub.report import build_report
 from lowrank_ft.hub.source import Source
 from lowrank_ft.hub.summary import evaluation_rows, read_evaluation
 from lowrank_ft.plan import LinearPlan
