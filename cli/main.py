@@ -14,6 +14,8 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+from lowrank_ft_cli.usage import OneLineParser
+
 _DESCRIPTION = """\
 Fine-tune a Hugging Face model into a smaller one.
 
@@ -35,9 +37,10 @@ _RECIPES = ("finetune", "pretrain")  # commands whose options are those of a scr
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``lowrank-ft`` command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options, passed_on = build_parser().parse_known_args(arguments)
+    parser = build_parser()
+    options, passed_on = parser.parse_known_args(arguments)
     if passed_on and options.command not in _RECIPES:
-        build_parser().error(f"unknown arguments: {' '.join(passed_on)}; see lowrank-ft {options.command} --help")
+        options.parser.error(f"unrecognized arguments: {' '.join(passed_on)}")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable Hub is reported once, by us
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="lowrank-ft", description=_DESCRIPTION, formatter_class=raw)
+    parser = OneLineParser(prog="lowrank-ft", description=_DESCRIPTION, formatter_class=raw)
     parser.add_argument("--version", action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     common = argparse.ArgumentParser(add_help=False)
@@ -85,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             **kwargs,
         )
-        command.set_defaults(module=module or name)
+        command.set_defaults(module=module or name, parser=command)
         return command
 
     plan = add("plan", "show what would change and what it saves; reads headers, not weights")

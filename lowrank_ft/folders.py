@@ -1,5 +1,6 @@
 """Folders that a command writes: which may be written, and which may be replaced."""
 
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -30,3 +31,16 @@ def check_folder(path: Path, overwrite: bool, index: str, parts: tuple[str, ...]
     if foreign or not (path / index).is_file():
         problem = f"holds {foreign[0]}" if foreign else f"has no {index}"
         raise OutputError(f"--output-dir {path} {problem}, and --overwrite replaces nothing but {what}; name another")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before any work is done, a path at which no folder can be made or written.
+
+    Raises:
+        OutputError: it, or one above it, is a file, or belongs to somebody else.
+    """
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not nearest.is_dir():
+        raise OutputError(f"the output folder {path} cannot be made: {nearest} is a file; name another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"the output folder {path} cannot be written: no permission in {nearest}; name another")

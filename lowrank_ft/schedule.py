@@ -67,7 +67,7 @@ def repeated_steps(steps: int, guided_steps: int, dense: float, factored: float,
 
         n * factored + g * guide + m * factored <= n * dense
 
-    Wei et al. 2024 (arXiv 2406.16450) choose ``g`` such that ``m = g``: each guided step is repeated once.
+    Wei et al. 2024 (arXiv 2406.16450) choose ``g`` such that ``m = g``, see :func:`once_repeated_share`.
 
     Args:
         dense: cost of one step of the dense model.
@@ -88,6 +88,18 @@ def repeated_steps(steps: int, guided_steps: int, dense: float, factored: float,
             f"step; {advice}, or set guide_mode stochastic, which computes fewer guides"
         )
     return int(left // factored)
+
+
+def once_repeated_share(dense: float, factored: float, guide: float) -> float:
+    """The guided share of a run of dense training's FLOPs in which every guided step is repeated once, 0 to 1.
+
+    With ``g = m`` in the formula of :func:`repeated_steps`::
+
+        g / n = (dense - factored) / (factored + guide)
+
+    Past 1 there would be more to repeat than there are steps, as where the factors are very thin.
+    """
+    return min(1.0, max(0.0, dense - factored) / (factored + guide))
 
 
 def data_step_at(step: int, planned_steps: int, guided_steps: int) -> int:

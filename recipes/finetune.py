@@ -71,6 +71,7 @@ def main() -> None:
 
     # 3. Train; at the end the guides are gone and the best weights are in place.
     trainer = Trainer(model, train_args, train_data, eval_data, accelerator, teacher=teacher, distill_data=distill_data)
+    trainer.starting_point()  # a resumption that is refused leaves its folder as it was
     if accelerator.is_main_process:
         begin_run(train_args.output_dir, folder, export_dtype)
     model = trainer.train()

@@ -11,12 +11,11 @@ in ``output_dir`` is a compact checkpoint that ``AutoModelForCausalLM`` loads.
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
 from lowrank_ft.console import one_line_errors, shown_command
@@ -25,16 +24,21 @@ from lowrank_ft.data.token_format import is_token_folder, read_index
 from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation import context_length
-from lowrank_ft.hub.export import begin_run
+from lowrank_ft.hub.configs import build_causal_lm, config_with
+from lowrank_ft.hub.export import begin_run, save_dense
 from lowrank_ft.hub.source import Source
 from lowrank_ft.plan import Plan
-from lowrank_ft.presets import preset
+from lowrank_ft.presets import Preset, preset
 from lowrank_ft.targets import as_patterns
 from lowrank_ft.training import Trainer, checkpoint_to_resume, load_data, make_accelerator
 from lowrank_ft.training.arguments import as_rank, parse_groups
 from lowrank_ft.training.config import DataArguments
 from lowrank_ft.training.pretraining import PretrainArguments, ScratchArguments
 
+_OPTIONS_INSTEAD = {
+    "rank": "--rank", "dense_first_block": "--no_dense_first_block", "tokens": "--max_steps",
+    "sequences_per_step": "--per_device_train_batch_size and --gradient_accumulation_steps",
+}  # fmt: skip
 _NOT_THE_MODEL = ("transformers_version", "quantization_config", "_name_or_path")
 
 
@@ -64,6 +68,7 @@ def main() -> None:
         model, train_args, train_data, eval_data, accelerator, facts=run_facts(scratch, model.config, plan)
     )
     export_dtype = getattr(torch, scratch.export_dtype)
+    trainer.starting_point()  # a resumption that is refused leaves its folder as it was
     if accelerator.is_main_process:
         begin_run(train_args.output_dir, folder, export_dtype)
     trained = trainer.train()
@@ -73,10 +78,12 @@ def main() -> None:
         results = {"training steps": trainer.max_steps, "guided steps": trainer.guided_steps}
         if trainer.best_loss is not None:
             results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
-        lowrank_ft.save_compact(
-            trained.to(export_dtype), train_args.output_dir, companions_from=folder, base_model=None, results=results,
-            command=shown_command("recipes/pretrain.py", sys.argv[1:]), keep_existing=True,
-        )  # fmt: skip
+        trained = trained.to(export_dtype)
+        told = dict(companions_from=folder, results=results, command=shown_command("recipes/pretrain.py", sys.argv[1:]))
+        if plan is None:
+            save_dense(trained, train_args.output_dir, keep_existing=True, **told)
+        else:
+            lowrank_ft.save_compact(trained, train_args.output_dir, from_scratch=True, keep_existing=True, **told)
         print(train_args.output_dir)
 
 
@@ -100,22 +107,33 @@ def build_config(args: ScratchArguments, vocab_size: int) -> PreTrainedConfig:
     Raises:
         ConfigError, RankError: no such preset, config or value; or values that contradict one another.
     """
-    overrides: dict[str, Any] = dict(args.config_overrides or {})
-    overrides.setdefault("vocab_size", vocab_size)
+    overrides: dict[str, Any] = {"vocab_size": vocab_size, **dict(args.config_overrides or {})}
     if args.preset is not None:
-        return lowrank_ft.preset_config(args.preset, **overrides)
+        return lowrank_ft.preset_config(chosen_preset(args, **overrides))
     try:
         config = AutoConfig.from_pretrained(args.config_name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the config of {args.config_name}: {str(error).splitlines()[0]}") from error
-    unknown = [name for name in overrides if not hasattr(config, name)]
-    if unknown:
-        raise ConfigError(f"{type(config).__name__} has no value {unknown[0]!r}, which config_overrides sets")
-    # Made anew, so that what follows from a value (a head's width from the hidden size) follows from the new one.
-    own = config.to_diff_dict()
-    if {"hidden_size", "num_attention_heads"} & overrides.keys():
-        own.pop("head_dim", None)
-    return type(config)(**{**own, **overrides})
+    return config_with(config, overrides)
+
+
+def chosen_preset(args: ScratchArguments, **overrides: Any) -> Preset:
+    """The preset with what the options say of it.
+
+    Raises:
+        ConfigError, RankError: see :func:`lowrank_ft.presets.preset`; or an override that is an option of its own.
+    """
+    assert args.preset is not None
+    for name in overrides:
+        if name in _OPTIONS_INSTEAD:
+            raise ConfigError(
+                f"config_overrides: {name} is no part of the config; say it with {_OPTIONS_INSTEAD[name]}"
+            )
+    if args.rank is not None or args.param_ratio is not None:
+        overrides["rank"] = as_rank(args.rank)
+    if args.target_modules is None:
+        overrides["dense_first_block"] = args.dense_first_block
+    return preset(args.preset, **overrides)
 
 
 def build_model(args: ScratchArguments, config: PreTrainedConfig, seed: int) -> tuple[PreTrainedModel, Plan | None]:
@@ -126,16 +144,14 @@ def build_model(args: ScratchArguments, config: PreTrainedConfig, seed: int) -> 
         RankError, TargetError: see :func:`lowrank_ft.initialize_lowrank`.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    model = build_causal_lm(config, getattr(torch, args.dtype))
     rank = as_rank(args.rank)
     if rank is None and args.param_ratio is None and args.preset is not None:
-        rank = preset(args.preset, **dict(args.config_overrides or {})).rank
+        rank = chosen_preset(args, **dict(args.config_overrides or {})).rank
     if rank is None and args.param_ratio is None:
         named = [n for n in ("rank_pattern", "target_modules", "exclude_modules") if getattr(args, n)]
         if named:
             raise ConfigError(f"{named[0]} is about factors, and there is no rank; give --rank or --param_ratio")
-        if args.guide != "none":
-            warnings.warn("no rank is given, so the model is dense and needs no guide", stacklevel=2)
         return model, None
     plan = lowrank_ft.initialize_lowrank(
         model,

@@ -9,10 +9,11 @@ from datasets import Dataset, load_dataset
 from lowrank_ft.errors import DataError
 
 BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_TABLES = {".arrow", ".csv", ".json", ".jsonl", ".parquet"}
 
 
 def read_rows(name: str, split: str = "train", config: str | None = None) -> Dataset:
-    """A dataset by Hub name, or a local file by its path; a text file is one row.
+    """A dataset by Hub name or local folder, or a local file by its path; a text file is one row.
 
     Raises:
         DataError: it does not exist, or is of a kind that is not read.
@@ -29,9 +30,15 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
                 raise DataError(f"{path} is empty")
             extra = {"sample_by": "document"} if builder == "text" else {}
             return load_dataset(builder, data_files=str(path), split="train", **extra)
-        if path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~")):
+        if path.is_dir() and ".txt" in (found := {p.suffix.lower() for p in path.rglob("*")}) and not found & _TABLES:
+            # datasets would take every line of them for a document.
+            raise DataError(
+                f"{path} is a folder of text files; make token files of it (lowrank-ft tokenize {name} --tokenizer "
+                "TOKENIZER --output-dir tokens), or name one file"
+            )
+        if not path.is_dir() and (path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~"))):
             raise DataError(f"there is no file {path}; check the path")
-        return load_dataset(name, config, split=split)
+        return load_dataset(str(path) if path.is_dir() else name, config, split=split)
 
 
 @contextmanager

@@ -113,7 +113,13 @@ def read_index(folder: Path) -> dict[str, Any]:
             if Path(shard["file"]).name != shard["file"] or not all(shard["tokens"][p] >= 0 for p in PARTS):
                 raise ValueError(f"shard {shard['file']!r}")
             int(shard["bytes"]), str(shard["sha256"])
-        int(index["largest_id"]), int(index["tokenizer"]["vocab_size"]), str(index["tokenizer"]["sha256"])
+        for part in PARTS:
+            if index["tokens"][part] != (total := sum(shard["tokens"][part] for shard in index["shards"])):
+                raise ValueError(f"{index['tokens'][part]} {part} tokens, and {total} in the shards")
+        if not {"name", "sha256", "vocab_size"} <= index["tokenizer"].keys() or not isinstance(
+            index["largest_id"], int
+        ):
+            raise ValueError("the tokenizer or the largest id")
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -141,6 +147,10 @@ def check_files(folder: Path, index: dict[str, Any], verify: bool) -> None:
                 f"{shard['sha256'][:16]}...; {again}"
             )
         header = read_header(path)
+        if header.get("largest_id", 0) > index["largest_id"]:
+            raise DataError(
+                f"{path} holds token ids up to {header['largest_id']}, and {INDEX_FILE} says {index['largest_id']}; {again}"
+            )
         for key, expected in (
             ("dtype", index["dtype"]),
             ("tokenizer", index["tokenizer"]),

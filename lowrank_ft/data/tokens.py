@@ -58,13 +58,16 @@ class TokenFiles(TokenizedData):
 
 
 def check_embeddings(rows: int, *parts: TokenizedData | None) -> None:
-    """Raise a DataError where token files hold an id for which a model of ``rows`` embeddings has none.
-
-    Args:
-        parts: the data of a run; what is not read from token files came from the model's own tokenizer.
-    """
+    """Raise a DataError where the data of a run hold an id for which a model of ``rows`` embeddings has none."""
     for part in parts:
-        if part is None or not isinstance(part.ids, MappedTokens):
+        if part is None:
+            continue
+        if not isinstance(part.ids, MappedTokens):
+            if (largest := int(part.ids.max(initial=0))) >= rows:
+                raise DataError(
+                    f"the tokenizer gives this text ids up to {largest}, and the model has {rows} embeddings; give it a "
+                    "vocab_size of all that the tokenizer has, or take the model's own tokenizer"
+                )
             continue
         largest, facts = part.ids.index["largest_id"], part.ids.index["tokenizer"]
         if largest >= rows:

@@ -1,15 +1,19 @@
-"""Stock transformers configs of the presets.
+"""Stock transformers configs to train from scratch: those of the presets, and others with values that differ.
 
-StarCoder2 is the architecture in transformers that has all of it: rotary positions, LayerNorm with bias, a plain
+For the presets, StarCoder2 is the architecture in transformers that has all of it: rotary positions, LayerNorm with bias, a plain
 two-linear FFN, biases on every linear, a tied output head, grouped key-value heads, and an attention width of its own
 (``head_dim``, which its code reads although its config does not declare it). The presets' arithmetic and the model's
 real parameter count are equal.
 """
 
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import Starcoder2Config
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Starcoder2Config
 
+from lowrank_ft.errors import ConfigError
 from lowrank_ft.presets import Preset, preset
 
 
@@ -45,3 +49,49 @@ def preset_config(name: str | Preset, **overrides: Any) -> Starcoder2Config:
         architectures=["Starcoder2ForCausalLM"],
         **undeclared,
     )
+
+
+def config_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """``config`` with some of its values replaced, and made anew: what follows from a value follows from the new one.
+
+    Raises:
+        ConfigError: it has no such value, or refuses it.
+    """
+    kind = type(config).__name__
+    allowed = {*config.to_dict(), *config.attribute_map} - {"model_type", "architectures"}
+    for name, value in overrides.items():
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ConfigError(f"config_overrides: {kind} has no value {name!r} that could be set{hint}")
+        if name.startswith("num_") and not (isinstance(value, int) and value >= 1):
+            raise ConfigError(f"config_overrides: {name} is {value!r}; it must be a whole number of 1 or more")
+    own = config.to_diff_dict()
+    if {"hidden_size", "num_attention_heads"} & overrides.keys():
+        own.pop("head_dim", None)
+    try:
+        return type(config)(**{**own, **overrides})
+    except Exception as error:  # each class checks in its own way
+        raise ConfigError(f"{kind} refuses config_overrides {dict(overrides)}: {_first_line(error)}") from error
+
+
+def build_causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with fresh weights that is known to run: a few tokens have passed through it.
+
+    Raises:
+        ConfigError: the values of the config contradict one another.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with torch.no_grad():
+            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    except Exception as error:  # a value that does not fit is found wherever it is used first
+        raise ConfigError(
+            f"no model runs with this {type(config).__name__}: {_first_line(error)}; check its values"
+        ) from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:200]}"

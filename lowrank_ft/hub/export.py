@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lowrank_ft.conversion import describe_in_config
 from lowrank_ft.cost import compare
-from lowrank_ft.hub.model_card import model_card
+from lowrank_ft.hub.model_card import dense_card, model_card
 from lowrank_ft.hub.output import whole_folder
 from lowrank_ft.hub.pictures import RANK_MAP_FILE, save_rank_map
 from lowrank_ft.hub.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
@@ -44,6 +44,7 @@ def save_compact(
     results: Mapping[str, object] | None = None,
     command: str | None = None,
     conversion: Mapping[str, object] | None = None,
+    from_scratch: bool = False,
     keep_existing: bool = False,
 ) -> None:
     """Write ``model`` without its guides as a compact checkpoint; the folder appears whole or not at all.
@@ -54,6 +55,7 @@ def save_compact(
         results: rows for the model card, name to value.
         command: the command line that made it, for the model card.
         conversion: what a conversion did (``ConversionRecord.to_dict``), written as ``conversion.json``.
+        from_scratch: it had low rank from its initialization on, which the model card says.
         keep_existing: the folder is that of a training run, whose other files stay.
 
     Raises:
@@ -69,7 +71,9 @@ def save_compact(
             (folder / CONVERSION_FILE).write_text(json.dumps(conversion, indent=1) + "\n", encoding="utf-8")
         drawn = save_rank_map(compare(model).linears, folder / RANK_MAP_FILE)
         picture = RANK_MAP_FILE if drawn else None
-        card = model_card(model, base_model=base_model, results=results, command=command, picture=picture)
+        card = model_card(
+            model, base_model=base_model, results=results, command=command, picture=picture, from_scratch=from_scratch
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -80,12 +84,22 @@ def save_dense(
     companions_from: Path | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    results: Mapping[str, object] | None = None,
+    command: str | None = None,
+    keep_existing: bool = False,
 ) -> None:
-    """Write a merged model as a stock dense checkpoint; the folder appears whole or not at all."""
+    """Write a stock dense checkpoint; the folder appears whole or not at all.
+
+    Args:
+        results, command: of a training from scratch, for a model card; without a command there is none.
+        companions_from, keep_existing: see :func:`save_compact`.
+    """
     check_finite(model)
-    with whole_folder(output_dir, overwrite) as folder:
+    with whole_folder(output_dir, overwrite, keep_existing) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_companions(companions_from, folder)
+        if command is not None:
+            (folder / "README.md").write_text(dense_card(model, results or {}, command), encoding="utf-8")
 
 
 def begin_run(output_dir: str | Path, source: Path, export_dtype: torch.dtype) -> None:

@@ -33,8 +33,7 @@ _TEMPLATE = """---
 
 # {title}
 
-A low-rank version of {base}: every pretrained linear `W` of its blocks is replaced by two thin ones, `U V`, so the
-checkpoint is smaller and does fewer multiplications per token. Made with `lowrank-ft`.
+{intro} Made with `lowrank-ft`.
 
 {begin}
 {table}
@@ -56,6 +55,29 @@ weights. For software that knows dense checkpoints only: `lowrank-ft merge {repo
 {command}"""
 
 
+_CONVERTED = """A low-rank version of {base}: {count} of its linears `W` are replaced by two thin ones each, `U V`, so the
+checkpoint is smaller and does fewer multiplications per token."""
+_FROM_SCRATCH = """A {architecture} that was trained from scratch with low rank: {count} of its linears are a product `U V` of two
+thin ones, so it is smaller and does fewer multiplications per token than a dense model of its shape."""
+
+_DENSE_TEMPLATE = """---
+{card_data}
+---
+
+# {architecture}, trained from scratch
+
+A dense model, for instance as a baseline of one with low rank. Made with `lowrank-ft`; it loads with `{auto_class}`.
+
+{facts}
+
+## How it was made
+
+```
+{command}
+```
+"""
+
+
 def model_card(
     model: PreTrainedModel,
     *,
@@ -65,12 +87,14 @@ def model_card(
     repo: str = PLACEHOLDER,
     evaluation: Evaluation | None = None,
     picture: str | None = None,
+    from_scratch: bool = False,
 ) -> str:
     """The card's text, with its YAML header.
 
     Args:
         evaluation: what ``lowrank-ft eval --json`` prints, for the main table.
         picture: file name of the rank map, beside the card.
+        from_scratch: there never was a dense model.
     """
     comparison = compare(model)
     ranks = [p.rank for p in comparison.linears if p.rank is not None]
@@ -82,22 +106,38 @@ def model_card(
         **(results or {}),
     }
     data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["lowrank-ft", "low-rank", "compressed"])
-    auto_class = next((a for a in _AUTO_CLASSES if _loads(getattr(transformers, a), model)), "AutoModel")
+    auto_class = _auto_class(model)
     has_own_code = "AutoConfig" in (getattr(model.config, "auto_map", None) or {})
     without_package = _OWN_CODE if has_own_code else _PLUGIN
     text = _TEMPLATE.format(
         card_data=data.to_yaml(),
         title=f"{(hub_id or 'model').split('/')[-1]}, low-rank",
-        base=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "a dense model",
+        intro=(_FROM_SCRATCH if from_scratch else _CONVERTED).format(
+            base=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "a dense model",
+            architecture=type(model).__name__,
+            count=len(ranks),
+        ),
         begin=_TABLE_BEGIN,
         end=_TABLE_END,
         table=main_table(comparison, evaluation),
         picture=f"\n![Rank of every factored linear, by block and module]({picture})\n" if picture else "",
-        facts="\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())]),
+        facts=_facts_table(facts),
         auto_class=auto_class,
         repo=repo,
         without_package=without_package.format(auto_class=auto_class, repo=repo),
         command=f"\n## How it was made\n\n```\n{command}\n```\n" if command else "",
+    )
+    return ModelCard(text, ignore_metadata_errors=False).content
+
+
+def dense_card(model: PreTrainedModel, results: Mapping[str, object], command: str) -> str:
+    """The card of a dense model that was trained from scratch, as a baseline."""
+    text = _DENSE_TEMPLATE.format(
+        card_data=ModelCardData(library_name="transformers", tags=["lowrank-ft"]).to_yaml(),
+        architecture=type(model).__name__,
+        auto_class=_auto_class(model),
+        facts=_facts_table({"parameters": f"{model.num_parameters():,}", **results}),
+        command=command,
     )
     return ModelCard(text, ignore_metadata_errors=False).content
 
@@ -120,6 +160,14 @@ def card_with_table(folder: Path, comparison: Comparison, evaluation: Evaluation
             f"{path} lacks the lines {_TABLE_BEGIN} and {_TABLE_END}; put them where the table shall stand"
         )
     return f"{before}{begin}\n{main_table(comparison, evaluation)}\n{end}{after}"
+
+
+def _facts_table(facts: Mapping[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())])
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    return next((a for a in _AUTO_CLASSES if _loads(getattr(transformers, a), model)), "AutoModel")
 
 
 def _loads(auto_class: Any, model: PreTrainedModel) -> bool:

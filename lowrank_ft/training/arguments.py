@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -54,13 +54,16 @@ def parse_groups(
     Raises:
         ConfigError: the file cannot be read, holds an unknown option, or a value is out of range.
     """
-    parser = HfArgumentParser(list(groups), description=description, allow_abbrev=False)
+    parser = _Parser(list(groups), description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="options, one `name: value` a line; flags override it")
     arguments = list(sys.argv[1:] if argv is None else argv)
     config, _ = _config_parser().parse_known_args(arguments)
     if config.config:
         parser.set_defaults(**read_config(config.config, groups))
-    namespace = vars(parser.parse_args(arguments))
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(f"there is no option {unknown[0]}; {_hint(unknown[0].lstrip('-').partition('=')[0], groups)}")
+    namespace = vars(options)
     for name in _MAPPINGS:
         if isinstance(namespace.get(name), str):
             namespace[name] = _mapping(name, namespace[name])
@@ -77,12 +80,9 @@ def read_config(path: str | Path, groups: Sequence[Any] = _FINETUNE) -> dict[str
         raise ConfigError(f"--config {path} is no valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(options, dict):
         raise ConfigError(f"--config {path} must hold `name: value` lines")
-    known = option_names(*groups)
     for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "see --help for all of them"
-            raise ConfigError(f"--config {path}: there is no option {name!r}; {hint}")
+        if name not in option_names(*groups):
+            raise ConfigError(f"--config {path}: there is no option {name!r}; {_hint(str(name), groups)}")
     return options
 
 
@@ -100,12 +100,22 @@ def as_rank(value: float | str | None) -> int | float | None:
         raise ConfigError(f"rank {value!r} is no number; give a whole number or a fraction of full rank") from None
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
 def _config_parser() -> Any:
     import argparse
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     return parser
+
+
+def _hint(name: str, groups: Sequence[Any]) -> str:
+    near = difflib.get_close_matches(name, option_names(*groups), n=3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else "see --help for all of them"
 
 
 def _mapping(option: str, text: str) -> dict[str, Any]:

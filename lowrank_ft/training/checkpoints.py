@@ -32,6 +32,7 @@ from lowrank_ft.tensor_files import unique_tensors
 from lowrank_ft.training.optimizers import restore_state, saved_state
 
 FOLDER = "checkpoints"
+BEST = "best"
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -67,6 +68,16 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
+
+
+def remove_all(output_dir: Path) -> None:
+    """Remove the checkpoints of a run, finished or not, and nothing else."""
+    folder = output_dir / FOLDER
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and (
+            path.name == BEST or _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".partial"))
+        ):
+            shutil.rmtree(path)
 
 
 def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
@@ -127,7 +138,8 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
     for name, tensor in tensors.items():
         if state[name].shape != tensor.shape:
             raise TrainingStateError(
-                f"{where}: {name} is {tuple(tensor.shape)}, and {tuple(state[name].shape)} in this run; the ranks differ"
+                f"{where}: {name} is {tuple(tensor.shape)}, and {tuple(state[name].shape)} in this run; "
+                "resume with the same shapes and ranks"
             )
         if not (state[name].is_floating_point() and tensor.is_floating_point()) and state[name].dtype != tensor.dtype:
             raise TrainingStateError(
@@ -162,7 +174,7 @@ def write_description(folder: Path, model: nn.Module, architecture: str, state: 
 
 def write_best(output_dir: Path, model: nn.Module, accelerator: Any, sharded: bool) -> None:
     """The compact weights of the best evaluation so far, in place of the former ones. All processes call this."""
-    folder = output_dir / FOLDER / "best"
+    folder = output_dir / FOLDER / BEST
     draft = folder / ".draft"
     kept = compact_state_dict(model)
     tensors = {k: v for k, v in model_tensors(model).items() if k in kept}
@@ -186,7 +198,7 @@ def write_best(output_dir: Path, model: nn.Module, accelerator: Any, sharded: bo
 
 def read_best(output_dir: Path, model: nn.Module) -> bool:
     """Load them into the model, which has no guides any more; False where there are none. All processes call this."""
-    folder = output_dir / FOLDER / "best"
+    folder = output_dir / FOLDER / BEST
     if not tensor_files.exists(folder, "model"):  # resumed from a checkpoint in another folder
         return False
     load_tensors(model, tensor_files.read(folder, "model", model.state_dict(keep_vars=True).get), folder)

@@ -136,7 +136,11 @@ class TrainArguments:
     adam_beta2: float = option(0.999, "AdamW")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never")
     alpha_schedule: str = option("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
-    guided_ratio: float = option(0.25, "share of the steps in which the guide is there")
+    guided_ratio: float | None = option(
+        None,
+        "share of the steps in which the guide is there; default: 0.25, or with fixed_flops such that each guided step "
+        "is repeated once",
+    )
     guide_mode: str = option(
         "full", "full: every guide in every guided step; stochastic: each with probability alpha, at half the cost"
     )
@@ -170,11 +174,15 @@ class TrainArguments:
             _require_range(name, getattr(self, name), 1)
         for name in ("lora_r", "lora_alpha"):
             _require_range(name, getattr(self, name), 1)
+        for name in ("adam_beta1", "adam_beta2"):
+            _require_range(name, getattr(self, name), 0, 1 - 1e-9)
+        _require_range("seed", self.seed, 0, 2**32 - 1)
         for name in ("logging_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
             _require_range(name, getattr(self, name), 0)
         _require_range("learning_rate", self.learning_rate, 0)
         _require_range("warmup_ratio", self.warmup_ratio, 0, 1)
-        _require_range("guided_ratio", self.guided_ratio, 0, 1)
+        if self.guided_ratio is not None:
+            _require_range("guided_ratio", self.guided_ratio, 0, 1)
         _require_range("distill_weight", self.distill_weight, 0, 1)
         if not 0 < self.distill_temperature < math.inf:
             raise ConfigError(f"distill_temperature is {self.distill_temperature}; it must be above 0 and finite")
@@ -189,8 +197,16 @@ class TrainArguments:
                 "leave one of them out"
             )
         _require_range("save_total_limit", self.save_total_limit, 1)
-        if self.max_steps == 0 or self.num_train_epochs <= 0:
-            raise ConfigError("max_steps 0 or num_train_epochs 0 trains nothing; give a positive number")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ConfigError(
+                f"max_steps is {self.max_steps}; it must be 1 or more, or -1 for num_train_epochs to decide"
+            )
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0 and finite")
+
+    def default_guided_ratio(self) -> float:
+        """Where ``guided_ratio`` is not given and the FLOPs are not fixed."""
+        return 0.25
 
 
 def option_names(*classes: type) -> list[str]:
@@ -199,6 +215,7 @@ def option_names(*classes: type) -> list[str]:
 
 
 def _require_range(name: str, value: float, least: float, most: float | None = None) -> None:
-    if not value >= least or (most is not None and value > most):  # written so that NaN is out of any range
-        allowed = f"{least} or more" if most is None else f"{least} to {most}"
+    # Written so that NaN is out of any range; and no option may be infinite.
+    if not least <= value < math.inf or (most is not None and value > most):
+        allowed = f"{least} or more" if most is None else f"{least} to {most:g}" if most < 1e6 else f"{least} to {most}"
         raise ConfigError(f"{name} is {value}; it must be {allowed}")

@@ -4,6 +4,7 @@
 |  guide   | factors alone  | factors alone, on the data of the guided phase again (``fixed_flops``)
 """
 
+import warnings
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,7 +13,7 @@ from lowrank_ft.accounting import FORWARD_AND_BACKWARD
 from lowrank_ft.cost import attention_scores, step_cost
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import GuidedLowRankLinear, guided_layers
-from lowrank_ft.schedule import data_step_at, mean_guide_cost, repeated_steps
+from lowrank_ft.schedule import data_step_at, mean_guide_cost, once_repeated_share, repeated_steps
 from lowrank_ft.training.config import TrainArguments
 
 
@@ -49,22 +50,37 @@ def run_length(model: nn.Module, args: TrainArguments, planned: int, sequence_le
         ConfigError: an option for guides and no guided step; or ``fixed_flops`` where the costs are not known, or
             where the guided run costs more than the dense one already.
     """
-    guided = round(args.guided_ratio * planned) if any(guided_layers(model)) else 0
-    if guided == 0:
-        require_guided_phase(args, "this run has no guided step")
+    guides = [layer for _, layer in guided_layers(model)]
+    if not guides:
+        require_guided_phase(args, "this model has no guide")
     if not args.fixed_flops:
+        ratio = args.default_guided_ratio() if args.guided_ratio is None else args.guided_ratio
+        guided = round(ratio * planned) if guides else 0
+        if guided == 0:
+            require_guided_phase(args, "this run has no guided step")
+            if guides and ratio > 0:
+                warnings.warn(
+                    f"guided_ratio {ratio:g} of {planned} steps rounds to no guided step; the guides are dropped at once",
+                    stacklevel=3,
+                )
         return RunLength(planned, guided, 0)
-    if not all(isinstance(layer, GuidedLowRankLinear) for _, layer in guided_layers(model)):
+    if not all(isinstance(layer, GuidedLowRankLinear) for layer in guides):
         raise ConfigError(
             "fixed_flops counts guides that stand beside converted linears, and this model has those of a PEFT adapter; "
             "leave it out, or convert the model with lowrank_ft.convert(..., guide=...)"
         )
     cost = step_cost(model)
-    guide = cost.guide * mean_guide_cost(guided, args.alpha_schedule, args.guide_mode)
     scores = _scores(model, sequence_length)
-    return RunLength(
-        planned, guided, repeated_steps(planned, guided, cost.dense + scores, cost.factored + scores, guide)
-    )
+    dense, factored = cost.dense + scores, cost.factored + scores
+    if args.guided_ratio is None:
+        guide = cost.guide * mean_guide_cost(planned, args.alpha_schedule, args.guide_mode)
+        guided = int(once_repeated_share(dense, factored, guide) * planned)
+    else:
+        guided = round(args.guided_ratio * planned)
+    if guided == 0:
+        require_guided_phase(args, "this run has no guided step")
+    guide = cost.guide * mean_guide_cost(guided, args.alpha_schedule, args.guide_mode)
+    return RunLength(planned, guided, repeated_steps(planned, guided, dense, factored, guide))
 
 
 def _scores(model: nn.Module, sequence_length: float) -> int:
@@ -82,6 +98,6 @@ def require_guided_phase(args: TrainArguments, problem: str) -> None:
     asked = "guide_mode stochastic" if args.guide_mode == "stochastic" else "fixed_flops" if args.fixed_flops else None
     if asked:
         raise ConfigError(
-            f"{asked} needs a guided phase, and {problem}; attach a guide (--guide residual) and set guided_ratio above "
-            f"0, or leave {asked.split()[0]} out"
+            f"{asked} needs a guided phase, and {problem}; take a low-rank model with a guide (--guide dense) and a "
+            f"guided_ratio above 0, or leave {asked.split()[0]} out"
         )

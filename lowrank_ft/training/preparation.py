@@ -10,6 +10,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from lowrank_ft.errors import ConfigError, OutputError
+from lowrank_ft.folders import check_writable
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import checkpoints, sharding
 from lowrank_ft.training.config import TrainArguments
@@ -22,16 +23,25 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
 
     Raises:
         TrainingStateError: it does not exist.
-        OutputError: ``output_dir`` holds an earlier run, and neither resuming nor overwriting was asked for.
+        OutputError: ``output_dir`` cannot be written; or it holds an earlier run or other files that this run would
+            replace, and neither resuming nor overwriting was asked for.
     """
-    folder = Path(args.output_dir)
+    folder = Path(args.output_dir).expanduser()
+    check_writable(folder)
     if args.resume_from_checkpoint:
         return checkpoints.resolve_checkpoint(folder, args.resume_from_checkpoint)
-    used = [p for p in (folder / METRICS_FILE, folder / "config.json") if p.exists()]
+    # All that a run replaces in the end or, of an earlier run, at its start.
+    replaced = (METRICS_FILE, "config.json", checkpoints.FOLDER, "README.md", "index.json", "*.safetensors")
+    used = sorted(p.name for pattern in replaced for p in folder.glob(pattern))
     if used and not args.overwrite_output_dir:
+        if METRICS_FILE in used or "config.json" in used:
+            raise OutputError(
+                f"{folder} holds an earlier run; add --resume_from_checkpoint auto to go on, "
+                "--overwrite_output_dir to start anew, or name another --output_dir"
+            )
         raise OutputError(
-            f"{folder} holds an earlier run ({used[0].name}); add --resume_from_checkpoint auto to go on, "
-            "--overwrite_output_dir to start anew, or name another --output_dir"
+            f"{folder} holds {used[0]}, which this run would replace; name another --output_dir, or add "
+            "--overwrite_output_dir"
         )
     return None
 

@@ -59,4 +59,11 @@ class PretrainArguments(TrainArguments):
     weight_decay: float = option(0.1, "of everything, or without decay_vectors of matrices only")
     decay_vectors: bool = option(True, "weight decay of norms and biases, too: one group of parameters")
     adam_beta2: float = option(0.95, "AdamW")
-    guided_ratio: float = option(0.5, "share of the steps in which the guide is there")
+    guided_ratio: float | None = option(
+        None,
+        "share of the steps in which the guide is there; default: 0.5, or with fixed_flops such that each guided step "
+        "is repeated once",
+    )
+
+    def default_guided_ratio(self) -> float:
+        return 0.5

@@ -107,6 +107,7 @@ class Trainer:
         self.step = 0
         self.best_loss: float | None = None
         self.best_step: int | None = None
+        self._start: tuple[Path | None, TrainerState | None] | None = None
         self._bare: Any = model
         self._architecture = type(model).__name__
         first = next(model.parameters(), torch.empty(0))
@@ -123,6 +124,20 @@ class Trainer:
             bare: Any = model
             bare.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def starting_point(self) -> tuple[Path | None, TrainerState | None]:
+        """The checkpoint from which :meth:`train` will go on, and what it says; None for a fresh start. Changes nothing.
+
+        Raises:
+            TrainingStateError: the checkpoint does not exist, or does not fit this run.
+            OutputError: ``output_dir`` cannot be used, see :func:`checkpoint_to_resume`.
+        """
+        checkpoint = checkpoint_to_resume(self.args)
+        state = checkpoints.read_state(checkpoint) if checkpoint else None
+        if checkpoint is not None and state is not None:
+            self._check_same_run(checkpoint, state)
+        self._start = checkpoint, state
+        return self._start
+
     def train(self) -> nn.Module:
         """Run to the end; returns the bare model without guides, with the best weights if asked for.
 
@@ -130,17 +145,14 @@ class Trainer:
         gets all of it; the parameters on the others are on the meta device.
 
         Raises:
-            TrainingStateError: the checkpoint does not fit this run.
-            OutputError: ``output_dir`` holds an earlier run, and neither resuming nor overwriting was asked for.
+            TrainingStateError, OutputError: see :meth:`starting_point`.
         """
-        checkpoint = checkpoint_to_resume(self.args)
+        checkpoint, state = self._start or self.starting_point()
         if checkpoint is None and self.accelerator.is_main_process:
-            # Checkpoints of a run that is being replaced would be taken for this one's.
-            shutil.rmtree(self.output_dir / checkpoints.FOLDER, ignore_errors=True)
+            checkpoints.remove_all(
+                self.output_dir
+            )  # those of a run that is being replaced would be taken for this one's
         self.accelerator.wait_for_everyone()
-        state = checkpoints.read_state(checkpoint) if checkpoint else None
-        if state is not None:
-            self._check_same_run(checkpoint, state)
         # The model must have the checkpoint's shape before the optimizer is made and before weights are loaded.
         if self.guided_steps == 0 or (state is not None and not state.guided):
             end_guidance(self._bare)
@@ -403,9 +415,11 @@ class Trainer:
             **self._facts,
         }
 
-    def _check_same_run(self, checkpoint: Path | None, state: TrainerState) -> None:
-        now = self._must_match()
-        changed = [f"{k} {v!r} -> {now.get(k)!r}" for k, v in state.must_match.items() if now.get(k) != v]
+    def _check_same_run(self, checkpoint: Path, state: TrainerState) -> None:
+        now, then = self._must_match(), state.must_match
+        # What only this run has counts, too: another rank is a name that the other run did not have.
+        names = [*then, *(name for name in now if name not in then)]
+        changed = [f"{k} {then.get(k)!r} -> {now.get(k)!r}" for k in names if now.get(k) != then.get(k)]
         if changed:
             problem = f"{checkpoint} is of a run with other settings: {'; '.join(changed)}"
             if not self.args.resume_with_changes:

@@ -6,8 +6,8 @@
 The models are the presets of Wei et al. (2024, arXiv 2406.16450 and 2407.09835), narrower unless ``--sizes s`` asks for
 the smallest of theirs: rank a quarter of the hidden size in the FFN, the first block dense. The text is Python's
 standard library and the English of ``../shared/data``, tokenized by the command; some files are held out. The learning
-rate of each kind of model is chosen at the smallest size from a grid, at full length and with a seed of its own, on
-held-out blocks that the test does not have, and falls with the width at larger sizes. ``FLOPs`` are those of
+rate is chosen from a grid, at full length and with a seed of its own, on held-out blocks that the test does not have:
+for the dense model at every size, for the others at the smallest, from where they follow the dense one. ``FLOPs`` are those of
 :mod:`lowrank_ft.accounting`, a guide's included while it is computed. A benchmark that is broken off goes on where it
 was. Training runs where accelerate puts it: on a GPU if there is one.
 """
@@ -17,7 +17,6 @@ import concurrent.futures
 import json
 import math
 import multiprocessing
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,8 +33,8 @@ from lowrank_ft.accounting import training_flops
 from lowrank_ft.console import print_table
 from lowrank_ft.cost import StepCost, attention_scores, step_cost
 from lowrank_ft.data.examples import pack
+from lowrank_ft.data.tokens import TokenFiles
 from lowrank_ft.errors import DivergedError
-from lowrank_ft.evaluation import evaluate_blocks
 from lowrank_ft.presets import preset
 from lowrank_ft.schedule import alpha_at
 from lowrank_ft.training import DataArguments, Trainer, load_data
@@ -46,9 +45,10 @@ from tests.benchmarks import common
 SIZES: dict[str, dict[str, int]] = {
     "1M": dict(hidden_size=96, num_hidden_layers=6, num_attention_heads=3),
     "2M": dict(hidden_size=160, num_hidden_layers=6, num_attention_heads=5),
-    "5M": dict(hidden_size=224, num_hidden_layers=8, num_attention_heads=7),
+    "4M": dict(hidden_size=192, num_hidden_layers=8, num_attention_heads=6),
     "s": {},  # the preset's own
 }
+PRESET_WIDTH = 768  # of the smallest preset
 GUIDED = 0.5  # share of the steps, at equal tokens
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "stochastic, dense FLOPs": {"kind": "self-guided", "guide_mode": "stochastic", "fixed_flops": True},
 }
 FIRST_ONLY = ("stochastic", "stochastic, dense FLOPs")  # run at the smallest size alone
-GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+GRID = (1e-3, 2e-3, 4e-3)
 PILOT_SEED = 1000
 COLORS = {"dense": "#1a202c", "low rank": "#c05621", "self-guided": "#2b6cb0", "stochastic": "#6b46c1"}
 
@@ -75,8 +75,11 @@ def size_of(options: argparse.Namespace, name: str) -> Any:
 
 def build(options: argparse.Namespace, size: str, method: dict[str, Any], seed: int) -> Any:
     made = size_of(options, size)
+    config = preset_config(made)
+    # 0.02 suits a width of 768; narrower linears need more for outputs of the same size, or training starts slowly.
+    config.initializer_range *= math.sqrt(PRESET_WIDTH / made.hidden_size)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(preset_config(made), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if method["kind"] != "dense":
         guide = "dense" if method["kind"] == "self-guided" else None
         initialize_lowrank(model, rank=made.rank, guide=guide)
@@ -126,7 +129,7 @@ def curve(
 
 
 def train(size: str, name: str, rate: float, seed: int, blocks: str = "test") -> dict[str, Any]:
-    """One run; ``blocks`` are what its loss is measured on in the end."""
+    """One run; ``blocks`` are what its loss is measured on, on the way and in the end."""
     options, method = _bench["options"], METHODS[name]
     model = build(options, size, method, seed)
     cost = step_cost(model)  # while it has its guides
@@ -135,17 +138,18 @@ def train(size: str, name: str, rate: float, seed: int, blocks: str = "test") ->
         args = PretrainArguments(
             output_dir=folder, max_steps=steps, guided_ratio=share, learning_rate=rate, warmup_ratio=0.05, seed=seed,
             per_device_train_batch_size=options.micro_batch, logging_steps=max(1, steps // 20),
-            gradient_accumulation_steps=options.batch_size // options.micro_batch, eval_steps=max(1, steps // 8),
+            gradient_accumulation_steps=options.batch_size // options.micro_batch, eval_steps=max(1, steps // 6),
+            per_device_eval_batch_size=16,
             guide_mode=method.get("guide_mode", "full"), fixed_flops=method.get("fixed_flops", False),
             load_best_model_at_end=False,
         )  # fmt: skip
-        trainer = Trainer(model, args, _bench["train"], _bench["curve"])
+        trainer = Trainer(model, args, _bench["train"], _bench[blocks])
         trained = trainer.train()
         points = curve(options, cost, model.config, method, Path(folder) / METRICS_FILE)
     return {
         "size": size, "method": name, "learning_rate": rate, "seed": seed, "steps": trainer.max_steps,
         "guided_steps": trainer.guided_steps, "parameters": sum(p.numel() for p in trained.parameters()),
-        "flops": points[-1]["flops"], "loss": evaluate_blocks(trained, _bench[blocks], 16).loss, "curve": points,
+        "flops": points[-1]["flops"], "loss": points[-1]["loss"], "curve": points,
     }  # fmt: skip
 
 
@@ -158,9 +162,8 @@ def _start_worker(options: argparse.Namespace, threads: int) -> None:
     data = DataArguments(dataset=str(options.tokens_folder), block_size=options.block_size)
     train_data, held_out = load_data(data, tokenizer)
     blocks = torch.stack([held_out[i]["input_ids"] for i in range(len(held_out))])
-    pilot = torch.arange(len(blocks)) % 4 == 3
-    curve = pack(blocks[pilot].flatten().int().numpy(), options.block_size)
-    _bench.update(options=options, train=train_data, curve=curve, pilot=blocks[pilot], test=blocks[~pilot])
+    test, pilot = (pack(blocks[i::2].flatten().int().numpy(), options.block_size) for i in range(2))
+    _bench.update(options=options, train=train_data, pilot=pilot, test=test)
 
 
 def tokenize(options: argparse.Namespace) -> None:
@@ -176,29 +179,27 @@ def tokenize(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_common(parser)
-    parser.add_argument("--sizes", nargs="+", default=["1M", "2M", "5M"], choices=tuple(SIZES), help="smallest first")
+    parser.add_argument("--sizes", nargs="+", default=["1M", "2M", "4M"], choices=tuple(SIZES), help="smallest first")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=786_432, help="of a run at equal tokens")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per optimizer step")
-    parser.add_argument("--micro-batch", type=int, default=8, help="sequences per forward pass")
-    parser.add_argument(
-        "--rates-of", type=Path, help="earlier result whose pilots choose the learning rates, not new ones"
-    )
+    parser.add_argument("--tokens", type=int, default=524_288, help="of a run at equal tokens")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences per optimizer step")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences per forward pass")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; they share the threads")
     parser.add_argument("--tokens-folder", type=Path, default=Path("build/benchmarks/pretraining-tokens"))
     parser.add_argument("--output", type=Path, default=common.RESULTS / "pretraining.json")
     options = parser.parse_args()
+    if options.batch_size % options.micro_batch:
+        parser.error(f"--micro-batch {options.micro_batch} does not divide --batch-size {options.batch_size}")
     tokenize(options)
     options.vocab_size = len(common.tokenizer_of(options.model))
     settings = {
-        "model": Path(options.model).name, "python": platform.python_version(), "grid": list(GRID),
-        "tokens": options.tokens, "batch_size": options.batch_size, "block_size": options.block_size,
-        "smallest": options.sizes[0], "rates_of": options.rates_of.name if options.rates_of else None,
+        "model": Path(options.model).name, "grid": list(GRID), "tokens": options.tokens,
+        "batch_size": options.batch_size, "block_size": options.block_size, "guided": GUIDED, "smallest": options.sizes[0],
+        "text": TokenFiles(options.tokens_folder, options.block_size).fingerprint(),
+        "shapes": {size: SIZES[size] for size in options.sizes},
     }  # fmt: skip
     report: dict[str, Any] = {"machine": common.machine(options.device), **settings, "pilots": {}, "rows": []}
-    if options.rates_of:
-        report["pilots"] = json.loads(options.rates_of.read_text(encoding="utf-8"))["pilots"]
     if options.output.is_file():
         earlier = json.loads(options.output.read_text(encoding="utf-8"))
         if changed := [k for k, v in settings.items() if earlier.get(k) != v]:
@@ -210,7 +211,7 @@ def main() -> None:
         rates = choose_rates(pool, options, report)
         have = {(r["size"], r["method"], r["seed"]) for r in report["rows"]}
         jobs = [
-            (size, name, scaled(options, rates[METHODS[name]["kind"]], size), seed)
+            (size, name, rates[size, METHODS[name]["kind"]], seed)
             for seed in options.seeds
             for size in reversed(options.sizes)  # the longest first, so that the workers end together
             for name in options.methods
@@ -225,18 +226,23 @@ def main() -> None:
     draw(report, options.output.with_suffix(".png"))
 
 
-def choose_rates(pool: Any, options: argparse.Namespace, report: dict[str, Any]) -> dict[str, float]:
-    """Per kind of model the best of the grid at the smallest size; the grid grows while its end is best, twice at most."""
-    kinds = sorted({METHODS[name]["kind"] for name in options.methods})
+def choose_rates(pool: Any, options: argparse.Namespace, report: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """By size and kind. A grid grows while its end is best, twice at most."""
+    kinds = sorted({METHODS[name]["kind"] for name in options.methods} | {"dense"})
+    smallest = options.sizes[0]
+    cells = [(size, "dense") for size in reversed(options.sizes)] + [(smallest, k) for k in kinds if k != "dense"]
     while True:
-        found = {k: {float(r): _or_inf(loss) for r, loss in report["pilots"].get(k, {}).items()} for k in kinds}
-        wanted = [(k, r) for k in kinds for r in common.missing_rates(found[k], GRID, 2)]
-        if not wanted:
-            return {k: min(found[k], key=lambda r, k=k: found[k][r]) for k in kinds}
-        jobs = [(options.sizes[0], kind, rate) for kind, rate in wanted]
-        for (_, kind, rate), loss in common.as_completed(pool, pilot_loss, jobs):
-            report["pilots"].setdefault(kind, {})[f"{rate:g}"] = loss
+        found = {cell: {float(r): _or_inf(loss) for r, loss in report["pilots"].get(" ".join(cell), {}).items()}
+                 for cell in cells}  # fmt: skip
+        jobs = [(*cell, rate) for cell in cells for rate in common.missing_rates(found[cell], GRID, 2)]
+        if not jobs:
+            break
+        for (size, kind, rate), loss in common.as_completed(pool, pilot_loss, jobs):
+            report["pilots"].setdefault(f"{size} {kind}", {})[f"{rate:g}"] = loss
             common.write_json(options.output, report)
+    best = {cell: min(rates, key=lambda r, rates=rates: rates[r]) for cell, rates in found.items()}
+    ratios = {kind: best[smallest, kind] / best[smallest, "dense"] for kind in kinds}
+    return {(size, kind): best[size, "dense"] * ratio for size in options.sizes for kind, ratio in ratios.items()}
 
 
 def pilot_loss(size: str, kind: str, rate: float) -> float | None:
@@ -249,11 +255,6 @@ def pilot_loss(size: str, kind: str, rate: float) -> float | None:
 
 def _or_inf(loss: float | None) -> float:
     return math.inf if loss is None else loss
-
-
-def scaled(options: argparse.Namespace, rate: float, size: str) -> float:
-    """Inversely with the width, as Adam's best rate goes (Yang et al. 2022, arXiv 2203.03466)."""
-    return rate * size_of(options, options.sizes[0]).hidden_size / size_of(options, size).hidden_size
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -144,7 +144,19 @@ def test_wrong_usage_is_exit_code_two(tmp_path, flags, capsys):
     with pytest.raises(SystemExit) as end:
         main(["convert", str(DEMO_MODEL), *flags, "--output-dir", str(tmp_path / "out")])
     assert end.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.endswith("; see lowrank-ft convert --help\n")
+    assert error.count("\n") == 1
+
+
+def test_a_misspelt_option_is_told_what_it_may_have_meant(capsys):
+    for arguments in (["plan", "model", "--param-ration", "0.6"], ["tokenize", "text", "--tokenzier", "x"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    plan, tokenize = capsys.readouterr().err.splitlines()
+    assert plan == "error: there is no option --param-ration (did you mean --param-ratio?); see lowrank-ft plan --help"
+    assert "there is no option --tokenzier (did you mean --tokenizer?)" in tokenize
 
 
 def test_models_that_do_not_exist(command, tmp_path):

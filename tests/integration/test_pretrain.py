@@ -92,8 +92,13 @@ def test_any_other_config_and_a_dense_model(cli, tokens, tmp_path):
     assert len(dict(lowrank_layers(model))) > 6
     dense = tmp_path / "dense"
     done = cli("pretrain", *flags, *shape, "--dataset", tokens, "--output_dir", dense, ACCELERATE_USE_CPU="true")
-    assert "no rank is given, so the model is dense" in done.stderr
+    assert "warning" not in done.stderr.lower()
     assert not list(lowrank_layers(AutoModelForCausalLM.from_pretrained(dense)))
+    # A stock checkpoint with a card that claims nothing else.
+    assert not (dense / "lowrank_plugin.py").exists()
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    assert "A dense model" in (dense / "README.md").read_text()
+    assert "was trained from scratch with low rank" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +109,18 @@ def test_any_other_config_and_a_dense_model(cli, tokens, tmp_path):
         (["--config_overrides", "32"], "config_overrides '32' is no mapping"),
         (["--preset", "wei2024-xs"], "there is no preset 'wei2024-xs'"),
         (["--config_overrides", "{vocab_size: 100}"], "holds token ids up to"),
+        (["--config_overrides", "{rank: 8}"], "rank is no part of the config; say it with --rank"),
+        (["--config_overrides", "{tokens: 1000000}"], "say it with --max_steps"),
+        (
+            ["--config_overrides", "{num_hidden_layers: 1}"],
+            "its only block stays dense, so rank 192 applies to nothing",
+        ),
+        (
+            ["--fixed_flops", "--guide", "none"],
+            "this model has no guide; take a low-rank model with a guide (--guide dense)",
+        ),
+        (["--learningrate", "3"], "there is no option --learningrate; did you mean learning_rate"),
+        (["--max_steps", "many"], "max-steps: invalid int value: 'many'; see --help"),
     ],
 )
 def test_bad_input_is_one_line_before_training(tokens, tmp_path, monkeypatch, capsys, flags, message):
@@ -118,6 +135,49 @@ def test_bad_input_is_one_line_before_training(tokens, tmp_path, monkeypatch, ca
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("{num_key_value_heads: 3}", "no model runs with this LlamaConfig: RuntimeError"),
+        ("{hidden_size: big}", "LlamaConfig"),
+        ("{hidden_act: foo}", "no model runs with this LlamaConfig"),
+        ("{num_hidden_layers: -1}", "num_hidden_layers is -1; it must be a whole number of 1 or more"),
+        ("{num_layers: 2}", "has no value 'num_layers' that could be set; did you mean num_hidden_layers"),
+        ("{to_dict: 2}", "has no value 'to_dict'"),
+        ("{model_type: gpt2}", "has no value 'model_type'"),
+    ],
+)
+def test_configs_that_make_no_model_are_one_line(tokens, tmp_path, monkeypatch, capsys, overrides, message):
+    from recipes.pretrain import main
+
+    flags = [f for f in FLAGS if f not in ("--preset", "wei2024-s-r32", "--config_overrides", SMALL)]
+    flags += ["--config_name", str(DEMO_MODEL), "--rank", "4", "--config_overrides", overrides]
+    monkeypatch.setattr("sys.argv", ["x", *flags, "--dataset", str(tokens), "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        main()
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_resumption_changes_nothing_and_names_all_that_differs(tokens, tmp_path, monkeypatch, capsys):
+    from recipes.pretrain import main
+
+    out = tmp_path / "run"
+    argv = ["x", *FLAGS, "--dataset", str(tokens), "--output_dir", str(out)]
+    monkeypatch.setattr("sys.argv", argv)
+    main()
+    run = (out / "run.json").read_text()
+    monkeypatch.setattr(
+        "sys.argv", [*argv, "--resume_from_checkpoint", "auto", "--no_dense_first_block", "--export_dtype", "bfloat16"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "rank of model.layers.0.mlp.c_fc None -> 16" in capsys.readouterr().err
+    assert (out / "run.json").read_text() == run
 
 
 def test_the_options_check_themselves():

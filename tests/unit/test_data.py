@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from lowrank_ft.data.encoding import encode_chat
 from lowrank_ft.data.examples import StepBatches, collate, pack
+from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import DataError
 from lowrank_ft.evaluation import IGNORED
 from lowrank_ft.schedule import data_step_at
@@ -182,3 +183,23 @@ def test_bad_data(tokenizer, tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_data(DataArguments(dataset=str(tmp_path / name)), tokenizer)
+
+
+def test_a_folder_of_texts_is_not_taken_for_rows_of_lines(tokenizer, tmp_path):
+    (tmp_path / "texts" / "more").mkdir(parents=True)
+    (tmp_path / "texts" / "more" / "a.txt").write_text("one line\nand another\n" * 100)
+    with pytest.raises(DataError, match="is a folder of text files; make token files of it .lowrank-ft tokenize"):
+        load_data(DataArguments(dataset=str(tmp_path / "texts")), tokenizer)
+    # A dataset in a folder is one, whatever notes lie beside its rows.
+    write(tmp_path / "texts" / "rows.jsonl", [{"text": "to be or not to be " * 50}] * 20)
+    train, _ = load_data(DataArguments(dataset=str(tmp_path / "texts"), block_size=32), tokenizer)
+    assert len(train) > 0
+
+
+def test_ids_in_memory_that_a_model_does_not_have(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be " * 100)
+    train, held_out = load_data(DataArguments(dataset=str(tmp_path / "a.txt"), block_size=32), tokenizer)
+    largest = max(int(train.ids.max()), int(held_out.ids.max()))
+    check_embeddings(largest + 1, train, held_out)
+    with pytest.raises(DataError, match=f"ids up to {largest}, and the model has {largest} embeddings"):
+        check_embeddings(largest, train, held_out)

@@ -4,7 +4,15 @@ from itertools import pairwise
 import pytest
 
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.schedule import alpha_at, data_step_at, keeps_guide, lr_factor_at, mean_guide_cost, repeated_steps
+from lowrank_ft.schedule import (
+    alpha_at,
+    data_step_at,
+    keeps_guide,
+    lr_factor_at,
+    mean_guide_cost,
+    once_repeated_share,
+    repeated_steps,
+)
 
 
 def test_cosine_is_half_a_period():
@@ -104,6 +112,14 @@ def test_with_the_papers_guided_shares_each_guided_step_is_repeated_once(share, 
     guided = round(10_000 * share)
     stochastic = guide * mean_guide_cost(guided, "cosine", "stochastic")
     assert repeated_steps(10_000, guided, dense, factored, stochastic) == pytest.approx(guided, rel=0.03)
+    assert once_repeated_share(dense, factored, stochastic) == pytest.approx(share, rel=0.03)
+
+
+def test_the_share_for_one_repetition_spends_what_the_dense_run_does():
+    guided = 10_000 * once_repeated_share(3.0, 1.3, 1.1)
+    assert 10_000 * 1.3 + guided * (1.1 + 1.3) == pytest.approx(30_000)
+    assert once_repeated_share(3.0, 0.2, 0.1) == 1.0
+    assert once_repeated_share(3.0, 3.1, 2.0) == 0.0
 
 
 def test_a_guided_run_that_costs_more_than_the_dense_one_is_refused_with_what_would_fit():

@@ -179,6 +179,14 @@ def garble_index(path):
     (path.parent / "index.json").write_text(json.dumps(index))
 
 
+def change_index(**changes):
+    def change(path):
+        index = json.loads((path.parent / "index.json").read_text()) | changes
+        (path.parent / "index.json").write_text(json.dumps(index))
+
+    return change
+
+
 def other_version(path):
     text = (path.parent / "index.json").read_text()
     (path.parent / "index.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
@@ -192,6 +200,10 @@ def other_version(path):
         (lambda path: path.unlink(), "tokens-00002.safetensors is missing"),
         (lambda path: (path.parent / "index.json").unlink(), "has no index.json"),
         (garble_index, "index.json lacks or garbles something"),
+        (change_index(tokens={"train": 8}), "index.json lacks or garbles something"),
+        (change_index(tokens={"train": 8, "held_out": 0}), r"8 train tokens, and \d+ in the shards"),
+        (change_index(tokenizer={"sha256": "", "vocab_size": 1}), "the tokenizer or the largest id"),
+        (change_index(largest_id=5), r"holds token ids up to \d+, and index.json says 5"),
         (other_version, "version 2; this release reads lowrank_ft.tokens 1"),
     ],
 )
@@ -218,6 +230,7 @@ def test_a_mix_of_two_folders_is_refused(folder, tokenizer, tmp_path):
     )  # fmt: skip
     index, theirs = (json.loads((f / "index.json").read_text()) for f in (folder, tmp_path / "b"))
     index["shards"][0] = theirs["shards"][0]
+    index["tokens"] = {part: sum(s["tokens"][part] for s in index["shards"]) for part in ("train", "held_out")}
     (folder / "index.json").write_text(json.dumps(index))
     (folder / "tokens-00000.safetensors").write_bytes((tmp_path / "b" / "tokens-00000.safetensors").read_bytes())
     with pytest.raises(DataError, match="tokens-00000.safetensors has tokenizer"):

@@ -21,6 +21,7 @@ from lowrank_ft.schedule import alpha_at, keeps_guide, lr_factor_at
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.arguments import parse_args
 from lowrank_ft.training.checkpoints import find_checkpoints, load_optimizer_tensors, optimizer_tensors
+from lowrank_ft.training.pretraining import PretrainArguments
 from lowrank_ft.training.records import read_metrics
 from tests.conftest import tiny_llama
 
@@ -201,6 +202,17 @@ def test_stochastic_guidance_sets_the_gates_of_every_step_and_learns(tmp_path, d
     assert not any(guided_layers(model))
 
 
+def test_fixed_flops_chooses_a_guided_phase_that_is_repeated_once(tmp_path, data):
+    for guide_mode in ("full", "stochastic"):
+        options = dict(fixed_flops=True, guided_ratio=None, max_steps=400, guide_mode=guide_mode)
+        trainer = Trainer(guided("dense", rank=6), arguments(tmp_path, **options), data)
+        assert trainer.guided_steps > 20
+        assert trainer.max_steps - 400 == pytest.approx(trainer.guided_steps, abs=1)
+    assert Trainer(guided(), arguments(tmp_path, guided_ratio=None), data).guided_steps == 2
+    scratch = PretrainArguments(output_dir=str(tmp_path), max_steps=8)
+    assert Trainer(guided(), scratch, data).guided_steps == 4
+
+
 def test_fixed_flops_adds_steps_that_repeat_the_guided_data(tmp_path, data):
     """By the FLOPs of the paper's rule, scores of attention included; the learning rate's schedule spans all steps."""
     seen = []
@@ -228,13 +240,15 @@ def test_bad_guide_options(tmp_path, data):
     plain = tiny_llama()
     convert(plain, rank=8)
     for options, message in (
-        ({"guide_mode": "stochastic"}, "guide_mode stochastic needs a guided phase, and this run has no guided step"),
-        ({"fixed_flops": True}, "fixed_flops needs a guided phase, and this run has no guided step"),
+        ({"guide_mode": "stochastic"}, "guide_mode stochastic needs a guided phase, and this"),
+        ({"fixed_flops": True}, "fixed_flops needs a guided phase, and this"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=f"{message} model has no guide"):
             Trainer(plain, arguments(tmp_path, **options), data)
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=f"{message} run has no guided step"):
             Trainer(guided(), arguments(tmp_path, guided_ratio=0.0, **options), data)
+    with pytest.warns(UserWarning, match="guided_ratio 0.1 of 2 steps rounds to no guided step"):
+        Trainer(guided(), arguments(tmp_path, guided_ratio=0.1, max_steps=2), data)
     with pytest.raises(ConfigError, match="guide_mode 'some' is unknown; choose one of full, stochastic"):
         arguments(tmp_path, guide_mode="some")
     with pytest.raises(ConfigError, match="the dense run has no teacher"):
@@ -379,7 +393,7 @@ def test_other_ranks_are_not_resumed(tmp_path, data):
     Trainer(guided(), arguments(tmp_path, save_steps=8), data).train()
     model = tiny_llama()
     convert(model, rank=6, guide="residual")
-    with pytest.raises(TrainingStateError, match="the ranks differ"):
+    with pytest.raises(TrainingStateError, match="resume with the same shapes and ranks"):
         Trainer(model, arguments(tmp_path, save_steps=8, resume_from_checkpoint="auto"), data).train()
 
 
@@ -388,6 +402,24 @@ def test_an_earlier_run_is_not_run_over(tmp_path, data):
     with pytest.raises(OutputError, match="holds an earlier run"):
         Trainer(guided(), arguments(tmp_path), data).train()
     Trainer(guided(), arguments(tmp_path, overwrite_output_dir=True), data).train()
+
+
+@pytest.mark.parametrize("name", ["checkpoints/important.pt", "README.md", "model.safetensors", "index.json"])
+def test_files_of_others_are_not_run_over(tmp_path, data, name):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("x")
+    with pytest.raises(OutputError, match=f"holds {mine.relative_to(tmp_path / 'run').parts[0]}, which this run would"):
+        Trainer(guided(), arguments(tmp_path), data).train()
+    Trainer(guided(), arguments(tmp_path, overwrite_output_dir=True), data).train()
+    assert mine.read_text() == "x"  # the trainer itself removes nothing but checkpoints of runs
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_training(tmp_path, data):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OutputError, match=f"cannot be made: {tmp_path / 'file'} is a file"):
+            Trainer(guided(), arguments(tmp_path, output_dir=str(folder)), data).train()
 
 
 def test_overwriting_forgets_the_earlier_runs_checkpoints(tmp_path, data):
@@ -445,9 +477,16 @@ def test_nothing_to_train_and_bad_options(tmp_path, data):
     model = tiny_llama().requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing to train"):
         Trainer(model, arguments(tmp_path), data).train()
-    for bad in ({"guided_ratio": 1.5}, {"learning_rate": -1}, {"max_steps": 0}, {"lr_scheduler_type": "x"}):
-        with pytest.raises(ConfigError):
+    for bad in (
+        {"guided_ratio": 1.5}, {"learning_rate": -1}, {"max_steps": 0}, {"max_steps": -5}, {"adam_beta1": -0.5},
+        {"adam_beta2": 1.5}, {"seed": 2**32}, {"num_train_epochs": math.inf}, {"weight_decay": math.inf},
+        {"learning_rate": math.nan},
+    ):  # fmt: skip
+        (name,) = bad
+        with pytest.raises(ConfigError, match=f"^{name} is .*; it must be"):
             arguments(tmp_path, **bad)
+    with pytest.raises(ConfigError, match="lr_scheduler_type 'x' is unknown"):
+        arguments(tmp_path, lr_scheduler_type="x")
 
 
 def test_a_diverged_run_stops_and_says_so(tmp_path, data):

@@ -1,0 +1,30 @@
+"""Wrong usage as one line. Nothing heavy is imported here, for ``--help`` answers at once."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong, and of a misspelt option what it may have meant."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        # A misspelt option may also be why a required one is missing.
+        if message.startswith(("unrecognized arguments", "the following arguments are required")):
+            message = next(self._misspelt(), message)
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+    def _misspelt(self) -> Any:
+        known = list(self._option_string_actions)
+        for name in (a.partition("=")[0] for a in self._given if a.startswith("--") and len(a) > 2):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+                yield f"there is no option {name}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
