@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.data.encoding import token_ids
-from lowrank_ft.data.sources import read_rows
-from lowrank_ft.errors import ConfigError, DataError
+from lowrank_ft.data.sources import read_rows, require_column
+from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation import agreement, context_length, evaluate_blocks, to_blocks, windows
 from lowrank_ft.hub.source import Source, check_causal_lm, load_model
 from lowrank_ft.hub.tasks import load_tasks, run_tasks
@@ -71,11 +71,7 @@ def check(options: argparse.Namespace) -> None:
 
 def read_texts(options: argparse.Namespace) -> Any:
     rows = read_rows(options.data, options.data_split, options.data_config)
-    if options.text_column not in rows.column_names:
-        raise DataError(
-            f"{options.data} has no column {options.text_column!r}; it has {', '.join(rows.column_names)}; "
-            "choose with --text-column"
-        )
+    require_column(options.data, [options.text_column], rows.column_names, "--text-column")
     return rows[options.text_column]
 
 

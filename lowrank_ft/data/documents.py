@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from datasets import load_dataset_builder
 
-from lowrank_ft.data.sources import BUILDERS, reading
+from lowrank_ft.data.sources import BUILDERS, reading, require_column
 from lowrank_ft.errors import DataError
 from lowrank_ft.schedule import hash_fraction
 
@@ -215,10 +215,7 @@ class _Table:
                 before = after
 
     def _text(self, row: dict[str, Any]) -> str:
-        if self.column not in row:
-            raise DataError(
-                f"{self.name} has no column {self.column!r}; it has {', '.join(row)}; choose with --text-column"
-            )
+        require_column(self.name, [self.column], row, "--text-column")
         text = row[self.column]
         if text is not None and not isinstance(text, str):
             raise DataError(f"the column {self.column!r} of {self.name} holds {type(text).__name__} and not text")

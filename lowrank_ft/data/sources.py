@@ -1,6 +1,6 @@
 """Rows of text from a name on the Hub or from a local file: ``datasets`` reads them all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +39,14 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
         if not path.is_dir() and (path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~"))):
             raise DataError(f"there is no file {path}; check the path")
         return load_dataset(str(path) if path.is_dir() else name, config, split=split)
+
+
+def require_column(name: str, wanted: Sequence[str], found: Iterable[str] | None, choose: str) -> None:
+    """Raise a DataError unless a dataset has one of the ``wanted`` columns; ``choose`` says how to name another."""
+    columns = list(found or ())
+    if not set(wanted) & set(columns):
+        lacking = " and ".join(f"no column {column!r}" for column in wanted)
+        raise DataError(f"{name} has {lacking}; it has {', '.join(columns)}; choose with {choose}")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from lowrank_ft.calibration.config import Calibration, positions
 from lowrank_ft.calibration.sampling import sample_blocks
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.examples import Example, TokenizedData, collate
+from lowrank_ft.data.sources import require_column
 from lowrank_ft.errors import ConfigError, DataError
 
 SELF = "self"
@@ -75,8 +76,8 @@ def read_batches(
             "here; give batches of your own from Python (lowrank_ft.convert(..., calibration=...)), or --method svd"
         )
     column = "image" if model.main_input_name == "pixel_values" else text_column
-    if column not in rows.column_names:
-        raise DataError(f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}")
+    choose = "--calibration-column" if column == text_column else "a dataset of images"
+    require_column(name, [column], rows.column_names, choose)
     generator = torch.Generator().manual_seed(seed)
     if column == "image":
         return _images(rows, preprocessor, tokens, name, generator)

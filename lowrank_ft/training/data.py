@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_ft.data.encoding import encode_chat, token_ids
 from lowrank_ft.data.examples import TokenizedData, pack
-from lowrank_ft.data.sources import read_rows
+from lowrank_ft.data.sources import read_rows, require_column
 from lowrank_ft.data.token_format import is_token_folder, read_index
 from lowrank_ft.data.tokens import TokenFiles
 from lowrank_ft.errors import DataError
@@ -71,14 +71,10 @@ def _tokenized(
         data.check_tokenizer(tokenizer)
         return data
     rows = read_rows(name, split, config)
-    columns = rows.column_names
-    if args.messages_column in columns:
+    wanted = (args.text_column, args.messages_column)
+    require_column(name, wanted, rows.column_names, "--text-column or --messages-column")
+    if args.messages_column in rows.column_names:
         return _tokenized_chats(rows[args.messages_column], name, tokenizer, _block_size(args))
-    if args.text_column not in columns:
-        raise DataError(
-            f"{name} has no column {args.text_column!r} and no column {args.messages_column!r}; it has "
-            f"{', '.join(columns)}; choose with --text-column or --messages-column"
-        )
     texts = (text for text in rows[args.text_column] if text)
     return pack(token_ids(texts, tokenizer), _block_size(args), name)
 

@@ -212,8 +212,8 @@ def main() -> None:
         have = {(r["size"], r["method"], r["seed"]) for r in report["rows"]}
         jobs = [
             (size, name, rates[size, METHODS[name]["kind"]], seed)
+            for size in options.sizes
             for seed in options.seeds
-            for size in reversed(options.sizes)  # the longest first, so that the workers end together
             for name in options.methods
             if (name not in FIRST_ONLY or size == options.sizes[0]) and (size, name, seed) not in have
         ]
@@ -227,19 +227,16 @@ def main() -> None:
 
 
 def choose_rates(pool: Any, options: argparse.Namespace, report: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """By size and kind. A grid grows while its end is best, twice at most."""
+    """By size and kind, the best of the grid."""
     kinds = sorted({METHODS[name]["kind"] for name in options.methods} | {"dense"})
     smallest = options.sizes[0]
     cells = [(size, "dense") for size in reversed(options.sizes)] + [(smallest, k) for k in kinds if k != "dense"]
-    while True:
-        found = {cell: {float(r): _or_inf(loss) for r, loss in report["pilots"].get(" ".join(cell), {}).items()}
-                 for cell in cells}  # fmt: skip
-        jobs = [(*cell, rate) for cell in cells for rate in common.missing_rates(found[cell], GRID, 2)]
-        if not jobs:
-            break
-        for (size, kind, rate), loss in common.as_completed(pool, pilot_loss, jobs):
-            report["pilots"].setdefault(f"{size} {kind}", {})[f"{rate:g}"] = loss
-            common.write_json(options.output, report)
+    pilots = report["pilots"]
+    jobs = [(*cell, rate) for cell in cells for rate in GRID if f"{rate:g}" not in pilots.get(" ".join(cell), {})]
+    for (size, kind, rate), loss in common.as_completed(pool, pilot_loss, jobs):
+        pilots.setdefault(f"{size} {kind}", {})[f"{rate:g}"] = loss
+        common.write_json(options.output, report)
+    found = {cell: {rate: _or_inf(pilots[" ".join(cell)][f"{rate:g}"]) for rate in GRID} for cell in cells}
     best = {cell: min(rates, key=lambda r, rates=rates: rates[r]) for cell, rates in found.items()}
     ratios = {kind: best[smallest, kind] / best[smallest, "dense"] for kind in kinds}
     return {(size, kind): best[size, "dense"] * ratio for size in options.sizes for kind, ratio in ratios.items()}
