@@ -30,15 +30,17 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
                 raise DataError(f"{path} is empty")
             extra = {"sample_by": "document"} if builder == "text" else {}
             return load_dataset(builder, data_files=str(path), split="train", **extra)
-        if path.is_dir() and ".txt" in (found := {p.suffix.lower() for p in path.rglob("*")}) and not found & _TABLES:
-            # datasets would take every line of them for a document.
-            raise DataError(
-                f"{path} is a folder of text files; make token files of it (lowrank-ft tokenize {name} --tokenizer "
-                "TOKENIZER --output-dir tokens), or name one file"
-            )
-        if not path.is_dir() and (path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~"))):
+        if path.is_dir():
+            endings = {p.suffix.lower() for p in path.rglob("*")}
+            if ".txt" in endings and not endings & _TABLES:  # datasets would take every line of them for a document
+                raise DataError(
+                    f"{path} is a folder of text files; make token files of it (lowrank-ft tokenize {name} --tokenizer "
+                    "TOKENIZER --output-dir tokens), or name one file"
+                )
+            return load_dataset(str(path), config, split=split)
+        if path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~")):
             raise DataError(f"there is no file {path}; check the path")
-        return load_dataset(str(path) if path.is_dir() else name, config, split=split)
+        return load_dataset(name, config, split=split)
 
 
 def require_column(name: str, wanted: Sequence[str], found: Iterable[str] | None, choose: str) -> None:

@@ -26,7 +26,7 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
         OutputError: ``output_dir`` cannot be written; or it holds an earlier run or other files that this run would
             replace, and neither resuming nor overwriting was asked for.
     """
-    folder = Path(args.output_dir).expanduser()
+    folder = Path(args.output_dir)
     check_writable(folder)
     if args.resume_from_checkpoint:
         return checkpoints.resolve_checkpoint(folder, args.resume_from_checkpoint)
