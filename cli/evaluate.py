@@ -71,7 +71,7 @@ def check(options: argparse.Namespace) -> None:
 
 def read_texts(options: argparse.Namespace) -> Any:
     rows = read_rows(options.data, options.data_split, options.data_config)
-    require_column(options.data, [options.text_column], rows.column_names, "--text-column")
+    require_column(options.data, [options.text_column], rows.column_names, "choose with --text-column")
     return rows[options.text_column]
 
 

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     options, passed_on = parser.parse_known_args(arguments)
     if passed_on and options.command not in _RECIPES:
-        options.parser.error(f"unrecognized arguments: {' '.join(passed_on)}")
+        parser.commands[options.command].error(f"unrecognized arguments: {' '.join(passed_on)}")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable Hub is reported once, by us
@@ -70,12 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         warnings.formatwarning = formatwarning
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands and their flags."""
+def build_parser() -> OneLineParser:
+    """All commands and their flags; the parser of each is in ``commands``."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog="lowrank-ft", description=_DESCRIPTION, formatter_class=raw)
     parser.add_argument("--version", action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.commands = commands.choices
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
 
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             **kwargs,
         )
-        command.set_defaults(module=module or name, parser=command)
+        command.set_defaults(module=module or name)
         return command
 
     plan = add("plan", "show what would change and what it saves; reads headers, not weights")

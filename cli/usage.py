@@ -3,13 +3,14 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Says in one line what is wrong, and of a misspelt option what it may have meant."""
 
+    commands: Mapping[str, argparse.ArgumentParser] = {}
     _given: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -39,8 +39,8 @@ def check_writable(path: Path) -> None:
     Raises:
         OutputError: it, or one above it, is a file, or belongs to somebody else.
     """
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
-    if not nearest.is_dir():
-        raise OutputError(f"the output folder {path} cannot be made: {nearest} is a file; name another")
+    nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not os.path.isdir(nearest):
+        raise OutputError(f"the output folder {path} cannot be made: {nearest} is no folder; name another")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"the output folder {path} cannot be written: no permission in {nearest}; name another")

@@ -54,7 +54,8 @@ def main() -> None:
     folder, tokenizer = source.download(), source.load_tokenizer()
     config = build_config(scratch, tokenizer_facts(tokenizer, source.name)["vocab_size"])
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    data_args.block_size = context_length(data_args.block_size, config.max_position_embeddings, "the model")
+    positions = getattr(config, "max_position_embeddings", None)
+    data_args.block_size = context_length(data_args.block_size, positions, "the model")
     accelerator = make_accelerator(train_args)
     with accelerator.main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
@@ -131,8 +132,7 @@ def chosen_preset(args: ScratchArguments, **overrides: Any) -> Preset:
             )
     if args.rank is not None or args.param_ratio is not None:
         overrides["rank"] = as_rank(args.rank)
-    if args.target_modules is None:
-        overrides["dense_first_block"] = args.dense_first_block
+    overrides["dense_first_block"] = args.dense_first_block and args.target_modules is None
     return preset(args.preset, **overrides)
 
 
@@ -144,7 +144,7 @@ def build_model(args: ScratchArguments, config: PreTrainedConfig, seed: int) -> 
         RankError, TargetError: see :func:`lowrank_ft.initialize_lowrank`.
     """
     torch.manual_seed(seed)
-    model = build_causal_lm(config, getattr(torch, args.dtype))
+    model = build_causal_lm(config, getattr(torch, args.dtype), args.trust_remote_code)
     rank = as_rank(args.rank)
     if rank is None and args.param_ratio is None and args.preset is not None:
         rank = chosen_preset(args, **dict(args.config_overrides or {})).rank

@@ -215,7 +215,7 @@ class _Table:
                 before = after
 
     def _text(self, row: dict[str, Any]) -> str:
-        require_column(self.name, [self.column], row, "--text-column")
+        require_column(self.name, [self.column], row, "choose with --text-column")
         text = row[self.column]
         if text is not None and not isinstance(text, str):
             raise DataError(f"the column {self.column!r} of {self.name} holds {type(text).__name__} and not text")

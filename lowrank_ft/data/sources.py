@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_dataset_builder
 
 from lowrank_ft.errors import DataError
 
 BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_TABLES = {".arrow", ".csv", ".json", ".jsonl", ".parquet"}
+_WHOLE = {"sample_by": "document"}  # or every line would be one
 
 
 def read_rows(name: str, split: str = "train", config: str | None = None) -> Dataset:
@@ -28,27 +28,22 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
                 raise DataError(f"{path} has the ending {path.suffix!r}; the endings read are {', '.join(BUILDERS)}")
             if path.stat().st_size == 0:
                 raise DataError(f"{path} is empty")
-            extra = {"sample_by": "document"} if builder == "text" else {}
-            return load_dataset(builder, data_files=str(path), split="train", **extra)
+            whole = _WHOLE if builder == "text" else {}
+            return load_dataset(builder, data_files=str(path), split="train", **whole)
         if path.is_dir():
-            endings = {p.suffix.lower() for p in path.rglob("*")}
-            if ".txt" in endings and not endings & _TABLES:  # datasets would take every line of them for a document
-                raise DataError(
-                    f"{path} is a folder of text files; make token files of it (lowrank-ft tokenize {name} --tokenizer "
-                    "TOKENIZER --output-dir tokens), or name one file"
-                )
-            return load_dataset(str(path), config, split=split)
+            found = load_dataset_builder(str(path), config)
+            return load_dataset(str(path), config, split=split, **(_WHOLE if found.name == "text" else {}))
         if path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~")):
             raise DataError(f"there is no file {path}; check the path")
         return load_dataset(name, config, split=split)
 
 
-def require_column(name: str, wanted: Sequence[str], found: Iterable[str] | None, choose: str) -> None:
-    """Raise a DataError unless a dataset has one of the ``wanted`` columns; ``choose`` says how to name another."""
+def require_column(name: str, wanted: Sequence[str], found: Iterable[str] | None, fix: str) -> None:
+    """Raise a DataError, which says how to ``fix`` it, unless a dataset has one of the ``wanted`` columns."""
     columns = list(found or ())
     if not set(wanted) & set(columns):
         lacking = " and ".join(f"no column {column!r}" for column in wanted)
-        raise DataError(f"{name} has {lacking}; it has {', '.join(columns)}; choose with {choose}")
+        raise DataError(f"{name} has {lacking}; it has {', '.join(columns)}; {fix}")
 
 
 @contextmanager

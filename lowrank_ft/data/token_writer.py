@@ -1,4 +1,4 @@
-"""Write token files (see ``tokens.py``) from a stream of documents; a killed run goes on where it was.
+"""Write token files (see ``token_format.py``) from a stream of documents; a killed run goes on where it was.
 
 The stream is cut into shards, one after the other. A shard holds the training *and* the held-out tokens of its stretch
 of the stream, and its header says where the stream goes on behind it. So the finished shards are all that there is to

@@ -64,32 +64,48 @@ def config_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTr
             near = difflib.get_close_matches(name, allowed, n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ConfigError(f"config_overrides: {kind} has no value {name!r} that could be set{hint}")
-        if name.startswith("num_") and not (isinstance(value, int) and value >= 1):
+        if name in ("num_hidden_layers", "num_attention_heads") and not (isinstance(value, int) and value >= 1):
             raise ConfigError(f"config_overrides: {name} is {value!r}; it must be a whole number of 1 or more")
-    own = config.to_diff_dict()
-    if {"hidden_size", "num_attention_heads"} & overrides.keys():
-        own.pop("head_dim", None)
     try:
-        return type(config)(**{**own, **overrides})
+        made = type(config)(**{**_independent(config, overrides), **overrides})
+        made._name_or_path = config._name_or_path  # where code of its own would be read from
+        return made
     except Exception as error:  # each class checks in its own way
         raise ConfigError(f"{kind} refuses config_overrides {dict(overrides)}: {_first_line(error)}") from error
 
 
-def build_causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with fresh weights that is known to run: a few tokens have passed through it.
+def _independent(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ``config`` but for those that say the same as one that will be replaced."""
+    own = config.to_diff_dict()
+    layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    hidden = getattr(config, "hidden_size", None)
+    if "num_hidden_layers" in overrides:
+        own = {name: v for name, v in own.items() if not (isinstance(v, list) and len(v) == layers)}
+    if "num_attention_heads" in overrides and getattr(config, "num_key_value_heads", None) == heads:
+        own.pop("num_key_value_heads", None)
+    same_head = hidden is not None and heads and getattr(config, "head_dim", None) == hidden // heads
+    if {"hidden_size", "num_attention_heads"} & overrides.keys() and same_head:
+        own.pop("head_dim", None)
+    return own
+
+
+def build_causal_lm(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model with fresh weights that is known to run: two tokens have passed through it.
 
     Raises:
-        ConfigError: the values of the config contradict one another.
+        ConfigError: the values of the config contradict one another, or its code may not be run.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         with torch.no_grad():
             model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a value that does not fit is found wherever it is used first
-        raise ConfigError(
-            f"no model runs with this {type(config).__name__}: {_first_line(error)}; check its values"
-        ) from error
-    return model
+        raise ConfigError(f"no model runs with this {type(config).__name__}: {_first_line(error)}") from error
+    return model.train()
 
 
 def _first_line(error: Exception) -> str:

@@ -79,13 +79,14 @@ def _disk_row(checkpoint: Checkpoint, baseline: str | None) -> Row:
 
 def _header(checkpoint: Checkpoint, title: str, rows: Sequence[Row], evaluation: Evaluation | None) -> str:
     base = checkpoint.base_model
-    origin = "a dense model"
+    origin = ""
     if base and is_hub_id(base):
         origin = f'<a href="https://huggingface.co/{escape(base, quote=True)}">{escape(base)}</a>'
     elif base:
         origin = escape(_file_name(base))
-    if checkpoint.revision:
+    if origin and checkpoint.revision:
         origin += f", revision <code>{escape(str(checkpoint.revision)[:12])}</code>"
+    what = f"A low-rank version of {origin}" if origin else "A model of low rank"
     ranks = [p.rank for p in checkpoint.comparison.linears if p.rank is not None]
     perplexity = next((r for r in evaluation_rows(evaluation) if r.name == "perplexity"), None)
     by_name = {r.name: r for r in rows}
@@ -95,8 +96,8 @@ def _header(checkpoint: Checkpoint, title: str, rows: Sequence[Row], evaluation:
     )
     tiles = [parameters, by_name["FLOPs per token"], by_name["weights on disk"], *([perplexity] if perplexity else [])]
     return (
-        f"<header>\n<h1>{escape(title)}</h1>\n<p>A low-rank version of {origin}: {len(ranks)} linears are replaced by "
-        f"factors <i>U V</i>.</p>\n<ul class=tiles>{''.join(map(_tile, tiles))}</ul>\n</header>"
+        f"<header>\n<h1>{escape(title)}</h1>\n<p>{what}: {len(ranks)} linears are products "
+        f"<i>U V</i> of two thin ones.</p>\n<ul class=tiles>{''.join(map(_tile, tiles))}</ul>\n</header>"
     )
 
 

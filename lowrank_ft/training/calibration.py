@@ -76,8 +76,8 @@ def read_batches(
             "here; give batches of your own from Python (lowrank_ft.convert(..., calibration=...)), or --method svd"
         )
     column = "image" if model.main_input_name == "pixel_values" else text_column
-    choose = "--calibration-column" if column == text_column else "a dataset of images"
-    require_column(name, [column], rows.column_names, choose)
+    fix = "choose with --calibration-column" if column == text_column else "an image model needs images"
+    require_column(name, [column], rows.column_names, fix)
     generator = torch.Generator().manual_seed(seed)
     if column == "image":
         return _images(rows, preprocessor, tokens, name, generator)

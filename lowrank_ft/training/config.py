@@ -111,7 +111,7 @@ class TrainArguments:
     """How it is trained."""
 
     output_dir: str = option("out/finetuned", "the compact checkpoint; run records go into it too")
-    overwrite_output_dir: bool = option(False, "replace what an earlier run left in output_dir")
+    overwrite_output_dir: bool = option(False, "replace what an earlier run, or somebody else, left in output_dir")
     resume_from_checkpoint: str | None = option(None, "auto: the newest checkpoint in output_dir; or its path")
     resume_with_changes: bool = option(
         False, "go on although settings differ from those of the checkpoint; they are shown"
@@ -136,11 +136,7 @@ class TrainArguments:
     adam_beta2: float = option(0.999, "AdamW")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never")
     alpha_schedule: str = option("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
-    guided_ratio: float | None = option(
-        None,
-        "share of the steps in which the guide is there; default: 0.25, or with fixed_flops such that each guided step "
-        "is repeated once",
-    )
+    guided_ratio: float | None = option(0.25, "share of the steps in which the guide is there")
     guide_mode: str = option(
         "full", "full: every guide in every guided step; stochastic: each with probability alpha, at half the cost"
     )
@@ -175,7 +171,8 @@ class TrainArguments:
         for name in ("lora_r", "lora_alpha"):
             _require_range(name, getattr(self, name), 1)
         for name in ("adam_beta1", "adam_beta2"):
-            _require_range(name, getattr(self, name), 0, 1 - 1e-9)
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         _require_range("seed", self.seed, 0, 2**32 - 1)
         for name in ("logging_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
             _require_range(name, getattr(self, name), 0)
@@ -204,10 +201,6 @@ class TrainArguments:
         if not 0 < self.num_train_epochs < math.inf:
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0 and finite")
 
-    def default_guided_ratio(self) -> float:
-        """Where ``guided_ratio`` is not given and the FLOPs are not fixed."""
-        return 0.25
-
 
 def option_names(*classes: type) -> list[str]:
     """All option names of the dataclasses, for messages about unknown ones."""
@@ -217,5 +210,5 @@ def option_names(*classes: type) -> list[str]:
 def _require_range(name: str, value: float, least: float, most: float | None = None) -> None:
     # Written so that NaN is out of any range; and no option may be infinite.
     if not least <= value < math.inf or (most is not None and value > most):
-        allowed = f"{least} or more" if most is None else f"{least} to {most:g}" if most < 1e6 else f"{least} to {most}"
+        allowed = f"{least} or more" if most is None else f"{least} to {most}"
         raise ConfigError(f"{name} is {value}; it must be {allowed}")

@@ -54,7 +54,7 @@ def run_length(model: nn.Module, args: TrainArguments, planned: int, sequence_le
     if not guides:
         require_guided_phase(args, "this model has no guide")
     if not args.fixed_flops:
-        ratio = args.default_guided_ratio() if args.guided_ratio is None else args.guided_ratio
+        ratio = args.guided_ratio or 0.0
         guided = round(ratio * planned) if guides else 0
         if guided == 0:
             require_guided_phase(args, "this run has no guided step")
@@ -74,7 +74,8 @@ def run_length(model: nn.Module, args: TrainArguments, planned: int, sequence_le
     dense, factored = cost.dense + scores, cost.factored + scores
     if args.guided_ratio is None:
         guide = cost.guide * mean_guide_cost(planned, args.alpha_schedule, args.guide_mode)
-        guided = int(once_repeated_share(dense, factored, guide) * planned)
+        share = once_repeated_share(dense, factored, guide)
+        guided = max(int(share * planned), int(share > 0))
     else:
         guided = round(args.guided_ratio * planned)
     if guided == 0:

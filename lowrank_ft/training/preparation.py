@@ -23,16 +23,16 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
 
     Raises:
         TrainingStateError: it does not exist.
-        OutputError: ``output_dir`` cannot be written; or it holds an earlier run or other files that this run would
-            replace, and neither resuming nor overwriting was asked for.
+        OutputError: ``output_dir`` cannot be written; or it holds an earlier run or somebody else's
+            files, and neither resuming nor overwriting was asked for.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
     if args.resume_from_checkpoint:
         return checkpoints.resolve_checkpoint(folder, args.resume_from_checkpoint)
-    # All that a run replaces in the end or, of an earlier run, at its start.
-    replaced = (METRICS_FILE, "config.json", checkpoints.FOLDER, "README.md", "index.json", "*.safetensors")
-    used = sorted(p.name for pattern in replaced for p in folder.glob(pattern))
+    # What a run or an export left, or token files: nothing that a process of this run has put there meanwhile.
+    taken = (METRICS_FILE, "config.json", checkpoints.FOLDER, "README.md", "index.json", "*.safetensors")
+    used = sorted(p.name for pattern in taken for p in folder.glob(pattern))
     if used and not args.overwrite_output_dir:
         if METRICS_FILE in used or "config.json" in used:
             raise OutputError(
@@ -40,7 +40,7 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
                 "--overwrite_output_dir to start anew, or name another --output_dir"
             )
         raise OutputError(
-            f"{folder} holds {used[0]}, which this run would replace; name another --output_dir, or add "
+            f"{folder} holds {used[0]}, and a run wants a folder of its own; name another --output_dir, or add "
             "--overwrite_output_dir"
         )
     return None

@@ -65,5 +65,7 @@ class PretrainArguments(TrainArguments):
         "is repeated once",
     )
 
-    def default_guided_ratio(self) -> float:
-        return 0.5
+    def __post_init__(self) -> None:
+        if self.guided_ratio is None and not self.fixed_flops:
+            self.guided_ratio = 0.5
+        super().__post_init__()

@@ -147,7 +147,7 @@ class Trainer:
         Raises:
             TrainingStateError, OutputError: see :meth:`starting_point`.
         """
-        checkpoint, state = self._start or self.starting_point()
+        (checkpoint, state), self._start = self._start or self.starting_point(), None
         if checkpoint is None and self.accelerator.is_main_process:
             checkpoints.remove_all(
                 self.output_dir
@@ -418,7 +418,8 @@ class Trainer:
     def _check_same_run(self, checkpoint: Path, state: TrainerState) -> None:
         now, then = self._must_match(), state.must_match
         # What only this run has counts, too: another rank is a name that the other run did not have.
-        names = [*then, *(name for name in now if name not in then)]
+        # But not a value that a newer transformers has put into the config.
+        names = [*then, *(name for name in now if name not in then and not name.startswith("config."))]
         changed = [f"{k} {then.get(k)!r} -> {now.get(k)!r}" for k in names if now.get(k) != then.get(k)]
         if changed:
             problem = f"{checkpoint} is of a run with other settings: {'; '.join(changed)}"

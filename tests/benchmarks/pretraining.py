@@ -297,6 +297,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     found = report["summary"]
+    sizes = list(dict.fromkeys(s["size"] for s in found))
     for name in METHODS:
         ends = [s for s in found if s["method"] == name]
         if not ends:
@@ -311,11 +312,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
         left.errorbar([s["flops"] for s in ends], [s["loss"] for s in ends], [s["loss_error"] or 0 for s in ends],
                       marker="o", ms=4, capsize=3, label=name, **style)  # fmt: skip
         if name != "dense":
-            right.errorbar([s["size"] for s in ends], [s["gap"] for s in ends], [s["gap_error"] or 0 for s in ends],
+            places = [sizes.index(s["size"]) + 0.05 * list(METHODS).index(name) - 0.2 for s in ends]
+            right.errorbar(places, [s["gap"] for s in ends], [s["gap_error"] or 0 for s in ends],
                            marker="o", ms=4, capsize=3, label=name, **style)  # fmt: skip
     left.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss, nats per token",
              title="dots: ends of training, sizes joined; thin: on the way")  # fmt: skip
     right.axhline(0, color=COLORS["dense"], lw=1)
+    right.set_xticks(range(len(sizes)), sizes)
     right.set(xlabel="size of the dense model", ylabel="loss above the dense model's, nats per token")
     left.legend(fontsize=8, handlelength=3.5)
     for axis in (left, right):

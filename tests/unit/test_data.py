@@ -5,14 +5,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lowrank_ft.data.encoding import encode_chat
+from lowrank_ft.data.encoding import encode_chat, token_ids
 from lowrank_ft.data.examples import StepBatches, collate, pack
+from lowrank_ft.data.sources import read_rows
 from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import DataError
 from lowrank_ft.evaluation import IGNORED
 from lowrank_ft.schedule import data_step_at
 from lowrank_ft.training.config import DataArguments
-from lowrank_ft.training.data import load_data, load_distill_data
+from lowrank_ft.training.run_data import load_data, load_distill_data
 from tests.conftest import DEMO_MODEL
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -185,15 +186,19 @@ def test_bad_data(tokenizer, tmp_path, name, content, message):
         load_data(DataArguments(dataset=str(tmp_path / name)), tokenizer)
 
 
-def test_a_folder_of_texts_is_not_taken_for_rows_of_lines(tokenizer, tmp_path):
-    (tmp_path / "texts" / "more").mkdir(parents=True)
-    (tmp_path / "texts" / "more" / "a.txt").write_text("one line\nand another\n" * 100)
-    with pytest.raises(DataError, match="is a folder of text files; make token files of it .lowrank-ft tokenize"):
-        load_data(DataArguments(dataset=str(tmp_path / "texts")), tokenizer)
-    # A dataset in a folder is one, whatever notes lie beside its rows.
-    write(tmp_path / "texts" / "rows.jsonl", [{"text": "to be or not to be " * 50}] * 20)
-    train, _ = load_data(DataArguments(dataset=str(tmp_path / "texts"), block_size=32), tokenizer)
-    assert len(train) > 0
+def test_a_file_of_text_in_a_folder_is_one_document_too(tokenizer, tmp_path):
+    texts = ["one line\nand another\n" * 100, "of the second file\n" * 50]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    train, _ = load_data(DataArguments(dataset=str(tmp_path), block_size=32, eval_ratio=0), tokenizer)
+    expected = pack(token_ids(texts, tokenizer), 32)
+    assert train.ids.tolist() == expected.ids.tolist()
+    assert read_rows(str(tmp_path)).column_names == ["text"]
+
+
+def test_rows_in_a_folder(tmp_path):
+    write(tmp_path / "rows.jsonl", [{"text": "to be", "n": 1}, {"text": "or not", "n": 2}])
+    assert read_rows(str(tmp_path))["n"][:] == [1, 2]
 
 
 def test_ids_in_memory_that_a_model_does_not_have(tokenizer, tmp_path):

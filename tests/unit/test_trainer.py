@@ -204,11 +204,10 @@ def test_stochastic_guidance_sets_the_gates_of_every_step_and_learns(tmp_path, d
 
 def test_fixed_flops_chooses_a_guided_phase_that_is_repeated_once(tmp_path, data):
     for guide_mode in ("full", "stochastic"):
-        options = dict(fixed_flops=True, guided_ratio=None, max_steps=400, guide_mode=guide_mode)
-        trainer = Trainer(guided("dense", rank=6), arguments(tmp_path, **options), data)
+        args = PretrainArguments(output_dir=str(tmp_path), fixed_flops=True, max_steps=400, guide_mode=guide_mode)
+        trainer = Trainer(guided("dense", rank=6), args, data)
         assert trainer.guided_steps > 20
         assert trainer.max_steps - 400 == pytest.approx(trainer.guided_steps, abs=1)
-    assert Trainer(guided(), arguments(tmp_path, guided_ratio=None), data).guided_steps == 2
     scratch = PretrainArguments(output_dir=str(tmp_path), max_steps=8)
     assert Trainer(guided(), scratch, data).guided_steps == 4
 
@@ -409,16 +408,32 @@ def test_files_of_others_are_not_run_over(tmp_path, data, name):
     mine = tmp_path / "run" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("x")
-    with pytest.raises(OutputError, match=f"holds {mine.relative_to(tmp_path / 'run').parts[0]}, which this run would"):
+    with pytest.raises(OutputError, match=f"holds {mine.relative_to(tmp_path / 'run').parts[0]}, and a run wants"):
         Trainer(guided(), arguments(tmp_path), data).train()
+
+
+def test_overwriting_removes_nothing_but_checkpoints_of_runs(tmp_path, data):
+    for name in ("important.pt", "step-00000003/model.safetensors", ".step-00000004.partial/x", "best/x", "steps/x"):
+        path = tmp_path / "run" / "checkpoints" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
     Trainer(guided(), arguments(tmp_path, overwrite_output_dir=True), data).train()
-    assert mine.read_text() == "x"  # the trainer itself removes nothing but checkpoints of runs
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["important.pt", "steps"]
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path, data):
+    trainer = Trainer(guided(), arguments(tmp_path, save_steps=4), data)
+    trainer.starting_point()
+    trainer.train()
+    with pytest.raises(OutputError, match="holds an earlier run"):
+        trainer.train()
+    assert find_checkpoints(tmp_path / "run")
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused_before_training(tmp_path, data):
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(OutputError, match=f"cannot be made: {tmp_path / 'file'} is a file"):
+        with pytest.raises(OutputError, match=f"cannot be made: {tmp_path / 'file'} is no folder"):
             Trainer(guided(), arguments(tmp_path, output_dir=str(folder)), data).train()
 
 

@@ -72,7 +72,7 @@ def _tokenized(
         return data
     rows = read_rows(name, split, config)
     wanted = (args.text_column, args.messages_column)
-    require_column(name, wanted, rows.column_names, "--text-column or --messages-column")
+    require_column(name, wanted, rows.column_names, "choose with --text-column or --messages-column")
     if args.messages_column in rows.column_names:
         return _tokenized_chats(rows[args.messages_column], name, tokenizer, _block_size(args))
     texts = (text for text in rows[args.text_column] if text)
