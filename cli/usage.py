@@ -27,5 +27,5 @@ class OneLineParser(argparse.ArgumentParser):
         known = list(self._option_string_actions)
         for name in (a.partition("=")[0] for a in self._given if a.startswith("--") and len(a) > 2):
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=2, cutoff=0.7)
-                yield f"there is no option {name}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+                yield f"there is no option {name}" + (f" (did you mean {near[0]}?)" if near else "")
