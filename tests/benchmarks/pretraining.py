@@ -1,6 +1,7 @@
 """From scratch: dense, low-rank and self-guided low-rank models of several sizes, at equal tokens and at equal FLOPs.
 
     PYTHONPATH=. python tests/benchmarks/pretraining.py
+    PYTHONPATH=. python tests/benchmarks/pretraining.py --sizes 1M --tokens 2097152 --rates-of A.json --output B.json
     PYTHONPATH=. python tests/benchmarks/pretraining.py --sizes s --tokens 100000000 --batch-size 64 --block-size 1024
 
 The models are the presets of Wei et al. (2024, arXiv 2406.16450 and 2407.09835), narrower unless ``--sizes s`` asks for
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=524_288, help="of a run at equal tokens")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences per optimizer step")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences per forward pass")
+    parser.add_argument("--rates-of", type=Path, help="result of a shorter run, whose pilots choose the learning rates")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; they share the threads")
     parser.add_argument("--tokens-folder", type=Path, default=Path("build/benchmarks/pretraining-tokens"))
     parser.add_argument("--output", type=Path, default=common.RESULTS / "pretraining.json")
@@ -200,6 +202,11 @@ def main() -> None:
         "shapes": {size: SIZES[size] for size in options.sizes},
     }  # fmt: skip
     report: dict[str, Any] = {"machine": common.machine(options.device), **settings, "pilots": {}, "rows": []}
+    if options.rates_of:
+        shorter = json.loads(options.rates_of.read_text(encoding="utf-8"))
+        if changed := [k for k, v in settings.items() if k not in ("tokens", "shapes") and shorter[k] != v]:
+            parser.error(f"{options.rates_of} was measured with another {changed[0]}")
+        report |= {"pilots": shorter["pilots"], "pilots_tokens": shorter["tokens"]}
     if options.output.is_file():
         earlier = json.loads(options.output.read_text(encoding="utf-8"))
         if changed := [k for k, v in settings.items() if earlier.get(k) != v]:
