@@ -215,7 +215,8 @@ class _Table:
                 before = after
 
     def _text(self, row: dict[str, Any]) -> str:
-        require_column(self.name, [self.column], row, "choose with --text-column")
+        if self.column not in row:  # asked here first, for this runs once per document
+            require_column(self.name, [self.column], row, "choose with --text-column")
         text = row[self.column]
         if text is not None and not isinstance(text, str):
             raise DataError(f"the column {self.column!r} of {self.name} holds {type(text).__name__} and not text")

@@ -37,7 +37,7 @@ from lowrank_ft.data.examples import pack
 from lowrank_ft.data.tokens import TokenFiles
 from lowrank_ft.errors import DivergedError
 from lowrank_ft.presets import preset
-from lowrank_ft.schedule import alpha_at
+from lowrank_ft.schedule import alpha_at, once_repeated_share
 from lowrank_ft.training import DataArguments, Trainer, load_data
 from lowrank_ft.training.pretraining import PretrainArguments
 from lowrank_ft.training.records import METRICS_FILE, read_metrics
@@ -102,7 +102,7 @@ def planned(
         return steps, GUIDED
     guide = flops_per_step(options, cost.guided(), config) - factored
     guide *= 0.5 if method.get("guide_mode") == "stochastic" else 1.0
-    return steps, (dense - factored) / (factored + guide)
+    return steps, once_repeated_share(dense, factored, guide)
 
 
 def flops_per_step(options: argparse.Namespace, multiply_adds: float, config: Any) -> float:
