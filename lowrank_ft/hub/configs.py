@@ -71,7 +71,7 @@ def config_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTr
         made._name_or_path = config._name_or_path  # where code of its own would be read from
         return made
     except Exception as error:  # each class checks in its own way
-        raise ConfigError(f"{kind} refuses config_overrides {dict(overrides)}: {_first_line(error)}") from error
+        raise ConfigError(f"{kind} refuses config_overrides {dict(overrides)}: {_in_one_line(error)}") from error
 
 
 def _independent(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,10 +104,10 @@ def build_causal_lm(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_c
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a value that does not fit is found wherever it is used first
-        raise ConfigError(f"no model runs with this {type(config).__name__}: {_first_line(error)}") from error
+        raise ConfigError(f"no model runs with this {type(config).__name__}: {_in_one_line(error)}") from error
     return model.train()
 
 
-def _first_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:200]}"
