@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lowrank_ft.allocation import ALLOCATIONS
-from lowrank_ft.calibration import METHODS, Calibration
+from lowrank_ft.checkpoints.source import Source
+from lowrank_ft.conversion import METHODS, Calibration
+from lowrank_ft.conversion.batches import CALIBRATION_TOKENS, OWN_TOKENS, SELF, own_batches, read_batches
 from lowrank_ft.data.sources import read_rows
-from lowrank_ft.errors import ConfigError
-from lowrank_ft.hub.source import Source
-from lowrank_ft.schedule import require_choice
-from lowrank_ft.training.calibration import CALIBRATION_TOKENS, OWN_TOKENS, SELF, own_batches, read_batches
+from lowrank_ft.errors import ConfigError, require_choice
+from lowrank_ft.factorization.allocation import ALLOCATIONS
 
 _TUNING = ("refine_epochs", "distill_epochs", "activations_dir")
 

@@ -12,15 +12,15 @@ from lowrank_ft_cli.options import device_of, dtype_of, hub_target, shard_size, 
 from lowrank_ft_cli.plan import print_plan, refuse_compact
 from transformers import PreTrainedModel
 
-from lowrank_ft.calibration import ConversionRecord
+from lowrank_ft.checkpoints.atomic import check_output_dir
+from lowrank_ft.checkpoints.push import push
+from lowrank_ft.checkpoints.source import check_finite, check_runs, load_model, skeleton, writes_text
 from lowrank_ft.console import shown_command
-from lowrank_ft.conversion import allocate, convert, default_allocation, spectrum_of
-from lowrank_ft.errors import RankError, TargetError
-from lowrank_ft.hub.export import save_compact
-from lowrank_ft.hub.output import check_output_dir
-from lowrank_ft.hub.push import push
-from lowrank_ft.hub.source import check_finite, check_runs, first_line, load_model, skeleton, writes_text
-from lowrank_ft.plan import Plan, make_plan
+from lowrank_ft.conversion import ConversionRecord
+from lowrank_ft.conversion.convert import allocate, convert, default_allocation, spectrum_of
+from lowrank_ft.errors import RankError, TargetError, first_line
+from lowrank_ft.export import save_compact
+from lowrank_ft.factorization.plan import Plan, make_plan
 
 
 def run(options: argparse.Namespace) -> None:

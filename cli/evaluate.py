@@ -10,14 +10,15 @@ import torch
 from lowrank_ft_cli.options import device_of, dtype_of, folder_bytes, source_of
 from torch import Tensor
 
+from lowrank_ft.checkpoints.source import Source, check_causal_lm, load_model
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.evaluation import agreement, context_length, evaluate_blocks, to_blocks, windows
-from lowrank_ft.hub.source import Source, check_causal_lm, load_model
-from lowrank_ft.hub.tasks import load_tasks, run_tasks
-from lowrank_ft.plan import count_parameters
+from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
+from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, to_blocks, windows
+from lowrank_ft.factorization.plan import count_parameters
 
 _ABOUT_DATA = ("stride", "max_tokens", "block_size")
 

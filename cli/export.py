@@ -6,12 +6,12 @@ from pathlib import Path
 
 from lowrank_ft_cli.options import dtype_of, hub_target, shard_size
 
+from lowrank_ft.checkpoints.atomic import check_output_dir
+from lowrank_ft.checkpoints.from_training import load_adapter, load_training_checkpoint
+from lowrank_ft.checkpoints.push import push
 from lowrank_ft.console import shown_command
 from lowrank_ft.errors import CheckpointNotFoundError
-from lowrank_ft.hub.export import save_compact
-from lowrank_ft.hub.output import check_output_dir
-from lowrank_ft.hub.push import push
-from lowrank_ft.hub.trained import load_adapter, load_training_checkpoint
+from lowrank_ft.export import save_compact
 
 
 def run(options: argparse.Namespace) -> None:

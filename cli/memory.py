@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from lowrank_ft.console import human_bytes, print_table
-from lowrank_ft.evaluation import context_length
-from lowrank_ft.memory import MODES, Architecture, Settings, estimate
-from lowrank_ft.plan import Plan
+from lowrank_ft.costs.memory import MODES, Architecture, Settings, estimate
+from lowrank_ft.data.examples import context_length
+from lowrank_ft.factorization.plan import Plan
 
 
 def memory_of(plan: Plan, options: argparse.Namespace, model: Any) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from lowrank_ft_cli.options import dtype_of, shard_size, source_of
 
 import lowrank_ft
+from lowrank_ft.checkpoints.atomic import check_output_dir
+from lowrank_ft.checkpoints.source import is_compact, load_model
 from lowrank_ft.errors import CheckpointError
-from lowrank_ft.hub.export import save_dense
-from lowrank_ft.hub.output import check_output_dir
-from lowrank_ft.hub.source import is_compact, load_model
+from lowrank_ft.export import save_dense
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,9 +9,9 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from lowrank_ft.errors import ConfigError, RankError
-from lowrank_ft.hub.source import Source, first_line
-from lowrank_ft.targets import as_patterns
+from lowrank_ft.checkpoints.source import Source
+from lowrank_ft.errors import ConfigError, RankError, first_line
+from lowrank_ft.factorization.targets import as_patterns
 
 
 def source_of(options: argparse.Namespace, name: str | None = None) -> Source:

@@ -13,17 +13,16 @@ from lowrank_ft_cli.memory import memory_of, print_memory
 from lowrank_ft_cli.options import device_of, dtype_of, size_options, source_of
 from lowrank_ft_cli.preset import print_training_cost, run_preset, sequence_length_of
 
-from lowrank_ft.allocation import ALLOCATIONS
+from lowrank_ft.checkpoints.source import Source, TensorInfo, is_compact, load_model, skeleton
 from lowrank_ft.console import human_bytes, human_count, print_table
-from lowrank_ft.conversion import allocate, spectrum_of
-from lowrank_ft.cost import training_cost
-from lowrank_ft.errors import CheckpointError
-from lowrank_ft.hub.pictures import check_picture_path, require_plotting, save_rank_map
-from lowrank_ft.hub.source import Source, TensorInfo, is_compact, load_model, skeleton
-from lowrank_ft.plan import LinearPlan, Plan, make_plan
-from lowrank_ft.ranks import break_even_rank
-from lowrank_ft.schedule import require_choice
-from lowrank_ft.targets import kind_of
+from lowrank_ft.conversion.convert import allocate, spectrum_of
+from lowrank_ft.costs.flops import training_cost
+from lowrank_ft.errors import CheckpointError, require_choice
+from lowrank_ft.factorization.allocation import ALLOCATIONS
+from lowrank_ft.factorization.plan import LinearPlan, Plan, make_plan
+from lowrank_ft.factorization.ranks import break_even_rank
+from lowrank_ft.factorization.targets import kind_of
+from lowrank_ft.report.plots import check_picture_path, require_plotting, save_rank_map
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I64": 8, "I32": 4}
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")

@@ -1,4 +1,4 @@
-"""``lowrank-ft plan --preset``, and the training FLOPs that ``plan --tokens`` adds: tables of :mod:`lowrank_ft.accounting`."""
+"""``lowrank-ft plan --preset``, and the training FLOPs that ``plan --tokens`` adds."""
 
 import argparse
 import json
@@ -7,14 +7,14 @@ from typing import Any
 
 from lowrank_ft_cli.main import build_parser, count
 
-from lowrank_ft.accounting import Accounting
+from lowrank_ft.checkpoints.source import writes_text
 from lowrank_ft.console import human_count, print_table
-from lowrank_ft.cost import TrainingCost
+from lowrank_ft.costs.accounting import Accounting
+from lowrank_ft.costs.flops import TrainingCost
+from lowrank_ft.data.examples import DEFAULT_BLOCK_SIZE
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.evaluation import DEFAULT_BLOCK_SIZE
-from lowrank_ft.hub.source import writes_text
-from lowrank_ft.presets import Preset, preset
-from lowrank_ft.ranks import break_even_rank, largest_saving_rank
+from lowrank_ft.factorization.ranks import break_even_rank, largest_saving_rank
+from lowrank_ft.pretraining.presets import Preset, preset
 
 _ABOUT_PRESETS = {"preset", "set", "rank", "tokens", "sequence_length", "json", "debug"}
 

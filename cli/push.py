@@ -2,7 +2,7 @@
 
 import argparse
 
-from lowrank_ft.hub.push import push
+from lowrank_ft.checkpoints.push import push
 
 
 def run(options: argparse.Namespace) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from lowrank_ft_cli.options import device_of
 
+from lowrank_ft.checkpoints.atomic import open_permissions
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import ConfigError, OutputError
-from lowrank_ft.hub.inspection import dense_folder, open_checkpoint
-from lowrank_ft.hub.model_card import card_with_table
-from lowrank_ft.hub.output import open_permissions
-from lowrank_ft.hub.pictures import require_plotting
-from lowrank_ft.hub.report import REPORT_FILE, build_report
-from lowrank_ft.hub.source import Source
-from lowrank_ft.hub.summary import Evaluation, read_evaluation
+from lowrank_ft.report.inspection import dense_folder, open_checkpoint
+from lowrank_ft.report.model_card import card_with_table
+from lowrank_ft.report.plots import require_plotting
+from lowrank_ft.report.report import REPORT_FILE, build_report
+from lowrank_ft.report.summary import Evaluation, read_evaluation
 
 
 def run(options: argparse.Namespace) -> None:

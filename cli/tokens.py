@@ -8,10 +8,10 @@ from typing import Any
 
 from lowrank_ft_cli.options import shard_bytes
 
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import human_bytes
 from lowrank_ft.data.documents import Corpus
 from lowrank_ft.data.token_writer import write_token_files
-from lowrank_ft.hub.source import Source
 
 
 def run(options: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 
 from lowrank_ft_cli.main import build_parser
 
-from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments
-from lowrank_ft.training.pretraining import ScratchArguments
+from lowrank_ft.pretraining.options import ScratchArguments
+from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments
 
 REFERENCE = Path(__file__).parent / "reference"
 GROUPS = {"model": ModelArguments, "data": DataArguments, "train": TrainArguments, "scratch": ScratchArguments}

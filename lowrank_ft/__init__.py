@@ -2,24 +2,27 @@
 
 Importing this package registers the loader of compact checkpoints with transformers and the method ``lowrank`` with
 PEFT, so ``AutoModel.from_pretrained`` and ``get_peft_model`` know them. Importing a submodule that needs torch alone
-(``lowrank_ft.solvers``, ``lowrank_ft.nn``) still pays for that; the command line's ``--help`` does not import any of it.
+(``lowrank_ft.factorization.solvers``, ``lowrank_ft.nn``) still pays for that.
+The command line's ``--help`` imports none of it.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from lowrank_ft.calibration import Calibration
-from lowrank_ft.conversion import attach_guides, convert, merge
+from lowrank_ft.checkpoints import loader as _loader
+from lowrank_ft.conversion import Calibration
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.conversion.guides import attach_guides
 from lowrank_ft.errors import LowRankError
-from lowrank_ft.from_scratch import initialize_lowrank
-from lowrank_ft.hub import loader as _loader
-from lowrank_ft.hub.configs import preset_config
-from lowrank_ft.hub.export import save_compact
+from lowrank_ft.export import save_compact
+from lowrank_ft.factorization.plan import Plan, make_plan
+from lowrank_ft.integrations.peft import LowRankConfig  # registers the method with PEFT
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, end_guidance, set_alpha, set_gates
-from lowrank_ft.peft_method import LowRankConfig  # registers the method with PEFT
-from lowrank_ft.plan import Plan, make_plan
+from lowrank_ft.nn.replace import merge
+from lowrank_ft.pretraining.configs import preset_config
+from lowrank_ft.pretraining.initialize import initialize_lowrank
 
 if TYPE_CHECKING:
-    from lowrank_ft.training.callback import GuidanceCallback
+    from lowrank_ft.integrations.transformers_trainer.callback import GuidanceCallback
 
 _loader.register()
 
@@ -48,7 +51,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "GuidanceCallback":  # it needs transformers' Trainer, which takes seconds to import
-        from lowrank_ft.training.callback import GuidanceCallback
+        from lowrank_ft.integrations.transformers_trainer.callback import GuidanceCallback
 
         return GuidanceCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

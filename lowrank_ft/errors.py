@@ -56,3 +56,14 @@ class TrainingStateError(LowRankError, RuntimeError):
 
 class DivergedError(LowRankError, ArithmeticError):
     """A training whose loss is no longer a number."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with words in an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def require_choice(what: str, found: str, allowed: tuple[str, ...]) -> None:
+    """Raise a ConfigError that lists what is allowed unless ``found`` is one of it."""
+    if found not in allowed:
+        raise ConfigError(f"{what} {found!r} is unknown; choose one of {', '.join(allowed)}")

@@ -7,7 +7,7 @@ number of processes, sees the same values. ``step`` counts completed optimizer s
 import hashlib
 import math
 
-from lowrank_ft.errors import ConfigError
+from lowrank_ft.errors import ConfigError, require_choice
 
 ALPHA_SCHEDULES = ("cosine", "linear")
 LR_SCHEDULES = ("cosine", "linear", "constant")
@@ -123,9 +123,3 @@ def lr_factor_at(step: int, total_steps: int, warmup_steps: int = 0, schedule: s
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def require_choice(what: str, found: str, allowed: tuple[str, ...]) -> None:
-    """Raise a ConfigError that lists what is allowed unless ``found`` is one of it."""
-    if found not in allowed:
-        raise ConfigError(f"{what} {found!r} is unknown; choose one of {', '.join(allowed)}")

@@ -15,18 +15,18 @@ import torch
 from transformers import PreTrainedModel
 
 import lowrank_ft
-from lowrank_ft.calibration import Calibration
+from lowrank_ft.checkpoints.companions import begin_run
+from lowrank_ft.checkpoints.source import Source, check_causal_lm, check_finite, is_compact, load_model
 from lowrank_ft.console import one_line_errors, shown_command
-from lowrank_ft.conversion import default_allocation
-from lowrank_ft.cost import compare
-from lowrank_ft.data.examples import TokenizedData
+from lowrank_ft.conversion import Calibration
+from lowrank_ft.conversion.batches import training_calibration
+from lowrank_ft.conversion.convert import default_allocation
+from lowrank_ft.costs.flops import compare
+from lowrank_ft.data.examples import TokenizedData, context_length
 from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.evaluation import context_length
-from lowrank_ft.hub.export import begin_run
-from lowrank_ft.hub.source import Source, check_causal_lm, check_finite, is_compact, load_model
+from lowrank_ft.factorization.targets import as_patterns
 from lowrank_ft.nn import check_guide_bits, guided_layers
-from lowrank_ft.targets import as_patterns
 from lowrank_ft.training import (
     ModelArguments,
     Trainer,
@@ -36,7 +36,6 @@ from lowrank_ft.training import (
     make_accelerator,
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
-from lowrank_ft.training.calibration import training_calibration
 
 
 @one_line_errors

@@ -18,22 +18,23 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
+from lowrank_ft.checkpoints.companions import begin_run
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.data.encoding import tokenizer_facts
+from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.token_format import is_token_folder, read_index
 from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.evaluation import context_length
-from lowrank_ft.hub.configs import build_causal_lm, config_with
-from lowrank_ft.hub.export import begin_run, save_dense
-from lowrank_ft.hub.source import Source
-from lowrank_ft.plan import Plan
-from lowrank_ft.presets import Preset, preset
-from lowrank_ft.targets import as_patterns
+from lowrank_ft.export import save_dense
+from lowrank_ft.factorization.plan import Plan
+from lowrank_ft.factorization.targets import as_patterns
+from lowrank_ft.pretraining.configs import build_causal_lm, config_with
+from lowrank_ft.pretraining.options import PretrainArguments, ScratchArguments
+from lowrank_ft.pretraining.presets import Preset, preset
 from lowrank_ft.training import Trainer, checkpoint_to_resume, load_data, make_accelerator
 from lowrank_ft.training.arguments import as_rank, parse_groups
-from lowrank_ft.training.config import DataArguments
-from lowrank_ft.training.pretraining import PretrainArguments, ScratchArguments
+from lowrank_ft.training.options import DataArguments
 
 _OPTIONS_INSTEAD = {
     "rank": "--rank", "dense_first_block": "--no_dense_first_block", "tokens": "--max_steps",
@@ -122,7 +123,7 @@ def chosen_preset(args: ScratchArguments, **overrides: Any) -> Preset:
     """The preset with what the options say of it.
 
     Raises:
-        ConfigError, RankError: see :func:`lowrank_ft.presets.preset`; or an override that is an option of its own.
+        ConfigError, RankError: see :func:`lowrank_ft.pretraining.presets.preset`; or an override that is an option of its own.
     """
     assert args.preset is not None
     for name in overrides:

@@ -31,7 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import lowrank_ft
 from lowrank_ft import GuidanceCallback, LowRankConfig
 from lowrank_ft.nn import guided_layers
-from lowrank_ft.training import sharding
+from lowrank_ft.training import fsdp
 from tests.conftest import ROOT, tiny_llama
 from tests.distributed.watching import live_bytes
 
@@ -43,8 +43,8 @@ class ShardingTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        sharding.set_up(self.accelerator)
-        self.is_fsdp_enabled = sharding.uses_fsdp(self.accelerator)
+        fsdp.set_up(self.accelerator)
+        self.is_fsdp_enabled = fsdp.uses_fsdp(self.accelerator)
 
 
 def make_model(kind: str, dropout: float = 0.2, rank: int = 8) -> Any:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.examples import pack
-from lowrank_ft.training import TrainArguments, Trainer, checkpoints
+from lowrank_ft.training import TrainArguments, Trainer, resume
 from tests.conftest import tiny_llama
 
 STEPS, GUIDED = 12, 6
@@ -50,20 +50,20 @@ def main() -> None:
         guide_mode="stochastic" if stochastic else "full", fixed_flops=stochastic,
     )  # fmt: skip
     if options.kill_in_save is not None:
-        commit = checkpoints.commit
+        commit = resume.commit
 
         def commit_or_die(draft: Path, final: Path, keep: int) -> None:
             if final.name == f"step-{options.kill_in_save:08d}":
                 kill()
             commit(draft, final, keep)
 
-        checkpoints.commit = commit_or_die
+        resume.commit = commit_or_die
     torch.manual_seed(7)
     Trainer(
         model, args, train, held_out, on_step_end=lambda step, _: kill() if step == options.kill_at else None,
         teacher=tiny_llama() if distill else None, distill_data=pack(ids[::-1].copy(), 12) if distill else None,
     ).train()  # fmt: skip
-    save_file(checkpoints.unique_tensors(model.state_dict()), options.output / "final.safetensors")
+    save_file(resume.unique_tensors(model.state_dict()), options.output / "final.safetensors")
 
 
 if __name__ == "__main__":

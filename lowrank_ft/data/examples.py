@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from lowrank_ft.data.token_format import MappedTokens
-from lowrank_ft.errors import DataError
-from lowrank_ft.evaluation import IGNORED
+from lowrank_ft.errors import ConfigError, DataError
+
+DEFAULT_BLOCK_SIZE = 1024
+IGNORED = -100
+"""Label of a position that does not count, as everywhere in transformers."""
+
 
 Example = dict[str, Tensor]
 """``input_ids`` and ``labels``, each ``(length,)``."""
@@ -129,3 +133,18 @@ class StepBatches:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.examples, generator=generator)
         return int(self._order[offset])
+
+
+def context_length(wanted: int | None, positions: int | None, name: str) -> int:
+    """Tokens per block: what was asked for, or 1024, or all ``positions`` of the model if those are fewer.
+
+    Raises:
+        ConfigError: more than the model has positions for, or fewer than 2.
+    """
+    if wanted is None:
+        return min(DEFAULT_BLOCK_SIZE, positions or DEFAULT_BLOCK_SIZE)
+    if wanted < 2:
+        raise ConfigError(f"block size {wanted} is too small; it must be 2 or more")
+    if positions is not None and wanted > positions:
+        raise ConfigError(f"block size {wanted} exceeds the {positions} positions of {name}; lower --block-size")
+    return wanted

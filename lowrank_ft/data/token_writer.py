@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from lowrank_ft.checkpoints.folders import check_folder
 from lowrank_ft.data.documents import Corpus, Piece, Position
 from lowrank_ft.data.encoding import shown_tokenizer, text_ends, tokenizer_facts
 from lowrank_ft.data.token_format import FORMAT, FORMAT_VERSION, INDEX_FILE, PARTS, file_sha256, read_header
 from lowrank_ft.errors import ConfigError, DataError, OutputError
-from lowrank_ft.folders import check_folder
 
 MAX_SHARD_BYTES = 128_000_000
 _BATCH_CHARACTERS = 2**20

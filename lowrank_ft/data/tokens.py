@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_ft.data.encoding import shown_tokenizer, tokenizer_facts
-from lowrank_ft.data.examples import TokenizedData
+from lowrank_ft.data.examples import DEFAULT_BLOCK_SIZE, TokenizedData
 from lowrank_ft.data.token_format import MappedTokens
 from lowrank_ft.errors import DataError
-from lowrank_ft.evaluation import DEFAULT_BLOCK_SIZE
 
 
 class TokenFiles(TokenizedData):

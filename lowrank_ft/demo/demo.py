@@ -16,19 +16,21 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lowrank_ft.checkpoints.atomic import check_output_dir, whole_folder
+from lowrank_ft.checkpoints.companions import copy_companions
 from lowrank_ft.console import human_bytes, human_count, print_table
-from lowrank_ft.conversion import attach_guides, convert
+from lowrank_ft.conversion.batches import training_calibration
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.conversion.guides import attach_guides
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.examples import TokenizedData, pack
 from lowrank_ft.demo.reload import PROMPT
 from lowrank_ft.demo.text import prose
 from lowrank_ft.errors import CheckpointError
-from lowrank_ft.evaluation import evaluate_blocks, to_blocks
-from lowrank_ft.hub.export import copy_companions, save_compact
-from lowrank_ft.hub.output import check_output_dir, whole_folder
-from lowrank_ft.plan import count_parameters
-from lowrank_ft.training.calibration import training_calibration
-from lowrank_ft.training.config import TrainArguments
+from lowrank_ft.evaluation.perplexity import evaluate_blocks, to_blocks
+from lowrank_ft.export import save_compact
+from lowrank_ft.factorization.plan import count_parameters
+from lowrank_ft.training.options import TrainArguments
 from lowrank_ft.training.trainer import Trainer
 
 MODEL = Path(__file__).parent / "model"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ft  # noqa: F401 (registers the loader)
-from lowrank_ft.evaluation import evaluate_blocks
+from lowrank_ft.evaluation.perplexity import evaluate_blocks
 
 PROMPT = "The for statement is used to"
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_ft.errors import require_choice
+from lowrank_ft.factorization.solvers import working_dtype
 from lowrank_ft.nn.lowrank_linear import LowRankLinear
 from lowrank_ft.nn.quantized_guide import QuantizedGuideLinear, check_guide_bits
-from lowrank_ft.schedule import keeps_guide, require_choice
-from lowrank_ft.solvers import working_dtype
+from lowrank_ft.schedule import keeps_guide
 
 GUIDES = ("residual", "frozen", "dense")
 

@@ -1,7 +1,7 @@
 """The deployed layer: ``y = U (V x) + bias``.
 
 This file needs torch alone and imports nothing of the package: its text travels inside every exported checkpoint
-(see ``lowrank_ft.hub.plugin``).
+(see ``lowrank_ft.checkpoints.plugin``).
 """
 
 from collections.abc import Iterator

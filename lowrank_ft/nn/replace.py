@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft.nn.lowrank_linear import LowRankLinear
-from lowrank_ft.solvers import Factors
-from lowrank_ft.targets import is_transposed
+from lowrank_ft.factorization.solvers import Factors
+from lowrank_ft.factorization.targets import is_transposed
+from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 
 
 def factorized(dense: Any, factors: Factors) -> LowRankLinear:
@@ -29,3 +29,33 @@ def swap(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` where ``name`` is."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Multiply every ``U @ V`` back into a dense linear of the stock class, in place; guides are dropped.
+
+    Returns:
+        The same model, now loadable by anything that knows the architecture, and as large as it was before.
+    """
+    for name, layer in list(lowrank_layers(model)):
+        swap(model, name, merged(layer))
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return model
+
+
+def merged(layer: LowRankLinear) -> nn.Module:
+    """The dense linear, ``nn.Linear`` or ``Conv1D``, that computes what ``layer`` computes without its guide."""
+    weight = (layer.U.weight.detach().float() @ layer.V.weight.detach().float()).to(layer.U.weight.dtype)
+    if layer.transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        dense: Any = Conv1D(1, 1)
+        dense.nf, dense.nx = layer.out_features, layer.in_features
+        dense.weight = nn.Parameter(weight.T.contiguous())
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
+    dense.bias = layer.bias
+    return dense.train(layer.training)

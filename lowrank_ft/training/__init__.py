@@ -1,8 +1,8 @@
 """Fine-tuning on Accelerate while the dense weight is phased out."""
 
-from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments
+from lowrank_ft.training.data import load_data, load_distill_data
+from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments
 from lowrank_ft.training.preparation import checkpoint_to_resume, make_accelerator
-from lowrank_ft.training.run_data import load_data, load_distill_data
 from lowrank_ft.training.trainer import Trainer
 
 __all__ = [

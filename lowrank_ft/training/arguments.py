@@ -10,8 +10,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments, option_names
 from lowrank_ft.training.length import require_guided_phase
+from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments, option_names
 
 _FINETUNE: tuple[Any, ...] = (ModelArguments, DataArguments, TrainArguments)
 _MAPPINGS = {"rank_pattern": "{q_proj: 64, .*mlp.*: 128}", "config_overrides": "{num_hidden_layers: 4}"}

@@ -16,10 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowrank_ft.data.examples import TokenizedData
+from lowrank_ft.data.examples import IGNORED, TokenizedData
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.evaluation import IGNORED
-from lowrank_ft.training.config import TrainArguments
+from lowrank_ft.training.options import TrainArguments
 
 _POSITIONS_AT_ONCE = 512
 

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from lowrank_ft.data.examples import TokenizedData, collate
-from lowrank_ft.evaluation import IGNORED, Evaluation, predicted_tokens, summed_loss
+from lowrank_ft.data.examples import IGNORED, TokenizedData, collate
+from lowrank_ft.evaluation.perplexity import Evaluation, predicted_tokens, summed_loss
 from lowrank_ft.nn import compact_view
-from lowrank_ft.training.sharding import reshard, uses_fsdp
+from lowrank_ft.training.fsdp import reshard, uses_fsdp
 
 
 def evaluate_compact(model: nn.Module, data: TokenizedData, batch_size: int, accelerator: Accelerator) -> Evaluation:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowrank_ft.accounting import FORWARD_AND_BACKWARD
-from lowrank_ft.cost import attention_scores, step_cost
+from lowrank_ft.costs.accounting import FORWARD_AND_BACKWARD
+from lowrank_ft.costs.flops import attention_scores, step_cost
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import GuidedLowRankLinear, guided_layers
 from lowrank_ft.schedule import data_step_at, mean_guide_cost, once_repeated_share, repeated_steps
-from lowrank_ft.training.config import TrainArguments
+from lowrank_ft.training.options import TrainArguments
 
 
 @dataclass(frozen=True)

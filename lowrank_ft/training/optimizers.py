@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_ft.errors import ConfigError, MissingPackageError, TrainingStateError
-from lowrank_ft.memory import OPTIMIZERS
-from lowrank_ft.schedule import require_choice
+from lowrank_ft.costs.memory import OPTIMIZERS
+from lowrank_ft.errors import ConfigError, MissingPackageError, TrainingStateError, require_choice
 
 _BITSANDBYTES = {
     "adamw_8bit": "AdamW8bit",

@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
+from lowrank_ft.checkpoints.folders import check_writable
 from lowrank_ft.errors import ConfigError, OutputError
-from lowrank_ft.folders import check_writable
 from lowrank_ft.nn import guided_layers
-from lowrank_ft.training import checkpoints, sharding
-from lowrank_ft.training.config import TrainArguments
+from lowrank_ft.training import fsdp, resume
+from lowrank_ft.training.metrics import METRICS_FILE
 from lowrank_ft.training.optimizers import build_adamw, check_optimizer
-from lowrank_ft.training.records import METRICS_FILE
+from lowrank_ft.training.options import TrainArguments
 
 
 def checkpoint_to_resume(args: TrainArguments) -> Path | None:
@@ -29,9 +29,9 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
     folder = Path(args.output_dir)
     check_writable(folder)
     if args.resume_from_checkpoint:
-        return checkpoints.resolve_checkpoint(folder, args.resume_from_checkpoint)
+        return resume.resolve_checkpoint(folder, args.resume_from_checkpoint)
     # What a run or an export left, or token files: nothing that a process of this run has put there meanwhile.
-    taken = (METRICS_FILE, "config.json", checkpoints.FOLDER, "README.md", "index.json", "*.safetensors")
+    taken = (METRICS_FILE, "config.json", resume.FOLDER, "README.md", "index.json", "*.safetensors")
     used = sorted(p.name for pattern in taken for p in folder.glob(pattern))
     if used and not args.overwrite_output_dir:
         if METRICS_FILE in used or "config.json" in used:
@@ -52,7 +52,7 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
     Raises:
         ConfigError: the launcher is configured for something that is not supported.
     """
-    sharding.refuse_deepspeed()  # before accelerate asks for a package that would not help
+    fsdp.refuse_deepspeed()  # before accelerate asks for a package that would not help
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
@@ -63,7 +63,7 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
         accelerator.gradient_accumulation_steps = 1
     except ValueError as error:  # an unknown tracker, or a precision that the device lacks
         raise ConfigError(f"accelerate refuses these settings: {str(error).splitlines()[0]}") from error
-    sharding.set_up(accelerator)
+    fsdp.set_up(accelerator)
     check_optimizer(args.optim, accelerator.device, accelerator.distributed_type == DistributedType.FSDP)
     return accelerator
 

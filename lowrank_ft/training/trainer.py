@@ -10,7 +10,7 @@
 Everything that varies over time (alpha, learning rate, order of the data) is a pure function of the step, and the loss
 is normalized by the tokens of the whole global batch, so the way in which a batch is spread over accumulation and
 processes does not change the result, and a resumed run is the same run. One process, DDP and FSDP2 share this loop;
-what FSDP2 needs beyond it is in :mod:`lowrank_ft.training.sharding`.
+what FSDP2 needs beyond it is in :mod:`lowrank_ft.training.fsdp`.
 """
 
 import gc
@@ -33,16 +33,15 @@ from tqdm.auto import tqdm
 
 from lowrank_ft.data.examples import StepBatches, TokenizedData, collate
 from lowrank_ft.errors import ConfigError, DivergedError, TrainingStateError
-from lowrank_ft.evaluation import Evaluation, predicted_tokens, summed_loss
+from lowrank_ft.evaluation.perplexity import Evaluation, predicted_tokens, summed_loss
 from lowrank_ft.nn import end_guidance, guide_label, guided_layers, set_alpha, set_gates
 from lowrank_ft.schedule import alpha_at, lr_factor_at
-from lowrank_ft.trainable import merge_adapters, restrict_training
-from lowrank_ft.training import checkpoints, sharding
-from lowrank_ft.training.checkpoints import TrainerState
-from lowrank_ft.training.config import TrainArguments
+from lowrank_ft.training import fsdp, resume
 from lowrank_ft.training.distillation import Term, forward_options, make_teacher, summed_kl, terms_of_loss
 from lowrank_ft.training.evaluating import evaluate_compact
 from lowrank_ft.training.length import run_length
+from lowrank_ft.training.metrics import MetricsLog, Window, plot_run
+from lowrank_ft.training.options import TrainArguments
 from lowrank_ft.training.preparation import (
     check_compiler,
     checkpoint_to_resume,
@@ -52,7 +51,8 @@ from lowrank_ft.training.preparation import (
     make_optimizer,
     uncompile,
 )
-from lowrank_ft.training.records import MetricsLog, Window, plot_run
+from lowrank_ft.training.resume import TrainerState
+from lowrank_ft.training.trainable import merge_adapters, restrict_training
 
 StepCallback = Callable[[int, "Trainer"], None]
 
@@ -90,8 +90,8 @@ class Trainer:
     ) -> None:
         self.args = args
         self.accelerator = accelerator or make_accelerator(args)
-        sharding.set_up(self.accelerator)
-        self._sharded = sharding.uses_fsdp(self.accelerator)
+        fsdp.set_up(self.accelerator)
+        self._sharded = fsdp.uses_fsdp(self.accelerator)
         self.train_data, self.eval_data, self.distill_data = train_data, eval_data, distill_data
         self.on_step_end = on_step_end
         self._facts = dict(facts or {})
@@ -112,7 +112,7 @@ class Trainer:
         self._architecture = type(model).__name__
         first = next(model.parameters(), torch.empty(0))
         self._dtype = str(first.dtype)  # now, as FSDP2 makes them float32 under mixed precision
-        self._blocks = sharding.block_classes(model, self.accelerator) if self._sharded else set()
+        self._blocks = fsdp.block_classes(model, self.accelerator) if self._sharded else set()
         self._forward_options = forward_options(model)
         self._ddp_handler = self.accelerator.ddp_handler
         check_compiler(args, self.accelerator.device, self._sharded)
@@ -132,7 +132,7 @@ class Trainer:
             OutputError: ``output_dir`` cannot be used, see :func:`checkpoint_to_resume`.
         """
         checkpoint = checkpoint_to_resume(self.args)
-        state = checkpoints.read_state(checkpoint) if checkpoint else None
+        state = resume.read_state(checkpoint) if checkpoint else None
         if checkpoint is not None and state is not None:
             self._check_same_run(checkpoint, state)
         self._start = checkpoint, state
@@ -149,19 +149,17 @@ class Trainer:
         """
         (checkpoint, state), self._start = self._start or self.starting_point(), None
         if checkpoint is None and self.accelerator.is_main_process:
-            checkpoints.remove_all(
-                self.output_dir
-            )  # those of a run that is being replaced would be taken for this one's
+            resume.remove_all(self.output_dir)  # those of a run that is being replaced would be taken for this one's
         self.accelerator.wait_for_everyone()
         # The model must have the checkpoint's shape before the optimizer is made and before weights are loaded.
         if self.guided_steps == 0 or (state is not None and not state.guided):
             end_guidance(self._bare)
         optimizer = make_optimizer(self._bare, self.args)
         if self._sharded:
-            sharding.require_shared_folder(self.output_dir, self.accelerator)
-            sharding.require_same_model(self._bare, self.accelerator)
-            sharding.choose_units(self._bare, self.accelerator, self._blocks)
-            self._skeleton = sharding.skeleton(self._bare)
+            fsdp.require_shared_folder(self.output_dir, self.accelerator)
+            fsdp.require_same_model(self._bare, self.accelerator)
+            fsdp.choose_units(self._bare, self.accelerator, self._blocks)
+            self._skeleton = fsdp.skeleton(self._bare)
         compile_model(self._bare, self.args)
         self.accelerator.ddp_handler = ddp_handler(self._ddp_handler, self._bare, self.args)
         self.model, self.optimizer = self.accelerator.prepare(self._bare, optimizer)
@@ -190,7 +188,7 @@ class Trainer:
         uncompile(self._bare)
         if self._sharded:
             end_guidance(self._skeleton)
-            self._bare = sharding.gather_into(self._skeleton, self._bare, keep=self.accelerator.is_main_process)
+            self._bare = fsdp.gather_into(self._skeleton, self._bare, keep=self.accelerator.is_main_process)
         if self.args.gradient_checkpointing:
             self._bare.gradient_checkpointing_disable()
         merge_adapters(self._bare)
@@ -216,7 +214,7 @@ class Trainer:
         if log is not None and self.step == 0:
             world = {
                 "num_processes": self.accelerator.num_processes,
-                "parallelism": sharding.parallelism(self.accelerator),
+                "parallelism": fsdp.parallelism(self.accelerator),
                 "max_steps": self.max_steps,
             }
             if args.fixed_flops:
@@ -276,7 +274,7 @@ class Trainer:
             totals += parts
         parameters = [p for p in self._bare.parameters() if p.requires_grad]
         limit = self.args.max_grad_norm or math.inf
-        norm = sharding.whole(accelerator.clip_grad_norm_(parameters, limit))
+        norm = fsdp.whole(accelerator.clip_grad_norm_(parameters, limit))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -322,12 +320,12 @@ class Trainer:
         return DataLoader(data, batch_sampler=sampler, collate_fn=collate, generator=generator)
 
     def _end_guidance(self) -> int:
-        units = sharding.guide_units(self._bare) if self._sharded else []
+        units = fsdp.guide_units(self._bare) if self._sharded else []
         freed = end_guidance(self._bare, getattr(self.optimizer, "optimizer", self.optimizer))
         if self.args.guide_mode == "stochastic":
             compile_model(self._bare, self.args)
         if self._sharded:
-            sharding.forget_units(self._bare, units)
+            fsdp.forget_units(self._bare, units)
         elif freed and self.accelerator.distributed_type != DistributedType.NO:
             # DDP holds every parameter that it was made with, and waits for the gradients of those that had one.
             self._bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -358,38 +356,38 @@ class Trainer:
         if self.best_loss is None or result.loss < self.best_loss:
             self.best_loss, self.best_step = result.loss, self.step
             if self.args.load_best_model_at_end and self.step < self.max_steps:
-                checkpoints.write_best(self.output_dir, self._bare, self.accelerator, self._sharded)
+                resume.write_best(self.output_dir, self._bare, self.accelerator, self._sharded)
 
     def _load_best(self) -> None:
         self.accelerator.wait_for_everyone()
         if self.best_step is None or self.best_step == self.max_steps:
             return
-        if not checkpoints.read_best(self.output_dir, self._bare):
-            folder = self.output_dir / checkpoints.FOLDER
+        if not resume.read_best(self.output_dir, self._bare):
+            folder = self.output_dir / resume.FOLDER
             warnings.warn(f"{folder}/best is missing; the weights of the last step are kept instead", stacklevel=2)
             self.best_loss = self.best_step = None
 
     def _save(self) -> None:
         accelerator = self.accelerator
-        final = checkpoints.checkpoint_path(self.output_dir, self.step)
+        final = resume.checkpoint_path(self.output_dir, self.step)
         draft = final.with_name(f".{final.name}.partial")
         if accelerator.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)  # what a killed run left
         accelerator.wait_for_everyone()
         draft.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_rng(draft, accelerator.process_index)
+        resume.write_rng(draft, accelerator.process_index)
         if self._sharded or accelerator.is_main_process:
             bare_optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            checkpoints.write_tensors(draft, self._bare, bare_optimizer, self._sharded)
+            resume.write_tensors(draft, self._bare, bare_optimizer, self._sharded)
         if accelerator.is_main_process:
             state = TrainerState(
                 self.step, any(guided_layers(self._bare)), self.best_loss, self.best_step, self._must_match(),
                 accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
             )  # fmt: skip
-            checkpoints.write_description(draft, self._bare, self._architecture, state)
+            resume.write_description(draft, self._bare, self._architecture, state)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            checkpoints.commit(draft, final, self.args.save_total_limit)
+            resume.commit(draft, final, self.args.save_total_limit)
         accelerator.wait_for_everyone()
 
     def _must_match(self) -> dict[str, Any]:
@@ -432,10 +430,10 @@ class Trainer:
             )
 
     def _restore(self, checkpoint: Path, state: TrainerState) -> None:
-        checkpoints.read_tensors(checkpoint, self._bare, getattr(self.optimizer, "optimizer", self.optimizer))
+        resume.read_tensors(checkpoint, self._bare, getattr(self.optimizer, "optimizer", self.optimizer))
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        checkpoints.read_rng(checkpoint, self.accelerator.process_index)
+        resume.read_rng(checkpoint, self.accelerator.process_index)
         self.step, self.best_loss, self.best_step = state.step, state.best_loss, state.best_step
 
     def _init_trackers(self) -> None:

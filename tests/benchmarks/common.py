@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.sources import read_rows
-from lowrank_ft.evaluation import evaluate_blocks, to_blocks
+from lowrank_ft.evaluation.perplexity import evaluate_blocks, to_blocks
+from lowrank_ft.factorization.plan import Plan, make_plan
+from lowrank_ft.factorization.solvers import Factors
+from lowrank_ft.factorization.targets import select_targets
 from lowrank_ft.nn.replace import factorized, swap
-from lowrank_ft.plan import Plan, make_plan
-from lowrank_ft.solvers import Factors
-from lowrank_ft.targets import select_targets
 
 SHARED = Path(os.environ.get("LOWRANK_FT_SHARED", Path(__file__).parents[3] / "shared"))
 RESULTS = Path(__file__).parent / "results"

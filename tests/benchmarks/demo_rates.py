@@ -16,14 +16,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_ft.console import print_table
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion.batches import training_calibration
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.examples import TokenizedData, pack
 from lowrank_ft.demo.demo import BLOCK_SIZE, CALIBRATION_TOKENS, LORA_RANK, MODEL
 from lowrank_ft.demo.text import prose
-from lowrank_ft.evaluation import evaluate_blocks, to_blocks
+from lowrank_ft.evaluation.perplexity import evaluate_blocks, to_blocks
 from lowrank_ft.training import TrainArguments, Trainer
-from lowrank_ft.training.calibration import training_calibration
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 

@@ -28,13 +28,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lowrank_ft.console import print_table
-from lowrank_ft.conversion import attach_guides, convert
+from lowrank_ft.conversion.batches import training_batches, training_calibration
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.conversion.guides import attach_guides
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.examples import pack
-from lowrank_ft.plan import count_parameters
+from lowrank_ft.factorization.plan import count_parameters
 from lowrank_ft.training import TrainArguments, Trainer
-from lowrank_ft.training.calibration import training_batches, training_calibration
-from lowrank_ft.training.config import ModelArguments
+from lowrank_ft.training.options import ModelArguments
 from tests.benchmarks import common
 
 GRID = (5e-4, 1e-3, 2e-3, 4e-3)

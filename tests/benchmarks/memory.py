@@ -23,13 +23,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_ft.console import human_bytes, print_table
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.costs.memory import MODES, Architecture, Mode, Settings, estimate
 from lowrank_ft.data.examples import pack
-from lowrank_ft.memory import MODES, Architecture, Mode, Settings, estimate
+from lowrank_ft.factorization.plan import Plan, make_plan
 from lowrank_ft.nn.replace import swap
-from lowrank_ft.plan import Plan, make_plan
 from lowrank_ft.training import TrainArguments, Trainer
-from lowrank_ft.training.checkpoints import optimizer_tensors
+from lowrank_ft.training.resume import optimizer_tensors
 from tests.benchmarks import common
 
 TARGET = 0.15

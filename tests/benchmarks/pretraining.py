@@ -9,7 +9,7 @@ the smallest of theirs: rank a quarter of the hidden size in the FFN, the first 
 standard library and the English of ``../shared/data``, tokenized by the command; some files are held out. The learning
 rate is chosen from a grid, at full length and with a seed of its own, on held-out blocks that the test does not have:
 for the dense model at every size, for the others at the smallest, from where they follow the dense one. ``FLOPs`` are those of
-:mod:`lowrank_ft.accounting`, a guide's included while it is computed. A benchmark that is broken off goes on where it
+:mod:`lowrank_ft.costs.accounting`, a guide's included while it is computed. A benchmark that is broken off goes on where it
 was. Training runs where accelerate puts it: on a GPU if there is one.
 """
 
@@ -30,17 +30,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowrank_ft import initialize_lowrank, preset_config
-from lowrank_ft.accounting import training_flops
 from lowrank_ft.console import print_table
-from lowrank_ft.cost import StepCost, attention_scores, step_cost
+from lowrank_ft.costs.accounting import training_flops
+from lowrank_ft.costs.flops import StepCost, attention_scores, step_cost
 from lowrank_ft.data.examples import pack
 from lowrank_ft.data.tokens import TokenFiles
 from lowrank_ft.errors import DivergedError
-from lowrank_ft.presets import preset
+from lowrank_ft.pretraining.options import PretrainArguments
+from lowrank_ft.pretraining.presets import preset
 from lowrank_ft.schedule import alpha_at, once_repeated_share
 from lowrank_ft.training import DataArguments, Trainer, load_data
-from lowrank_ft.training.pretraining import PretrainArguments
-from lowrank_ft.training.records import METRICS_FILE, read_metrics
+from lowrank_ft.training.metrics import METRICS_FILE, read_metrics
 from tests.benchmarks import common
 
 SIZES: dict[str, dict[str, int]] = {

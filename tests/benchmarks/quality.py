@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from lowrank_ft.calibration import Calibration
 from lowrank_ft.console import print_table
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion import Calibration
+from lowrank_ft.conversion.batches import CALIBRATION_TOKENS, read_batches
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.sources import read_rows
-from lowrank_ft.plan import count_parameters
-from lowrank_ft.training.calibration import CALIBRATION_TOKENS, read_batches
+from lowrank_ft.factorization.plan import count_parameters
 from tests.benchmarks import common
 
 TARGETS = {0.8: 0.5, 0.6: 0.4, 0.4: 0.35}

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lowrank_ft.console import print_table
+from lowrank_ft.factorization.targets import select_targets
 from lowrank_ft.nn.replace import dense_weight
-from lowrank_ft.targets import select_targets
 from tests.benchmarks import common
 
 RATIOS = (0.8, 0.6, 0.4, 0.25)

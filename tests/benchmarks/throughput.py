@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_ft import preset_config
 from lowrank_ft.console import print_table
+from lowrank_ft.factorization.plan import count_parameters
+from lowrank_ft.factorization.solvers import Factors
+from lowrank_ft.factorization.targets import block_index, ffn_linears
 from lowrank_ft.nn.replace import factorized, swap
-from lowrank_ft.plan import count_parameters
-from lowrank_ft.presets import Preset, preset
-from lowrank_ft.solvers import Factors
-from lowrank_ft.targets import block_index, ffn_linears
+from lowrank_ft.pretraining.presets import Preset, preset
 from tests.benchmarks import common
 
 

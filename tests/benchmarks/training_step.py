@@ -7,7 +7,7 @@ fixed number of tokens, in sequences of several lengths: attention, which no mod
 go through all modes in turn, so that a machine that is busy for a while slows all of them; each mode's time is divided
 by the dense model's in the same round, and the median of these quotients is reported with its quartiles. On one CPU
 thread the time is that of the processor, which what else runs on the machine hardly changes. Beside it stands what
-multiply-adds of linears alone would predict (lowrank_ft.cost.step_cost).
+multiply-adds of linears alone would predict (lowrank_ft.costs.flops.step_cost).
 """
 
 import argparse
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_ft.console import print_table
-from lowrank_ft.conversion import convert
-from lowrank_ft.cost import step_cost
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.costs.flops import step_cost
 from lowrank_ft.nn import end_guidance, guided_layers, set_alpha
 from tests.benchmarks import common
 

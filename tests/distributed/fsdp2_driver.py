@@ -17,13 +17,13 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.checkpoints.sharded import unique_tensors
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.examples import pack
 from lowrank_ft.nn import guided_layers
-from lowrank_ft.tensor_files import unique_tensors
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training import trainer as trainer_module
-from lowrank_ft.training.checkpoints import optimizer_tensors
+from lowrank_ft.training.resume import optimizer_tensors
 from tests.conftest import tiny_llama
 from tests.distributed.watching import SentBytes, live_bytes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.examples import pack
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import TrainArguments, Trainer

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.examples import pack
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import TrainArguments, Trainer
-from lowrank_ft.training.checkpoints import unique_tensors
+from lowrank_ft.training.resume import unique_tensors
 from tests.conftest import tiny_llama
 
 STEPS, GUIDED, SEED = 8, 4, 5

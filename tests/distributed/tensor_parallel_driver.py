@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.integrations.tensor_parallel import tensor_parallel_plan
 from lowrank_ft.nn import lowrank_layers
-from lowrank_ft.nn.tensor_parallel import tensor_parallel_plan
 from tests.conftest import tiny_llama
 from tests.distributed.watching import SentBytes
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 import lowrank_ft
 from lowrank_ft import GuidanceCallback
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.training import host_trainer, sharding
+from lowrank_ft.integrations.transformers_trainer import patches
+from lowrank_ft.training import fsdp
 from tests.callback_driver import GUIDED, STEPS, launch, make_model, make_trainer, outcome, saved_weights, series
 from tests.conftest import tiny_llama
 
@@ -103,13 +104,13 @@ def test_refused_under_fsdp(monkeypatch):
         model=model, train=lambda *_: pytest.fail("trained"), args=SimpleNamespace(load_best_model_at_end=True),
         accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model_init=None, call_model_init=None,
     )  # fmt: skip
-    monkeypatch.setattr(sharding, "uses_fsdp", lambda _: True)
-    host_trainer.prepare_before_training(trainer, GuidanceCallback.prepare_for_resume)
+    monkeypatch.setattr(fsdp, "uses_fsdp", lambda _: True)
+    patches.prepare_before_training(trainer, GuidanceCallback.prepare_for_resume)
     with pytest.raises(ConfigError, match="SHARDED_STATE_DICT, or load_best_model_at_end=False"):
         trainer.train()
     plugin.fsdp_version = 1
     with pytest.raises(ConfigError, match="fsdp_version: 2"):
         trainer.train()
-    monkeypatch.setattr(host_trainer, "AcceleratorState", lambda: SimpleNamespace(distributed_type="FSDP"))
+    monkeypatch.setattr(patches, "AcceleratorState", lambda: SimpleNamespace(distributed_type="FSDP"))
     with pytest.raises(ConfigError, match="instead of add_callback"):
-        host_trainer.require_units(model)
+        patches.require_units(model)

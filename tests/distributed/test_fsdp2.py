@@ -14,10 +14,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from lowrank_ft import tensor_files
+from lowrank_ft.checkpoints import sharded as tensor_files
 from lowrank_ft.errors import CheckpointError, TrainingStateError
-from lowrank_ft.training.checkpoints import read_state
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.training.metrics import read_metrics
+from lowrank_ft.training.resume import read_state
 from tests.conftest import ROOT
 from tests.distributed import fsdp2_driver
 from tests.distributed.fsdp2_driver import ACCUMULATION, GUIDED, STEPS

@@ -8,8 +8,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lowrank_ft.hub.trained import load_training_checkpoint
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.checkpoints.from_training import load_training_checkpoint
+from lowrank_ft.training.metrics import read_metrics
 from tests.conftest import DEMO_MODEL, ROOT
 
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 from torch import nn
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.nn.tensor_parallel import tensor_parallel_plan
+from lowrank_ft.integrations.tensor_parallel import tensor_parallel_plan
 from tests.conftest import ROOT, tiny_llama
 
 TOKENS, RANK, WIDTH, FLOAT64 = 3 * 11, 8, 32, 8

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from lowrank_ft.schedule import alpha_at, keeps_guide
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.training.metrics import read_metrics
 from tests.conftest import DEMO_MODEL, ROOT
 from tests.distributed import stochastic_driver
 

@@ -5,9 +5,9 @@ import torch
 import transformers as tf
 
 import lowrank_ft
-from lowrank_ft.hub.export import save_compact
+from lowrank_ft.export import save_compact
+from lowrank_ft.factorization.plan import make_plan
 from lowrank_ft.nn import lowrank_layers
-from lowrank_ft.plan import make_plan
 
 TOKENS = {"input_ids": torch.arange(3, 15)[None]}
 SMALL = dict(

@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers as tf
 
-from lowrank_ft.calibration import sample_blocks
+from lowrank_ft.conversion import sample_blocks
 from lowrank_ft.demo.text import prose
-from lowrank_ft.plan import Plan
+from lowrank_ft.factorization.plan import Plan
 from tests.conftest import DEMO_MODEL
 from tests.integration.test_cli import assert_one_line_error
 

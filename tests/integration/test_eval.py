@@ -12,8 +12,8 @@ import yaml
 from lowrank_ft_cli.main import main
 from transformers import AutoModelForCausalLM
 
-from lowrank_ft.hub.source import Source, load_model
-from lowrank_ft.tasks import FOLDER
+from lowrank_ft.checkpoints.source import Source, load_model
+from lowrank_ft.evaluation.tasks import FOLDER
 from tests.conftest import DEMO_MODEL
 
 harness = pytest.mark.skipif(
@@ -246,5 +246,5 @@ def test_nothing_else_is_printed(cli, compact):
 
 
 def test_the_library_alone_needs_no_harness(python):
-    code = "import lowrank_ft.hub.tasks, lowrank_ft.evaluation, sys; assert 'lm_eval' not in sys.modules"
+    code = "import lowrank_ft.evaluation.lm_eval, lowrank_ft.evaluation.perplexity, sys; assert 'lm_eval' not in sys.modules"
     python("-c", code)

@@ -23,7 +23,7 @@ from lowrank_ft.nn import compact_view, end_guidance, guided_layers, lowrank_lay
 from lowrank_ft.schedule import alpha_at
 from lowrank_ft.training import TrainArguments
 from lowrank_ft.training import Trainer as OwnTrainer
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.training.metrics import read_metrics
 from tests.callback_driver import GUIDED, STEPS, Watch, make_data, make_model, make_trainer, series
 from tests.conftest import DEMO_MODEL, ROOT, tiny_llama
 

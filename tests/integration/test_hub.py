@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import lowrank_ft
-from lowrank_ft.hub.export import save_compact
+from lowrank_ft.export import save_compact
 from tests.conftest import DEMO_MODEL, tiny_llama
 from tests.fake_hub import FakeHub
 

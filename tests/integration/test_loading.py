@@ -16,8 +16,8 @@ from transformers import (
 )
 
 import lowrank_ft
-from lowrank_ft.hub.export import save_compact
-from lowrank_ft.hub.plugin import plugin_source
+from lowrank_ft.checkpoints.plugin import plugin_source
+from lowrank_ft.export import save_compact
 from lowrank_ft.nn import LowRankLinear, lowrank_layers
 from tests.conftest import tiny_gpt2, tiny_llama
 
@@ -216,7 +216,7 @@ def test_autocast_keeps_its_dtype_where_there_is_a_bias():
 
 
 def test_a_dense_model_is_not_factorized_on_load(tmp_path):
-    from lowrank_ft.hub.loader import LowRankQuantizationConfig
+    from lowrank_ft.checkpoints.loader import LowRankQuantizationConfig
 
     tiny_llama().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="convert it first"):

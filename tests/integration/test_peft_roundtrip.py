@@ -12,9 +12,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import lowrank_ft.peft_method.layer as layer_module
+import lowrank_ft.integrations.peft.layer as layer_module
+from lowrank_ft.integrations.peft import LowRankConfig
 from lowrank_ft.nn import LowRankLinear, end_guidance, set_alpha
-from lowrank_ft.peft_method import LowRankConfig
 from lowrank_ft.schedule import alpha_at
 
 IDS = torch.tensor([[3, 9, 27, 17, 51, 25, 11, 33]])
@@ -75,7 +75,7 @@ LOAD_ADAPTER = """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    import lowrank_ft.peft_method
+    import lowrank_ft.integrations.peft
 
     dense, adapter, expected = sys.argv[1:]
     for low_memory in (False, True):
@@ -158,7 +158,7 @@ def test_automodel_loads_an_adapter_folder(dense_dir, tmp_path):
         import sys
         import torch
         from transformers import AutoModelForCausalLM
-        import lowrank_ft.peft_method
+        import lowrank_ft.integrations.peft
 
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
         assert any("lowrank_U" in n for n, _ in model.named_parameters())

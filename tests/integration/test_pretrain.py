@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.pretraining.options import PretrainArguments, ScratchArguments
 from lowrank_ft.training.arguments import parse_groups
-from lowrank_ft.training.pretraining import PretrainArguments, ScratchArguments
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.training.metrics import read_metrics
 from tests.conftest import DEMO_MODEL
 
 SMALL = "{hidden_size: 64, num_hidden_layers: 4, num_attention_heads: 4, sequence_length: 64}"

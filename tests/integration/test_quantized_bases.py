@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lowrank_ft
 from lowrank_ft.errors import TargetError
+from lowrank_ft.factorization.solvers import truncated_svd
+from lowrank_ft.integrations.peft import LowRankConfig
+from lowrank_ft.integrations.peft.quantized import dense_weight, is_quantized
 from lowrank_ft.nn import compact_view, end_guidance, lowrank_layers, set_alpha
-from lowrank_ft.peft_method import LowRankConfig
-from lowrank_ft.peft_method.quantized import dense_weight, is_quantized
-from lowrank_ft.solvers import truncated_svd
 from tests.conftest import tiny_llama
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; pip install 'lowrank-ft[quantized]'")

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ft
+from lowrank_ft.checkpoints.source import Source, load_model
 from lowrank_ft.data.examples import pack
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.hub.source import Source, load_model
 from lowrank_ft.nn import guided_layers, lowrank_layers
 from lowrank_ft.training import ModelArguments
 from lowrank_ft.training.arguments import as_rank, parse_args
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.training.metrics import read_metrics
 from tests.conftest import DEMO_MODEL, ROOT
 
 SHORT = {

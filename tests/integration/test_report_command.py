@@ -9,8 +9,8 @@ from lowrank_ft_cli.main import main
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lowrank_ft.hub.export import copy_companions
-from lowrank_ft.hub.push import _stage
+from lowrank_ft.checkpoints.companions import copy_companions
+from lowrank_ft.checkpoints.push import _stage
 from tests.conftest import DEMO_MODEL
 from tests.html_page import assert_self_contained
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowrank_ft.training.checkpoints import find_checkpoints
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.training.metrics import read_metrics
+from lowrank_ft.training.resume import find_checkpoints
 from tests.conftest import ROOT, Run
 from tests.training_driver import GUIDED, STEPS
 

@@ -3,7 +3,7 @@
 import json
 import math
 
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.training.metrics import read_metrics
 from tests.conftest import ROOT
 
 GENERATE = """

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.evaluation import IGNORED
 from lowrank_ft.training import distillation
 from lowrank_ft.training.distillation import summed_kl
 

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowrank_ft
 from lowrank_ft.errors import ConfigError, PlanError, RankError, TargetError
-from lowrank_ft.from_scratch import initialize_lowrank
+from lowrank_ft.factorization.targets import ffn_linears
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, guided_layers, lowrank_layers
 from lowrank_ft.nn.replace import dense_weight
-from lowrank_ft.targets import ffn_linears
+from lowrank_ft.pretraining.initialize import initialize_lowrank
 from tests.conftest import DEMO_MODEL, tiny_gpt2, tiny_llama
 
 LLAMA_FFN = {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")}

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_ft.conversion import merged
+from lowrank_ft.factorization.solvers import truncated_svd
 from lowrank_ft.nn import GUIDES, GuidedLowRankLinear, compact_view, end_guidance, guided_layers, set_alpha
-from lowrank_ft.nn.replace import dense_weight, factorized
-from lowrank_ft.solvers import truncated_svd
+from lowrank_ft.nn.replace import dense_weight, factorized, merged
 
 ALPHAS = [1.0, 0.7, 0.25, 0.0]
 

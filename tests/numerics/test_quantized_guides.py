@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from lowrank_ft.conversion import attach_guides, convert
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.conversion.guides import attach_guides
 from lowrank_ft.errors import ConfigError, MissingPackageError
+from lowrank_ft.factorization.solvers import truncated_svd
 from lowrank_ft.nn import GUIDE_BITS, GuidedLowRankLinear, QuantizedGuideLinear, check_guide_bits, end_guidance
 from lowrank_ft.nn.quantized_guide import guide_bytes, guide_label
 from lowrank_ft.nn.replace import factorized
-from lowrank_ft.solvers import truncated_svd
 from tests.conftest import tiny_llama
 
 functional = pytest.importorskip("bitsandbytes.functional")

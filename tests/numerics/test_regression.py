@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_ft.errors import NonFiniteError, RankError
-from lowrank_ft.solvers import Factors, regression_factors, truncated_svd, whitening
+from lowrank_ft.factorization.solvers import Factors, regression_factors, truncated_svd, whitening
 from tests.numerics.test_solvers import assert_balanced, naive, random_matrix
 
 SHAPES = [(12, 9), (9, 12), (10, 10)]

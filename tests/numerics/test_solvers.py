@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_ft.errors import NonFiniteError, RankError
-from lowrank_ft.solvers import Factors, balance, retained_energy, singular_values, truncated_svd
+from lowrank_ft.factorization.solvers import Factors, balance, retained_energy, singular_values, truncated_svd
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 7), (7, 1)]
 

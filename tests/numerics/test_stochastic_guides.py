@@ -5,12 +5,12 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.factorization.solvers import truncated_svd
+from lowrank_ft.integrations.peft import LowRankConfig
 from lowrank_ft.nn import GUIDES, GuidedLowRankLinear, end_guidance, guided_layers, set_alpha, set_gates
 from lowrank_ft.nn.replace import dense_weight, factorized
-from lowrank_ft.peft_method import LowRankConfig
 from lowrank_ft.schedule import keeps_guide
-from lowrank_ft.solvers import truncated_svd
 from tests.conftest import tiny_llama
 
 SEED, LAYERS = 11, 6

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig, T5Config
 
 import lowrank_ft
-from lowrank_ft.cost import attention_scores, training_cost
+from lowrank_ft.costs.flops import attention_scores, training_cost
 from lowrank_ft.errors import ConfigError, RankError
-from lowrank_ft.plan import make_plan
-from lowrank_ft.presets import PRESETS, preset
-from lowrank_ft.targets import block_index, ffn_linears
+from lowrank_ft.factorization.plan import make_plan
+from lowrank_ft.factorization.targets import block_index, ffn_linears
+from lowrank_ft.pretraining.presets import PRESETS, preset
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.integration.test_cli import assert_one_line_error
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_ft.allocation import allocate_ranks
 from lowrank_ft.errors import RankError
-from lowrank_ft.plan import LinearPlan, Plan, make_plan, reallocate
-from lowrank_ft.ranks import dense_parameters, factored_parameters, largest_saving_rank, rank_step
+from lowrank_ft.factorization.allocation import allocate_ranks
+from lowrank_ft.factorization.plan import LinearPlan, Plan, make_plan, reallocate
+from lowrank_ft.factorization.ranks import dense_parameters, factored_parameters, largest_saving_rank, rank_step
 from tests.conftest import tiny_llama
 
 

@@ -9,21 +9,21 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank_ft.calibration import Calibration, ConversionRecord, sample_blocks, squared_spectra
-from lowrank_ft.calibration.activations import Activations
-from lowrank_ft.calibration.blockwise import _Block, _Stream, dense_moments, input_groups
-from lowrank_ft.calibration.chains import ChainInputs, block_of, capture, find_chains, siblings, token_mask
-from lowrank_ft.calibration.config import first_batches
-from lowrank_ft.calibration.distill import difference
-from lowrank_ft.calibration.moments import Moments
-from lowrank_ft.calibration.sensitivity import output_gradients
-from lowrank_ft.conversion import allocate, convert
+from lowrank_ft.conversion import Calibration, ConversionRecord, sample_blocks, squared_spectra
+from lowrank_ft.conversion.activations import Activations
+from lowrank_ft.conversion.blockwise import _Block, _Stream, dense_moments, input_groups
+from lowrank_ft.conversion.calibration import first_batches
+from lowrank_ft.conversion.chains import ChainInputs, block_of, capture, find_chains, siblings, token_mask
+from lowrank_ft.conversion.convert import allocate, convert
+from lowrank_ft.conversion.distill import difference
+from lowrank_ft.conversion.moments import Moments
+from lowrank_ft.conversion.sensitivity import output_gradients
 from lowrank_ft.errors import ConfigError, DataError, DivergedError, LowRankError, NonFiniteError
+from lowrank_ft.factorization.plan import make_plan
+from lowrank_ft.factorization.targets import find_linears
 from lowrank_ft.nn import GUIDES, LowRankLinear, end_guidance, lowrank_layers
 from lowrank_ft.nn.modes import evaluating
 from lowrank_ft.nn.replace import dense_weight
-from lowrank_ft.plan import make_plan
-from lowrank_ft.targets import find_linears
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.integration.test_architectures import GROUPED, SMALL, T5, WHISPER
 from tests.numerics.test_regression import naive_regression
@@ -772,7 +772,7 @@ def test_output_gradients_are_those_of_autograd(case, monkeypatch):
 
 
 def test_labels_are_drawn_from_the_models_distribution(monkeypatch):
-    from lowrank_ft.calibration.sensitivity import own_loss
+    from lowrank_ft.conversion.sensitivity import own_loss
 
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).expand(1, 20_000, 4).clone().requires_grad_()
     seen = []

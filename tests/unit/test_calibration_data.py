@@ -6,9 +6,9 @@ import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from lowrank_ft.conversion.batches import calibration_length, own_batches, read_batches
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.errors import ConfigError, DataError
-from lowrank_ft.training.calibration import calibration_length, own_batches, read_batches
 from tests.conftest import DEMO_MODEL, tiny_gpt2, tiny_llama
 from tests.unit.test_calibration import SIZES, SMALL, T5, WHISPER
 

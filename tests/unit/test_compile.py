@@ -8,13 +8,13 @@ from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.examples import pack
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.integrations.peft import LowRankConfig
 from lowrank_ft.nn import compact_view, end_guidance, set_alpha, set_gates
-from lowrank_ft.peft_method import LowRankConfig
 from lowrank_ft.training import TrainArguments, Trainer
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.training.metrics import read_metrics
 from tests.conftest import tiny_llama
 
 

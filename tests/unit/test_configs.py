@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.hub.configs import build_causal_lm, config_with
+from lowrank_ft.pretraining.configs import build_causal_lm, config_with
 
 LLAMA = LlamaConfig(
     vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,

@@ -4,10 +4,13 @@ from peft import get_peft_model
 from torch import nn
 
 from lowrank_ft import LowRankConfig
-from lowrank_ft.conversion import attach_guides, convert, describe_in_config, merge
+from lowrank_ft.checkpoints.format import describe_in_config
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.conversion.guides import attach_guides
 from lowrank_ft.errors import ConfigError, NonFiniteError, PlanError, TargetError
+from lowrank_ft.factorization.plan import LinearPlan, Plan, make_plan
 from lowrank_ft.nn import GUIDES, LowRankLinear, end_guidance, lowrank_layers
-from lowrank_ft.plan import LinearPlan, Plan, make_plan
+from lowrank_ft.nn.replace import merge
 from tests.conftest import tiny_gpt2, tiny_llama
 
 MODELS = [tiny_llama, tiny_gpt2]

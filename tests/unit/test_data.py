@@ -6,14 +6,13 @@ import torch
 from transformers import AutoTokenizer
 
 from lowrank_ft.data.encoding import encode_chat, token_ids
-from lowrank_ft.data.examples import StepBatches, collate, pack
+from lowrank_ft.data.examples import IGNORED, StepBatches, collate, pack
 from lowrank_ft.data.sources import read_rows
 from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import DataError
-from lowrank_ft.evaluation import IGNORED
 from lowrank_ft.schedule import data_step_at
-from lowrank_ft.training.config import DataArguments
-from lowrank_ft.training.run_data import load_data, load_distill_data
+from lowrank_ft.training.data import load_data, load_distill_data
+from lowrank_ft.training.options import DataArguments
 from tests.conftest import DEMO_MODEL
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

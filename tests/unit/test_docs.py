@@ -11,8 +11,8 @@ import pytest
 import yaml
 from lowrank_ft_cli.main import build_parser
 
-from lowrank_ft.training.config import DataArguments, ModelArguments, TrainArguments, option_names
-from lowrank_ft.training.pretraining import ScratchArguments
+from lowrank_ft.pretraining.options import ScratchArguments
+from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments, option_names
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

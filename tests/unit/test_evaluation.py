@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError, DataError
-from lowrank_ft.evaluation import IGNORED, agreement, evaluate_blocks, to_blocks, windows
+from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, to_blocks, windows
 from tests.conftest import tiny_gpt2, tiny_llama
 
 

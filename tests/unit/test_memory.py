@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
+from lowrank_ft.costs.memory import MODES, Architecture, Mode, Settings, estimate
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.memory import MODES, Architecture, Mode, Settings, estimate
+from lowrank_ft.factorization.plan import make_plan
 from lowrank_ft.nn import guided_layers
-from lowrank_ft.plan import make_plan
 from tests.benchmarks.memory import GPT2, LLAMA, TARGET, _Profiled, measure, prepare, random_model
 from tests.conftest import DEMO_MODEL, tiny_llama
 

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.checkpoints.from_training import load_training_checkpoint
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.examples import pack
 from lowrank_ft.errors import ConfigError, MissingPackageError, TrainingStateError
-from lowrank_ft.hub.trained import load_training_checkpoint
 from lowrank_ft.nn import compact_state_dict
-from lowrank_ft.trainable import merge_adapters, restrict_training
 from lowrank_ft.training import TrainArguments, Trainer
-from lowrank_ft.training.checkpoints import checkpoint_path, load_optimizer_tensors, optimizer_tensors, unique_tensors
 from lowrank_ft.training.optimizers import build_adamw, check_optimizer
 from lowrank_ft.training.preparation import make_optimizer
+from lowrank_ft.training.resume import checkpoint_path, load_optimizer_tensors, optimizer_tensors, unique_tensors
+from lowrank_ft.training.trainable import merge_adapters, restrict_training
 from tests.conftest import tiny_llama
 
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@ import os
 
 import pytest
 
+from lowrank_ft.checkpoints.atomic import check_output_dir, whole_folder
 from lowrank_ft.errors import OutputError
-from lowrank_ft.hub.output import check_output_dir, whole_folder
 
 
 def fill(folder, text="new"):

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-import lowrank_ft.peft_method.layer as layer_module
+import lowrank_ft.integrations.peft.layer as layer_module
 from lowrank_ft.errors import ConfigError, LowRankError, NonFiniteError, RankError, TargetError
+from lowrank_ft.factorization.plan import make_plan
+from lowrank_ft.factorization.solvers import truncated_svd
+from lowrank_ft.integrations.peft import LowRankConfig, LowRankLayer, register
+from lowrank_ft.integrations.peft.model import shortest_suffixes
 from lowrank_ft.nn import LowRankLinear, compact_view, end_guidance, guided_layers, lowrank_layers, set_alpha
-from lowrank_ft.peft_method import LowRankConfig, LowRankLayer, register
-from lowrank_ft.peft_method.model import shortest_suffixes
-from lowrank_ft.plan import make_plan
-from lowrank_ft.solvers import truncated_svd
 
 OUT, IN, RANK = 12, 10, 4
 

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from lowrank_ft.conversion import spectrum_of
+from lowrank_ft.conversion.convert import spectrum_of
 from lowrank_ft.errors import PlanError, RankError
-from lowrank_ft.plan import Plan, count_parameters, make_plan
+from lowrank_ft.factorization.plan import Plan, count_parameters, make_plan
 from tests.conftest import tiny_gpt2, tiny_llama
 
 
@@ -21,7 +21,7 @@ def test_a_plan_costs_no_weights():
 
 
 def test_the_converted_size_is_what_conversion_gives():
-    from lowrank_ft.conversion import convert
+    from lowrank_ft.conversion.convert import convert
 
     for model in (tiny_llama(), tiny_llama(tie_word_embeddings=True), tiny_gpt2()):
         plan = convert(model, param_ratio=0.5)

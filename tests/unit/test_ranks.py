@@ -3,7 +3,7 @@ import random
 import pytest
 
 from lowrank_ft.errors import RankError
-from lowrank_ft.ranks import (
+from lowrank_ft.factorization.ranks import (
     break_even_rank,
     factored_parameters,
     largest_saving_rank,

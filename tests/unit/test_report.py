@@ -8,16 +8,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lowrank_ft
-from lowrank_ft.cost import compare
+from lowrank_ft.checkpoints.source import Source
+from lowrank_ft.costs.flops import compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, DataError, MissingPackageError
-from lowrank_ft.hub import pictures
-from lowrank_ft.hub.export import save_compact
-from lowrank_ft.hub.inspection import measure_linears, open_checkpoint
-from lowrank_ft.hub.report import build_report
-from lowrank_ft.hub.source import Source
-from lowrank_ft.hub.summary import evaluation_rows, read_evaluation
-from lowrank_ft.plan import LinearPlan
-from lowrank_ft.records import read_conversion, read_metrics, run_figure
+from lowrank_ft.export import save_compact
+from lowrank_ft.factorization.plan import LinearPlan
+from lowrank_ft.report import plots
+from lowrank_ft.report.inspection import measure_linears, open_checkpoint
+from lowrank_ft.report.records import read_conversion
+from lowrank_ft.report.report import build_report
+from lowrank_ft.report.summary import evaluation_rows, read_evaluation
+from lowrank_ft.training.metrics import read_metrics, run_figure
 from tests.conftest import tiny_gpt2, tiny_llama
 from tests.html_page import Page, assert_self_contained
 
@@ -240,7 +241,7 @@ def texts(figure):
 def test_rank_map_shows_ranks_and_dense_linears():
     linears = [LinearPlan(f"model.layers.{i}.{m}", (64, 64), 8 * (i + 1)) for i in range(3) for m in ("a.q", "b.up")]
     linears[3] = LinearPlan("model.layers.1.b.up", (64, 64), None)
-    figure = pictures.rank_map(linears)
+    figure = plots.rank_map(linears)
     assert texts(figure) == ["8", "8", "16", "dense", "24", "24"]
     axis = figure.axes[0]
     assert [t.get_text() for t in axis.get_xticklabels()] == ["a\nq", "b\nup"]
@@ -252,23 +253,23 @@ def test_rank_map_shows_ranks_and_dense_linears():
 
 def test_experts_share_a_column():
     linears = [LinearPlan(f"layers.{i}.experts.{e}.w1", (64, 64), 8 + e) for i in range(2) for e in range(32)]
-    figure = pictures.rank_map(linears)
+    figure = plots.rank_map(linears)
     assert texts(figure) == ["8-39", "8-39"]
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["experts\nw1"]
 
 
 def test_stacks_are_told_apart():
     linears = [LinearPlan(f"{s}.block.{i}.wi", (64, 64), 8) for s in ("encoder", "decoder") for i in range(2)]
-    labels = [t.get_text() for t in pictures.rank_map(linears).axes[0].get_yticklabels()]
+    labels = [t.get_text() for t in plots.rank_map(linears).axes[0].get_yticklabels()]
     assert labels == ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
 
 
 def test_the_same_ranks_give_the_same_file(tmp_path):
     linears = [LinearPlan("layers.0.q", (64, 64), 8)]
-    assert pictures.save_rank_map(linears, tmp_path / "a.png")
-    assert pictures.save_rank_map(linears, tmp_path / "b.png")
+    assert plots.save_rank_map(linears, tmp_path / "a.png")
+    assert plots.save_rank_map(linears, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert pictures.data_uri(pictures.rank_map(linears)) == pictures.data_uri(pictures.rank_map(linears))
+    assert plots.data_uri(plots.rank_map(linears)) == plots.data_uri(plots.rank_map(linears))
 
 
 def test_a_run_without_guide_or_evaluation(tmp_path):

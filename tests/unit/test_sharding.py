@@ -8,11 +8,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
-from lowrank_ft.conversion import convert
+from lowrank_ft.checkpoints.sharded import read
+from lowrank_ft.conversion.convert import convert
 from lowrank_ft.errors import CheckpointError, ConfigError, OutputError
 from lowrank_ft.nn import end_guidance
-from lowrank_ft.tensor_files import read
-from lowrank_ft.training import TrainArguments, make_accelerator, sharding
+from lowrank_ft.training import TrainArguments, make_accelerator
+from lowrank_ft.training import fsdp as sharding
 from tests.conftest import tiny_gpt2, tiny_llama
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from lowrank_ft.errors import TargetError
-from lowrank_ft.targets import find_linears, matches, pattern_value, select_targets
+from lowrank_ft.factorization.targets import find_linears, matches, pattern_value, select_targets
 from tests.conftest import tiny_gpt2, tiny_llama
 
 NAMES = [

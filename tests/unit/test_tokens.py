@@ -17,8 +17,8 @@ from lowrank_ft.data.token_format import MappedTokens
 from lowrank_ft.data.token_writer import write_token_files
 from lowrank_ft.data.tokens import TokenFiles, check_embeddings
 from lowrank_ft.errors import ConfigError, DataError, OutputError
-from lowrank_ft.training.config import DataArguments
-from lowrank_ft.training.run_data import load_data
+from lowrank_ft.training.data import load_data
+from lowrank_ft.training.options import DataArguments
 from tests.conftest import DEMO_MODEL
 
 WORDS = [

@@ -10,19 +10,19 @@ from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from torch.nn import functional as F
 
-from lowrank_ft.conversion import convert
-from lowrank_ft.cost import step_cost
+from lowrank_ft.conversion.convert import convert
+from lowrank_ft.costs.flops import step_cost
 from lowrank_ft.data.examples import StepBatches, pack
 from lowrank_ft.errors import ConfigError, DivergedError, OutputError, TrainingStateError
-from lowrank_ft.evaluation import summed_loss
+from lowrank_ft.evaluation.perplexity import summed_loss
+from lowrank_ft.integrations.peft import LowRankConfig
 from lowrank_ft.nn import compact_state_dict, guided_layers, set_alpha
-from lowrank_ft.peft_method import LowRankConfig
+from lowrank_ft.pretraining.options import PretrainArguments
 from lowrank_ft.schedule import alpha_at, keeps_guide, lr_factor_at
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.arguments import parse_args
-from lowrank_ft.training.checkpoints import find_checkpoints, load_optimizer_tensors, optimizer_tensors
-from lowrank_ft.training.pretraining import PretrainArguments
-from lowrank_ft.training.records import read_metrics
+from lowrank_ft.training.metrics import read_metrics
+from lowrank_ft.training.resume import find_checkpoints, load_optimizer_tensors, optimizer_tensors
 from tests.conftest import tiny_llama
 
 BLOCK = 16

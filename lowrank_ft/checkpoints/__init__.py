@@ -1,0 +1,1 @@
+"""Checkpoints: reading, writing, loading and publishing them."""

@@ -1,0 +1,59 @@
+"""The checkpoint format: what ``config.json`` says under ``quantization_config``.
+
+``model_type`` and ``architectures`` stay the stock ones. The entry tells a loader which linears to swap, before any
+weight is read::
+
+    "quantization_config": {
+        "quant_method": "lowrank",
+        "format_version": 1,
+        "ranks": {"model.layers.0.mlp.up_proj": 64, ...},
+        "base_model": "meta-llama/Llama-3.2-1B",
+        "base_revision": "4e20de362430cd3b72f300e6b0f18e50e7166e08"
+    }
+
+Tensors are named ``<linear>.U.weight``, ``<linear>.V.weight``, ``<linear>.bias``, and ``<linear>.weight``, the
+one-element tripwire of :class:`~lowrank_ft.nn.LowRankLinear`.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from lowrank_ft.nn import lowrank_layers
+
+CONVERSION_FILE = "conversion.json"
+RANK_MAP_FILE = "rank_map.png"
+PLACEHOLDER = "path/or/hub-id"
+"""Stands in a model card for the address that only a push knows."""
+
+QUANT_METHOD = "lowrank"
+FORMAT_VERSION = 1
+
+
+def quantization_config(
+    ranks: dict[str, int], base_model: str | None = None, base_revision: str | None = None
+) -> dict[str, Any]:
+    """The entry for a model with these ranks; where its dense weights came from is told where that is known."""
+    entry: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "ranks": dict(ranks)}
+    origin = {"base_model": base_model, "base_revision": base_revision}
+    return entry | {k: v for k, v in origin.items() if v}
+
+
+def describe_in_config(model: nn.Module, base_model: str | None = None) -> None:
+    """Write the ranks into ``model.config``, so that a plain ``save_pretrained`` makes a checkpoint that loads.
+
+    Where the dense weights came from is kept from an earlier entry; a dense model is its own origin.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return
+    entry = getattr(config, "quantization_config", None)
+    if entry is None:
+        known, revision = getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
+    else:
+        old = entry if isinstance(entry, dict) else entry.to_dict()
+        known, revision = old.get("base_model"), old.get("base_revision")
+    if base_model is not None and base_model != known:
+        known, revision = base_model, None
+    ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
+    config.quantization_config = quantization_config(ranks, known, revision)

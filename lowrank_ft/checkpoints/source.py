@@ -1,0 +1,348 @@
+"""Where a model comes from: a local folder or the Hub, checked before anything large is read.
+
+Safetensors only. Remote code only where the caller says so.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from lowrank_ft.checkpoints.format import QUANT_METHOD
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, NonFiniteError, first_line
+
+INDEX_FILE = "model.safetensors.index.json"
+RUN_FILE = "run.json"
+"""Beside the records of a training run: what an export of one of its checkpoints has to know."""
+_DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HOW_TO_CONVERT_PICKLE = (
+    "load it once with AutoModel.from_pretrained(..., use_safetensors=False) in an environment that you trust, "
+    "then model.save_pretrained(folder) writes safetensors"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model by name: a local folder, or a Hub id with a revision.
+
+    Attributes:
+        name: folder or Hub id, as the user gave it.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run Python code that the checkpoint brings.
+        token: Hub token; None means the stored one.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    token: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None for a Hub id."""
+        path = Path(self.name).expanduser()
+        return path if path.is_dir() else None
+
+    def load_config(self) -> Any:
+        """The transformers config.
+
+        Raises:
+            CheckpointNotFoundError: no such folder or repository, or it has no ``config.json``.
+            CheckpointError: ``config.json`` is not readable, or of an unknown model type.
+        """
+        self._require_config_file()
+        try:
+            return AutoConfig.from_pretrained(
+                self.name, revision=self.revision, token=self.token, trust_remote_code=self.trust_remote_code
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(f"{self.name}: {first_line(error)}") from error
+
+    def tensors(self) -> dict[str, "TensorInfo"]:
+        """Name, dtype and shape of every tensor, read from the safetensors headers alone.
+
+        Raises:
+            CheckpointNotFoundError: no such folder or repository.
+            CheckpointError: a file is missing, truncated or corrupt, or there are only pickles.
+        """
+        if self.folder is None:
+            return self._remote_tensors()
+        tensors: dict[str, TensorInfo] = {}
+        for file in safetensors_files(self.folder):
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                        view = handle.get_slice(name)
+                        tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()))
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{file} is truncated or corrupt ({error}); download it again or restore it from a backup"
+                ) from error
+        return tensors
+
+    def download(self) -> Path:
+        """The local folder; a Hub model is downloaded first (safetensors, configs and tokenizer; no pickles).
+
+        Raises:
+            CheckpointNotFoundError, CheckpointError: as :meth:`tensors`.
+        """
+        if self.folder is not None:
+            return self.folder
+        self.tensors()  # refuses pickle-only repositories before gigabytes move
+        patterns = [*_DATA_FILES, *(["*.py"] if self.trust_remote_code else [])]
+        # consolidated.* and original/ hold the same weights a second time
+        return Path(
+            snapshot_download(
+                self.name,
+                revision=self.revision,
+                token=self.token,
+                allow_patterns=patterns,
+                ignore_patterns=["original/*", "consolidated*", "onnx/*"],
+            )
+        )
+
+    def load_tokenizer(self, alone: bool = False) -> Any:
+        """The checkpoint's tokenizer.
+
+        Args:
+            alone: the model is not needed, and of a repository on the Hub is not downloaded.
+
+        Raises:
+            CheckpointError: it has none, or one that transformers cannot read.
+        """
+        try:
+            if alone and self.folder is None:
+                return AutoTokenizer.from_pretrained(
+                    self.name, revision=self.revision, token=self.token, trust_remote_code=self.trust_remote_code
+                )
+            return AutoTokenizer.from_pretrained(str(self.download()), trust_remote_code=self.trust_remote_code)
+        except (ValueError, OSError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.name} has no tokenizer that loads ({first_line(error)}); copy tokenizer.json and "
+                "tokenizer_config.json of its base model into the folder"
+            ) from error
+
+    def load_preprocessor(self, model: PreTrainedModel) -> Any:
+        """What turns the model's raw input into tensors: its image processor, or its tokenizer.
+
+        Raises:
+            CheckpointError: it has none, or one that transformers cannot read.
+        """
+        if model.main_input_name != "pixel_values":
+            return self.load_tokenizer()
+        try:
+            return AutoImageProcessor.from_pretrained(str(self.download()), trust_remote_code=self.trust_remote_code)
+        except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
+            raise CheckpointError(f"{self.name} has no image processor that loads ({first_line(error)})") from error
+
+    def _require_config_file(self) -> None:
+        if self.folder is not None:
+            path = self.folder / "config.json"
+            if not path.is_file():
+                found = ", ".join(sorted(p.name for p in self.folder.iterdir())[:5]) or "nothing"
+                raise CheckpointNotFoundError(f"{self.folder} has no config.json (found {found}); name a model folder")
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+            return
+        path = Path(self.name).expanduser()
+        if path.is_file():
+            raise CheckpointNotFoundError(f"{path} is a file; name the folder of the model, or its Hub id")
+        # A Hub id is `model` or `name/model`; anything else, or a name below a folder that exists, means a path.
+        looks_local = self.name.startswith((".", "/", "~")) or len(path.parts) > 2
+        if looks_local or (len(path.parts) == 2 and path.parent.is_dir()):
+            raise CheckpointNotFoundError(f"there is no folder {path}; check the path, or give a Hub id (name/model)")
+        self._remote(lambda: hf_hub_download(self.name, "config.json", revision=self.revision, token=self.token))
+
+    def _remote_tensors(self) -> dict[str, "TensorInfo"]:
+        api = HfApi(token=self.token)
+        try:
+            metadata = self._remote(lambda: api.get_safetensors_metadata(self.name, revision=self.revision))
+        except hub_errors.NotASafetensorsRepoError:
+            files = api.list_repo_files(self.name, revision=self.revision)
+            raise _no_safetensors(self.name, files) from None
+        return {
+            name: TensorInfo(info.dtype, tuple(info.shape))
+            for file in metadata.files_metadata.values()
+            for name, info in file.tensors.items()
+        }
+
+    def _remote(self, call: Any) -> Any:
+        try:
+            return call()
+        except hub_errors.GatedRepoError as error:
+            raise CheckpointNotFoundError(
+                f"{self.name} is gated; accept its licence on its Hub page, then run hf auth login"
+            ) from error
+        except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
+            raise CheckpointNotFoundError(
+                f"{self.name} is neither a folder here nor a model on the Hub; check the spelling, "
+                "and run hf auth login if it is private"
+            ) from error
+        except hub_errors.RevisionNotFoundError as error:
+            raise CheckpointNotFoundError(f"{self.name} has no revision {self.revision!r} on the Hub") from error
+        except hub_errors.LocalEntryNotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"{self.name} is no folder here, and the Hub cannot be reached; check the path or the connection"
+            ) from error
+        except hub_errors.EntryNotFoundError as error:
+            raise CheckpointNotFoundError(f"{self.name} has no config.json; it is not a transformers model") from error
+        except hub_errors.NotASafetensorsRepoError:
+            raise
+        except (OSError, hub_errors.HfHubHTTPError) as error:
+            raise CheckpointNotFoundError(f"{self.name}: the Hub cannot be read ({first_line(error)})") from error
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name can be one on the Hub, and is no folder here, which would mean nothing to anybody else."""
+    return bool(name) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name or "") is not None and not Path(name or "").exists()
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """``dtype`` in safetensors' spelling (``BF16``) and ``shape``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weight files of a local checkpoint, all of them present.
+
+    Raises:
+        CheckpointError: none, only pickles, or a shard that the index names is missing.
+    """
+    index, single = folder / INDEX_FILE, folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a valid safetensors index: {error}") from error
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names; download it again")
+        return [folder / n for n in names]
+    if single.is_file():
+        return [single]
+    raise _no_safetensors(str(folder), [p.name for p in folder.iterdir()])
+
+
+def is_compact(config: Any) -> bool:
+    """Whether a transformers config describes a checkpoint of this package."""
+    entry = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    return method == QUANT_METHOD
+
+
+def model_class(config: Any, name: str, trust_remote_code: bool = False) -> Any:
+    """The class to load a checkpoint with: the one that it was saved from, else the bare ``AutoModel``."""
+    architecture = (getattr(config, "architectures", None) or [None])[0]
+    if architecture and hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code:
+        for auto_class, reference in auto_map.items():
+            if architecture and str(reference).endswith(f".{architecture}"):
+                return getattr(transformers, auto_class)
+    elif any(k.startswith("AutoModel") for k in auto_map):
+        raise CheckpointError(
+            f"{name} needs its own Python code ({architecture}); add --trust-remote-code if you trust its author"
+        )
+    return transformers.AutoModel
+
+
+def writes_text(config: Any) -> bool:
+    """Whether the checkpoint is a causal language model."""
+    architecture = (getattr(config, "architectures", None) or ["none"])[0]
+    return bool(architecture.endswith(("ForCausalLM", "LMHeadModel")))
+
+
+def check_causal_lm(config: Any, source: Source) -> None:
+    """Raise a CheckpointError unless the checkpoint is a causal language model, the kind that is fine-tuned here."""
+    architecture = (getattr(config, "architectures", None) or ["none"])[0]
+    if not writes_text(config):
+        raise CheckpointError(
+            f"{source.name} is a {architecture}, and this trains causal language models; convert it without "
+            "fine-tuning, or train it in your own loop (lowrank_ft.convert, get_peft_model)"
+        )
+
+
+def skeleton(config: Any, name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device: all modules and shapes, no weights."""
+    cls = model_class(config, name, trust_remote_code)
+    with torch.device("meta"):
+        if hasattr(cls, "from_config"):
+            return cls.from_config(config, trust_remote_code=trust_remote_code)
+        return cls(config)
+
+
+def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str | None = None) -> PreTrainedModel:
+    """Load a dense or compact checkpoint with all its weights, in evaluation mode.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: as :class:`Source`; or weights are missing from the checkpoint.
+    """
+    config = source.load_config()
+    folder = source.download()
+    Source(str(folder)).tensors()
+    cls = model_class(config, source.name, source.trust_remote_code)
+    extra = {"trust_remote_code": True} if hasattr(cls, "_model_mapping") and source.trust_remote_code else {}
+    try:
+        model, info = cls.from_pretrained(
+            str(folder), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{source.name} does not load: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{source.name} lacks {len(missing)} weights of {type(model).__name__}, the first being {missing[0]}; "
+            "the checkpoint is incomplete, or its config.json names another architecture"
+        )
+    # It was read from a folder, also when it came from the Hub; what is written later should say where that was.
+    model.config._name_or_path = source.name
+    # The Hub's cache keeps each commit in a folder of its name.
+    model.config._commit_hash = folder.name if folder.parent.name == "snapshots" else None
+    return model.to(device) if device else model
+
+
+def check_runs(model: PreTrainedModel) -> Exception | None:
+    """The error that a forward pass on a few made-up inputs ends in, or None."""
+    inputs = {k: v.to(model.device) for k, v in model.dummy_inputs.items() if isinstance(v, torch.Tensor)}
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:  # whatever a model's forward may raise
+        return error
+    return None
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raise a NonFiniteError that names the first weight with NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteError(
+                f"{name} {tuple(tensor.shape)} holds {bad} NaN or infinite values; "
+                "the checkpoint is damaged, download or train it again"
+            )
+
+
+def _no_safetensors(name: str, files: list[str]) -> CheckpointError:
+    pickles = sorted(f for f in files if f.endswith(_PICKLES))
+    if pickles:
+        return CheckpointError(
+            f"{name} holds its weights as pickle only ({pickles[0]}), which can run code when it is opened; "
+            f"it is refused. To convert it, {_HOW_TO_CONVERT_PICKLE}"
+        )
+    return CheckpointError(f"{name} holds no model.safetensors and no {INDEX_FILE}; it is not a model checkpoint")

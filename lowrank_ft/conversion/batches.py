@@ -1,0 +1,248 @@
+"""Calibration data: from a dataset or a local file to batches that a model's forward takes.
+
+    causal language models    packed blocks of tokens
+    encoders                  one text a row, with the tokenizer's special tokens, padded and masked
+    encoder-decoders          the first half of each block for the encoder, the second for the decoder
+    image models              images, as the checkpoint's processor prepares them
+
+Only causal language models can write text themselves (``self``).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from lowrank_ft.conversion.calibration import Calibration, positions
+from lowrank_ft.conversion.chains import Batch
+from lowrank_ft.conversion.sampling import sample_blocks
+from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.examples import Example, TokenizedData, collate
+from lowrank_ft.data.sources import require_column
+from lowrank_ft.errors import ConfigError, DataError
+
+SELF = "self"
+CALIBRATION_TOKENS = 262_144
+OWN_TOKENS = 65_536
+"""Of text that the model writes itself, which takes it much longer than reading."""
+BLOCK_SIZE = 512
+LEAST_TOKENS = 1_024
+_BATCH_TOKENS = 2_048
+_CHARACTERS_PER_TOKEN = 10  # more than tokenizers of any language reach on the average
+_BATCH_IMAGES = 8
+
+
+def own_batches(
+    model: Any, tokens: int, block_size: int | None = None, seed: int = 0, progress: bool = False
+) -> list[Batch]:
+    """Batches of text that ``model`` writes itself.
+
+    Raises:
+        DataError: the model is no causal language model, or ``tokens`` are too few.
+    """
+    length = calibration_length(model, block_size)
+    if tokens < max(LEAST_TOKENS, length):
+        raise DataError(f"{tokens} calibration tokens are too few; the least is {max(LEAST_TOKENS, length)}")
+    return to_batches(sample_blocks(model, tokens // length, length, seed=seed, progress=progress))
+
+
+def read_batches(
+    model: Any,
+    rows: Dataset,
+    name: str,
+    preprocessor: Any,
+    tokens: int = CALIBRATION_TOKENS,
+    block_size: int | None = None,
+    text_column: str = "text",
+    seed: int = 0,
+) -> list[Batch]:
+    """Batches from the rows of a dataset, shuffled.
+
+    Args:
+        rows: with a column of text, or of images for an image model.
+        name: what error messages call the data.
+        preprocessor: the checkpoint's tokenizer, or its image processor.
+        tokens: how many to take at most; an image counts as its patches of 16 x 16 pixels.
+
+    Raises:
+        DataError: the column is missing, the data are too short, or the tokenizer is not the model's.
+    """
+    if model.main_input_name not in ("input_ids", "pixel_values"):
+        raise DataError(
+            f"a {type(model).__name__} reads {model.main_input_name}, and calibration data are read from text or images "
+            "here; give batches of your own from Python (lowrank_ft.convert(..., calibration=...)), or --method svd"
+        )
+    column = "image" if model.main_input_name == "pixel_values" else text_column
+    fix = "choose with --calibration-column" if column == text_column else "an image model needs images"
+    require_column(name, [column], rows.column_names, fix)
+    generator = torch.Generator().manual_seed(seed)
+    if column == "image":
+        return _images(rows, preprocessor, tokens, name, generator)
+    length = calibration_length(model, block_size)
+    least = max(LEAST_TOKENS, length)
+    if tokens < least:
+        raise DataError(f"{tokens} calibration tokens are too few; the least is {least}")
+    texts = _some_texts(rows, column, tokens, generator)
+    if getattr(model, "can_generate", lambda: False)():
+        blocks = _blocks(token_ids(texts, preprocessor), tokens, length, name, generator)
+        check_vocabulary(model, blocks, name)
+        return _for_encoder_decoder(model, blocks) if model.config.is_encoder_decoder else to_batches(blocks)
+    batches = _rows_of_text(texts, preprocessor, tokens, length, name, generator)
+    for batch in batches:
+        check_vocabulary(model, batch["input_ids"], name)
+    return batches
+
+
+def _some_texts(rows: Dataset, column: str, tokens: int, generator: torch.Generator) -> list[str]:
+    """Rows drawn at random, enough for ``tokens``: of a large dataset only a small part is read and tokenized."""
+    texts: dict[int, str] = {}
+    characters = 0
+    for i in torch.randperm(len(rows), generator=generator).tolist():
+        if text := rows[i][column]:
+            texts[i] = text
+            characters += len(text)
+        if characters > _CHARACTERS_PER_TOKEN * tokens:
+            break
+    return [texts[i] for i in sorted(texts)]
+
+
+def training_batches(data: TokenizedData, tokens: int, seed: int = 0) -> list[Batch]:
+    """Batches of the text or chats that a model is about to be trained on, drawn at random.
+
+    Raises:
+        DataError: fewer than 1,024 tokens are there or asked for.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Batch] = []
+    found, examples = 0, []
+    for i in torch.randperm(len(data), generator=generator).tolist():
+        examples.append(data[i])
+        found += len(examples[-1]["input_ids"])
+        if sum(len(e["input_ids"]) for e in examples) >= _BATCH_TOKENS:
+            batches.append(_inputs(examples))
+            examples = []
+        if found >= tokens:
+            break
+    if found < LEAST_TOKENS:
+        raise DataError(f"{found} tokens to calibrate on are too few; calibration needs at least {LEAST_TOKENS}")
+    return [*batches, _inputs(examples)] if examples else batches
+
+
+def training_calibration(data: TokenizedData, tokens: int, seed: int = 0) -> Calibration:
+    """Regression and allocation on the text of a run; training factors on it is what the run itself does.
+
+    Raises:
+        DataError: as :func:`training_batches`.
+    """
+    return Calibration(training_batches(data, tokens, seed), "training data", refine_epochs=0, distill_epochs=0)
+
+
+def _inputs(examples: list[Example]) -> Batch:
+    return {k: v for k, v in collate(examples).items() if k != "labels"}
+
+
+def calibration_length(model: Any, block_size: int | None) -> int:
+    """Tokens of a calibration text: what was asked for, or 512, or all positions of the model if those are fewer."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or BLOCK_SIZE
+    if block_size is None:
+        return min(BLOCK_SIZE, positions)
+    if not 2 <= block_size <= positions:
+        raise ConfigError(f"calibration block size {block_size} is out of range; this model takes 2 to {positions}")
+    return block_size
+
+
+def check_vocabulary(model: Any, ids: Tensor, name: str) -> None:
+    """Raise a DataError where the tokenizer gives an id that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = int(ids.max())
+    if largest >= rows:
+        raise DataError(
+            f"the tokenizer gives {name} token ids up to {largest}, and the model has {rows} embeddings; "
+            "the tokenizer in the folder is not this model's"
+        )
+
+
+def to_batches(blocks: Tensor) -> list[Batch]:
+    """``(blocks, length)`` to batches of about 2,048 tokens."""
+    return [{"input_ids": b} for b in blocks.split(max(1, _BATCH_TOKENS // blocks.shape[1]))]
+
+
+def _require_tokens(found: int, least: int, name: str) -> None:
+    if found < least:
+        raise DataError(
+            f"{name} has {found} tokens; calibration needs at least {least}, and {CALIBRATION_TOKENS:,} do well"
+        )
+
+
+def _blocks(ids: np.ndarray, tokens: int, length: int, name: str, generator: torch.Generator) -> Tensor:
+    _require_tokens(len(ids), max(LEAST_TOKENS, length), name)
+    blocks = torch.from_numpy(ids[: len(ids) // length * length]).long().view(-1, length)
+    return blocks[torch.randperm(len(blocks), generator=generator)[: max(1, tokens // length)]]
+
+
+def _for_encoder_decoder(model: Any, blocks: Tensor) -> list[Batch]:
+    start = model.config.decoder_start_token_id
+    source, target = blocks.chunk(2, dim=1)
+    first = torch.full((len(blocks), 1), start if start is not None else 0)
+    decoder = torch.cat([first, target[:, :-1]], dim=1)
+    size = max(1, _BATCH_TOKENS // blocks.shape[1])
+    pairs = zip(source.split(size), decoder.split(size), strict=True)
+    return [{"input_ids": s, "decoder_input_ids": d} for s, d in pairs]
+
+
+def _rows_of_text(
+    texts: Sequence[str], tokenizer: Any, tokens: int, length: int, name: str, generator: torch.Generator
+) -> list[Batch]:
+    """Long texts are cut at paragraphs, then every ``length`` tokens; each batch is padded to its longest row."""
+    if tokenizer.pad_token_id is None:
+        raise DataError("the checkpoint's tokenizer has no padding token, which batches of texts need; set pad_token in "
+                        "its tokenizer_config.json")  # fmt: skip
+    paragraphs = [p.strip() for t in texts for p in t.split("\n\n") if p.strip()]
+    rows, found = [], 0
+    for i in torch.randperm(len(paragraphs), generator=generator).tolist():
+        # Tokenizers written in Python give what is past the first piece without its special tokens: it is dropped.
+        whole = tokenizer.is_fast
+        ids = tokenizer(paragraphs[i], truncation=True, max_length=length, return_overflowing_tokens=whole)["input_ids"]
+        for piece in ids if whole else [ids]:
+            if found < tokens:
+                rows.append(piece)
+                found += len(piece)
+        if found >= tokens:
+            break
+    _require_tokens(found, LEAST_TOKENS, name)
+    rows.sort(key=len)  # rows of like length share a batch, so that little of it is padding
+    batches: list[Batch] = []
+    start = 0
+    while start < len(rows):
+        end = start + 1
+        while end < len(rows) and (end + 1 - start) * len(rows[end]) <= _BATCH_TOKENS:
+            end += 1
+        batches.append(dict(tokenizer.pad({"input_ids": rows[start:end]}, padding=True, return_tensors="pt")))
+        start = end
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [batches[i] for i in order]
+
+
+def _images(rows: Dataset, processor: Any, tokens: int, name: str, generator: torch.Generator) -> list[Batch]:
+    if len(rows) == 0:
+        raise DataError(f"{name} holds no image; calibration needs at least one, and some hundreds do well")
+    if not hasattr(rows[0]["image"], "convert"):
+        raise DataError(
+            f"the column 'image' of {name} holds {type(rows[0]['image']).__name__} and not images; "
+            "cast it to the Image feature of datasets"
+        )
+    chosen = torch.randperm(len(rows), generator=generator).tolist()
+    batches: list[Batch] = []
+    found = 0
+    for start in range(0, len(chosen), _BATCH_IMAGES):
+        images = [i.convert("RGB") for i in rows[chosen[start : start + _BATCH_IMAGES]]["image"]]
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        each = positions({"pixel_values": pixels[:1]})
+        batches.append({"pixel_values": pixels[: max(1, (tokens - found) // each)]})
+        found += positions(batches[-1])
+        if found + each > tokens:
+            break
+    return batches

@@ -1,0 +1,83 @@
+"""What a model is shown during its conversion, and how hard its factors are fitted to it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowrank_ft.conversion.activations import Activations
+from lowrank_ft.conversion.chains import Batch
+from lowrank_ft.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data and settings.
+
+    Attributes:
+        batches: arguments of the model's forward: ``input_ids (batch, length)`` and, with padding, ``attention_mask``,
+            or ``pixel_values``, ... Distillation takes one batch per step.
+        source: what the data are, for the record.
+        damping: share of the mean input power that is added to every direction of the moments.
+        refine_epochs: passes of block refinement over the data; 0 for none.
+        distill_epochs: passes of end-to-end distillation; 0 for none.
+        refine_learning_rate, distill_learning_rate: of AdamW on the factors, at their peak.
+        activations_dir: a folder to keep hidden states in where they do not fit into memory.
+        seed: order of the batches.
+    """
+
+    batches: Sequence[Batch]
+    source: str = "given batches"
+    damping: float = 0.01
+    refine_epochs: int = 1
+    distill_epochs: float = 1.0
+    refine_learning_rate: float = 1e-3
+    distill_learning_rate: float = 1e-3
+    activations_dir: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.batches:
+            raise DataError("the calibration data hold no batch; give at least one")
+        for name in ("damping", "refine_epochs", "distill_epochs", "refine_learning_rate", "distill_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches, padding not counted; an image counts as its patches of 16 x 16 pixels."""
+        return sum(map(positions, self.batches))
+
+    def store(self) -> Activations:
+        """An empty place for hidden states."""
+        return Activations(folder=self.activations_dir)
+
+
+def default_method(calibration: Calibration | None) -> str:
+    """The best there is with these data, or without any."""
+    return "svd" if calibration is None else "anchored"
+
+
+def first_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:
+    """As many as hold at most ``tokens`` positions, padding included, and at least one batch."""
+    taken, found = 0, 0
+    for batch in batches:
+        found += _positions(batch)
+        if taken and found > tokens:
+            break
+        taken += 1
+    return batches[:taken]
+
+
+def positions(batch: Batch) -> int:
+    """Tokens of a batch, padding not counted; an image counts as its patches of 16 x 16 pixels."""
+    mask = batch.get("attention_mask")
+    return int((mask != 0).sum()) if mask is not None else _positions(batch)
+
+
+def _positions(batch: Batch) -> int:
+    """How many hidden states a batch makes, roughly where they are patches or frames."""
+    first = next(iter(batch.values()))
+    if first.dim() == 4:
+        return max(len(first), first[:, 0].numel() // 256)
+    return len(first) * max(first.shape[1:], default=1)

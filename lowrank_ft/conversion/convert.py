@@ -1,0 +1,201 @@
+"""Convert a model in memory: dense linears become factored ones, and back.
+
+    convert          W        -> U, V             (plus a guide that holds what U V dropped, to fine-tune with)
+    attach_guides    U, V, W  -> U, V and a guide (a compact checkpoint that goes on training)
+    merge            U, V     -> W = U V          (a plain dense model again)
+
+All work in place, linear by linear; all need torch alone. Without calibration data, memory grows by one linear at a
+time; with them, see :mod:`lowrank_ft.conversion.blockwise` and :mod:`lowrank_ft.conversion.distill`.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lowrank_ft.checkpoints.format import describe_in_config
+from lowrank_ft.conversion import METHODS, Calibration, ConversionRecord, convert_blocks, distill, squared_spectra
+from lowrank_ft.conversion.calibration import default_method
+from lowrank_ft.conversion.refine import factors_of
+from lowrank_ft.errors import ConfigError, PlanError, require_choice
+from lowrank_ft.factorization.allocation import ALLOCATIONS
+from lowrank_ft.factorization.plan import Plan, make_plan, reallocate
+from lowrank_ft.factorization.solvers import singular_values, truncated_svd
+from lowrank_ft.factorization.targets import LinearSpec, Patterns, is_linear, refuse_tied
+from lowrank_ft.nn import GuidedLowRankLinear, check_guide_bits, lowrank_layers
+from lowrank_ft.nn.modes import evaluating
+from lowrank_ft.nn.replace import dense_weight, factorized, swap
+
+_NO_MEMORY = (
+    "end-to-end distillation does not fit into the device's memory; the factors are what block refinement makes them "
+    "(try fewer tokens per text, another device, or --distill-epochs 0)"
+)
+
+
+def convert(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    rank: int | float | None = None,
+    param_ratio: float | None = None,
+    energy: float | None = None,
+    rank_pattern: Mapping[str, int | float] | None = None,
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+    guide: str | None = None,
+    guide_bits: int | None = None,
+    method: str | None = None,
+    calibration: Calibration | None = None,
+    allocation: str | None = None,
+    record: ConversionRecord | None = None,
+    progress: bool = False,
+) -> Plan:
+    """Replace linears of ``model`` by their factors, in place.
+
+    Args:
+        model: a dense model. Parameters that are not factorized keep their identity and their values.
+        plan: what to do; without one it is made here from ``rank``, ``param_ratio`` or ``energy`` and the patterns.
+        guide: None for the deployed layers, or one of ``GUIDES`` to keep a dense branch for fine-tuning.
+        guide_bits: store a ``residual`` or ``frozen`` guide in 16, 8 or 4 bits; None for the dtype of the model. 8 and
+            4 need bitsandbytes, on the model's device and on the one that it is trained on.
+        method: how the factors are found, one of ``METHODS``; by default ``anchored`` with calibration data and
+            ``svd`` without.
+        calibration: data and settings for everything but ``svd`` alone: fitting, refinement, distillation.
+        allocation: how ranks share the budget of a plan that is made here, one of ``ALLOCATIONS``; by default ``loss``
+            for a ``param_ratio`` with calibration data, and ``uniform`` otherwise.
+        record: is filled with what was lost in each linear and block.
+        progress: show progress bars on stderr when that is a terminal.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        RankError, TargetError, PlanError: see :func:`make_plan`; or the plan does not fit this model.
+        ConfigError: a method or an allocation needs calibration data, and there are none; or the guide cannot be
+            stored in ``guide_bits``, or not on this device.
+        MissingPackageError: ``guide_bits`` needs bitsandbytes.
+        NonFiniteError: a weight or an activation holds NaN or infinity; the message names it. Modules before it are
+            converted already.
+        DivergedError: refinement or distillation failed.
+    """
+    method = method or default_method(calibration)
+    require_choice("method", method, METHODS)
+    if calibration is None and method != "svd":
+        raise ConfigError(f"method {method} needs calibration data; give some, or use method svd, which needs none")
+    check_guide_bits(guide, guide_bits, next(model.parameters()).device)
+    if any(lowrank_layers(model)):
+        raise PlanError("the model has factored linears already; convert the dense model, or merge this one first")
+    if plan is None:
+        plan = make_plan(
+            model,
+            rank=rank,
+            param_ratio=param_ratio,
+            energy=energy,
+            rank_pattern=rank_pattern,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            spectrum=spectrum_of(model),
+        )
+        plan = allocate(model, plan, allocation or default_allocation(param_ratio, calibration), calibration, progress)
+    elif any(v is not None for v in (rank, param_ratio, energy, rank_pattern, target_modules, exclude_modules)):
+        raise PlanError("a plan already says which linears get which rank; give the plan or the options, not both")
+    elif allocation is not None:
+        raise PlanError("a plan already says which linears get which rank; leave the allocation out")
+    check_fits(plan, model)
+    weights = {n: dense_weight(model.get_submodule(n)) for n in plan.ranks} if guide is not None else {}
+    if calibration is None:
+        _truncate(model, plan, record, progress)
+    else:
+        _fit(model, plan, method, calibration, record, progress)
+    for name, weight in weights.items():
+        layer: Any = model.get_submodule(name)
+        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide), guide_bits))
+    describe_in_config(model)
+    return plan
+
+
+def default_allocation(param_ratio: float | None, calibration: Calibration | None) -> str:
+    """``loss`` for a budget with data to weigh linears by; a rank that was asked for is given to all."""
+    return "loss" if calibration is not None and param_ratio is not None else "uniform"
+
+
+def allocate(
+    model: nn.Module, plan: Plan, allocation: str, calibration: Calibration | None, progress: bool = False
+) -> Plan:
+    """The plan with its budget spent as ``allocation`` says; ``uniform`` leaves it as it is.
+
+    Raises:
+        ConfigError: the allocation needs calibration data.
+        RankError: the budget is below what the smallest ranks need.
+    """
+    require_choice("allocation", allocation, ALLOCATIONS)
+    if allocation == "uniform":
+        return plan
+    if calibration is None:
+        raise ConfigError(f"allocation {allocation} needs calibration data; give some, or use allocation uniform")
+    names = [p.name for p in plan.linears]
+    with evaluating(model):
+        return reallocate(plan, squared_spectra(model, names, calibration, allocation, progress))
+
+
+def _truncate(model: nn.Module, plan: Plan, record: ConversionRecord | None, progress: bool) -> None:
+    bar = tqdm(plan.ranks.items(), desc="factorize", unit="linear", disable=None if progress else True)
+    for name, rank in bar:
+        dense = model.get_submodule(name)
+        layer = factorized(dense, truncated_svd(dense_weight(dense), rank, f"{name}.weight"))
+        if record is not None:
+            record.add_linear(name, dense_weight(dense), layer, None)
+        swap(model, name, layer)
+
+
+def _fit(
+    model: nn.Module,
+    plan: Plan,
+    method: str,
+    calibration: Calibration,
+    record: ConversionRecord | None,
+    progress: bool,
+) -> None:
+    with evaluating(model):  # dropout would be noise in what the factors are fitted to
+        dense = _copy_for_distillation(model) if calibration.distill_epochs > 0 else None
+        convert_blocks(model, plan.ranks, calibration, method, record, progress)
+        if dense is None:
+            return
+        fitted = [(p, p.detach().to("cpu", copy=True)) for p in factors_of(model)]
+        try:
+            epochs, rate, seed = calibration.distill_epochs, calibration.distill_learning_rate, calibration.seed
+            distill(model, dense, calibration.batches, epochs, rate, seed, progress)
+        except torch.OutOfMemoryError:
+            warnings.warn(_NO_MEMORY, stacklevel=3)
+            for parameter, value in fitted:
+                parameter.data.copy_(value)
+
+
+def _copy_for_distillation(model: nn.Module) -> nn.Module | None:
+    try:
+        return copy.deepcopy(model)
+    except torch.OutOfMemoryError:
+        warnings.warn(_NO_MEMORY, stacklevel=4)
+        return None
+
+
+def spectrum_of(model: nn.Module) -> Callable[[LinearSpec], Tensor]:
+    """For plans by energy: the singular values of a linear of ``model``."""
+    return lambda spec: singular_values(dense_weight(model.get_submodule(spec.name)), f"{spec.name}.weight")
+
+
+def check_fits(plan: Plan, model: nn.Module) -> None:
+    """Raise a PlanError unless every linear of the plan is in the model, dense, and of the planned shape."""
+    modules = dict(model.named_modules())
+    for p in plan.linears:
+        module = modules.get(p.name)
+        if module is None or not is_linear(module):
+            found = "no such module" if module is None else type(module).__name__
+            raise PlanError(f"the plan names {p.name}, but the model has {found} there; make the plan from this model")
+        if tuple(dense_weight(module).shape) != p.shape:
+            raise PlanError(f"{p.name} is {tuple(dense_weight(module).shape)} in the model and {p.shape} in the plan")
+    refuse_tied(model, list(plan.ranks))

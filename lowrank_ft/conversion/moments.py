@@ -1,0 +1,56 @@
+"""Second moments of a linear's inputs over calibration tokens.
+
+    inputs = sum over tokens of x' x'^T        cross = sum over tokens of x x'^T
+
+``x'`` is what the linear receives in the model under conversion, ``x`` what it receives in the dense model. Products
+are taken in float32 and summed in float64 (float32 on MPS). Padding tokens are left out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_ft.errors import NonFiniteError
+from lowrank_ft.factorization.solvers import working_dtype
+
+
+@dataclass
+class Moments:
+    """``inputs`` and ``cross``, each ``(in, in)``, over ``tokens`` tokens; None before the first."""
+
+    inputs: Tensor | None = None
+    cross: Tensor | None = None
+    tokens: int = 0
+
+    def add(self, converted: Tensor, dense: Tensor, mask: Tensor | None = None, name: str = "a linear") -> None:
+        """Count the tokens of one batch.
+
+        Args:
+            converted: ``x'``, ``(..., in)``.
+            dense: ``x``, of the same shape; of another (a router chose other tokens), ``x'`` stands in for it.
+            mask: nonzero where a token counts, of the leading shape of ``converted``; None where all do.
+
+        Raises:
+            NonFiniteError: an activation is NaN or infinite; the message names the linear.
+        """
+        a = rows(converted, mask)
+        if len(a) == 0:
+            return
+        b = a if dense.shape != converted.shape else rows(dense, mask)
+        exact = working_dtype(a.device)
+        inputs, cross = (a.T @ a).to(exact), (b.T @ a).to(exact)
+        if not torch.isfinite(inputs).all() or not torch.isfinite(cross).all():
+            raise NonFiniteError(
+                f"the inputs of {name} hold NaN or infinity on the calibration data; convert in float32 or bfloat16 "
+                "(--dtype), or leave that module dense with --exclude-modules"
+            )
+        self.inputs = inputs if self.inputs is None else self.inputs + inputs
+        self.cross = cross if self.cross is None else self.cross + cross
+        self.tokens += len(a)
+
+
+def rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``(..., in)`` as float32 ``(tokens, in)``, without those that the mask leaves out."""
+    flat = x.detach().flatten(0, -2).float()
+    return flat if mask is None else flat[mask.flatten().to(flat.device) != 0]

@@ -1,0 +1,138 @@
+"""What a rank is worth in each linear: squared spectra, weighted by its inputs and by how much its outputs matter.
+
+    energy    s_i^2 of  W A^1/2, over their sum                A = mean over tokens of x x^T
+    loss      s_i^2 of  g W A^1/2                              g^2 = mean over tokens and outputs of a squared gradient
+
+The gradient is that of the model's own loss at the linear's output. The tail of the second is the second-order estimate
+of what truncation adds to the loss: the Fisher information in its Kronecker-factored form (Martens and Grosse 2015,
+arXiv 1503.05671), with the output side reduced to one number. The loss is the negative log-likelihood of labels that
+the model draws itself, as the Fisher information wants it; a model without logits, or with one, takes a random
+projection of its output. The tail of the first is the share of a linear's output that is lost, all linears counting the
+same.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from lowrank_ft.conversion.blockwise import dense_moments
+from lowrank_ft.conversion.calibration import Calibration, first_batches
+from lowrank_ft.conversion.chains import Batch, answer_of, block_of, run, token_mask
+from lowrank_ft.errors import require_choice
+from lowrank_ft.factorization.solvers import singular_values, whitening, working_dtype
+from lowrank_ft.nn.replace import dense_weight
+
+SENSITIVITY_TOKENS = 16_384
+"""Tokens of the gradients and moments that only weigh linears against each other."""
+
+
+def squared_spectra(
+    model: nn.Module, names: Sequence[str], calibration: Calibration, allocation: str, progress: bool = False
+) -> dict[str, Tensor]:
+    """``s_i^2 (min(out, in),)`` of each named linear of the dense ``model``, descending, float64 on the CPU.
+
+    Memory: moments of one block's linears at a time; for ``loss`` also the activations of one forward pass.
+
+    Args:
+        allocation: ``energy`` or ``loss``.
+    """
+    require_choice("allocation", allocation, ("energy", "loss"))
+    batches = first_batches(calibration.batches, SENSITIVITY_TOKENS)
+    weights = output_gradients(model, names, batches, calibration.seed, progress) if allocation == "loss" else {}
+    spectra: dict[str, Tensor] = {}
+    bar = tqdm(total=len(names), desc="allocate", unit="linear", disable=None if progress else True)
+    for group in _by_block(model, names):
+        moments = dense_moments(model, group, batches)
+        for name in group:
+            matrix, found = dense_weight(model.get_submodule(name)), moments[name]
+            if found.inputs is not None:
+                root = whitening(found.inputs / found.tokens)[1]
+                matrix = matrix.to(root) @ root
+            if name in weights:
+                matrix = weights[name].mean().sqrt().to(matrix) * matrix
+            squares = singular_values(matrix, name).square()
+            total = squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
+            spectra[name] = squares if name in weights else squares / total
+            bar.update()
+    bar.close()
+    if weights:  # what no token reached counts as much as the least of the others
+        least = min(spectra[n].sum() for n in weights)
+        spectra |= {n: s * least for n, s in spectra.items() if n not in weights}
+    return spectra
+
+
+def output_gradients(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Batch], seed: int = 0, progress: bool = False
+) -> dict[str, Tensor]:
+    """Mean over tokens of the squared gradient of the model's own loss at each linear's output, ``(out,)`` each."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def add(gradient: Tensor) -> None:
+            squares = gradient.detach().flatten(0, -2).to(working_dtype(gradient.device)).square().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # A sum, because a leaf must not be changed in place, which the model may do with what it is given.
+            output = output if output.requires_grad else output.requires_grad_() + 0
+            output.register_hook(add)
+            return output
+
+        return hook
+
+    generator, tokens = torch.Generator().manual_seed(seed), 0
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        stack.enter_context(torch.enable_grad())
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(watch(name)).remove)
+        for batch in tqdm(batches, desc="sensitivity", unit="batch", disable=None if progress else True):
+            loss, counted = own_loss(run(model, batch), batch, generator)
+            loss.backward()
+            tokens += counted
+    return {n: s / tokens for n, s in sums.items()}
+
+
+def own_loss(output: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+    """A scalar whose gradient has the Fisher information as its second moment, and over how many positions it sums."""
+    logits, distribution = answer_of(output)
+    if not distribution:
+        hidden = logits.float()
+        signs = (torch.randint(0, 2, hidden.shape, generator=generator) * 2 - 1).to(hidden)
+        scale = hidden.detach().square().mean().sqrt().clamp_min(1e-12)
+        mask = token_mask(batch, hidden, decoder=True)
+        signs = signs if mask is None else signs * (mask != 0).to(signs)[..., None]
+        return (hidden * signs).sum() / scale, int(signs.any(-1).sum())
+    with torch.no_grad():
+        # Gumbel's trick draws from the softmax with a generator on the CPU, whatever the device.
+        noise = -torch.empty(logits.shape).exponential_(generator=generator).clamp_min(1e-20).log()
+        drawn = (logits.float() + noise.to(logits.device)).argmax(-1)
+        mask = token_mask(batch, logits, decoder=True)
+        drawn = drawn if mask is None else drawn.masked_fill(mask == 0, -100)
+    loss = F.cross_entropy(logits.float().flatten(0, -2), drawn.flatten(), reduction="sum", ignore_index=-100)
+    return loss, int((drawn != -100).sum())
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter collects gradients."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _by_block(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    groups: dict[str | None, list[str]] = {}
+    for name in names:
+        groups.setdefault(block_of(model, name), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,221 @@
+"""What a factored model costs beside the dense one that it came from: parameters, and multiply-adds per token.
+
+A linear of shape ``(out, in)`` takes ``out * in`` multiply-adds per token, a factored one ``rank * (out + in)``. Those
+of all linears are counted, output head included, each once per token; one multiply-add is two FLOPs. Attention scores,
+which grow with the context, norms, activations and the embedding's look-up are not counted. :func:`training_cost` is
+about a whole training of a known context, and counts the scores too.
+
+A training step takes three times the multiply-adds of the forward pass: the output, the gradient of the input, and the
+gradient of the weight. A weight that is not trained takes two, for it needs no gradient of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lowrank_ft.costs.accounting import FLOPS_PER_MULTIPLY_ADD, FORWARD_AND_BACKWARD, Accounting, training_flops
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.factorization.plan import LinearPlan, Plan, count_parameters
+from lowrank_ft.factorization.ranks import dense_parameters
+from lowrank_ft.factorization.targets import find_linears, is_ffn_linear, is_linear, kind_of
+from lowrank_ft.nn import GuidedLowRankLinear, lowrank_layers
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One of the two models.
+
+    Attributes:
+        parameters: of the whole model; tied weights count once.
+        multiply_adds: per token, of all linears.
+        factored: per token, of the linears that are factored in the converted model (and as many parameters).
+    """
+
+    parameters: int
+    multiply_adds: int
+    factored: int
+
+    @property
+    def flops(self) -> int:
+        return FLOPS_PER_MULTIPLY_ADD * self.multiply_adds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A factored model and its dense origin.
+
+    Attributes:
+        linears: the factored linears, and those that stay dense where another block has a factored one.
+    """
+
+    dense: Cost
+    compact: Cost
+    linears: tuple[LinearPlan, ...]
+
+    @property
+    def param_ratio(self) -> float | None:
+        """Over the factored linears; None where there are none."""
+        return self.compact.factored / self.dense.factored if self.dense.factored else None
+
+    @property
+    def kept(self) -> float:
+        """The same, over ``linears``: with those of their kinds that stay dense. 1 where there are none."""
+        before = sum(p.dense_parameters for p in self.linears)
+        return sum(p.parameters for p in self.linears) / before if before else 1.0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Multiply-adds per token of one training step, forward and backward, in which every linear is trained.
+
+    Activations that gradient checkpointing computes again are not counted, nor is the optimizer.
+
+    Attributes:
+        dense: full fine-tuning of the dense model.
+        factored: the factors in its place, and no guide.
+        guide: what the guides add to that when all of them are computed.
+    """
+
+    dense: int
+    factored: int
+    guide: int
+
+    def guided(self, share: float = 1.0) -> float:
+        """With this share of the guides computed; under stochastic guidance that is alpha, on average."""
+        return self.factored + share * self.guide
+
+
+def step_cost(model: nn.Module) -> StepCost:
+    """Count for a model with factored linears and, while they are there, their guides."""
+    cost = compare(model)
+    guide = sum(
+        (FORWARD_AND_BACKWARD if layer.kind == "dense" else FORWARD_AND_BACKWARD - 1)
+        * layer.in_features
+        * layer.out_features
+        for _, layer in lowrank_layers(model)
+        if isinstance(layer, GuidedLowRankLinear) and layer.guide is not None
+    )
+    return StepCost(
+        FORWARD_AND_BACKWARD * cost.dense.multiply_adds, FORWARD_AND_BACKWARD * cost.compact.multiply_adds, guide
+    )
+
+
+def compare(model: nn.Module) -> Comparison:
+    """Count for a model with factored linears, which may be on the meta device; guides do not count."""
+    layers = dict(lowrank_layers(model))
+    dense = [s for s in find_linears(model) if s.name.rpartition(".")[0] not in layers]  # U and V lie in them
+    before = sum(layer.in_features * layer.out_features for layer in layers.values())
+    after = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers.values())
+    rest = sum(dense_parameters(s.shape) for s in dense)
+    guides = sum(
+        p.numel()
+        for layer in layers.values()
+        if isinstance(layer, GuidedLowRankLinear) and layer.guide is not None
+        for p in layer.guide.parameters()
+    )
+    parameters = count_parameters(model) - guides
+    kinds = {kind_of(name) for name in layers}
+    shapes = {s.name: s.shape for s in dense if kind_of(s.name) in kinds}
+    linears = tuple(
+        LinearPlan(name, (layer.out_features, layer.in_features), layer.rank)
+        if (layer := layers.get(name)) is not None
+        else LinearPlan(name, shapes[name], None, "dense")
+        for name, _ in model.named_modules()
+        if name in layers or name in shapes
+    )
+    return Comparison(
+        Cost(parameters - after + before, rest + before, before), Cost(parameters, rest + after, after), linears
+    )
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """A training of a causal language model, dense and as a plan makes it.
+
+    Attributes:
+        uncounted: what the FLOPs leave out although it multiplies matrices, in words; empty for most models.
+    """
+
+    dense: Accounting
+    low_rank: Accounting
+    uncounted: tuple[str, ...]
+
+
+def training_cost(model: nn.Module, plan: Plan, tokens: int, sequence_length: int) -> TrainingCost:
+    """Training FLOPs of ``model``, which may be on the meta device, and of what ``plan`` makes of it.
+
+    The linears are those of the model itself; the widths of attention come from its config. See
+    :mod:`lowrank_ft.costs.accounting` for the formula.
+
+    Args:
+        model: a dense causal language model of transformers.
+        tokens: of the whole training.
+        sequence_length: tokens of context.
+
+    Raises:
+        ConfigError: ``tokens`` or ``sequence_length`` is not positive, or the config does not say what attention costs.
+    """
+    for what, value in {"tokens": tokens, "sequence length": sequence_length}.items():
+        if value < 1:
+            raise ConfigError(f"{what} {value} is out of range; it must be 1 or more")
+    linears = sum(dense_parameters(s.shape) for s in find_linears(model))
+    scores, unusual = attention_scores(model.config, sequence_length)
+    saved = plan.target_parameters - plan.factored_parameters
+    ffn = {s.name: dense_parameters(s.shape) for s in find_linears(model) if is_ffn_linear(model, s)}
+    factored = {p.name: p.parameters for p in plan.linears if p.name in ffn}
+    dense = Accounting(plan.model_parameters, sum(ffn.values()), training_flops(tokens, linears, scores))
+    low_rank = Accounting(
+        plan.converted_model_parameters,
+        sum({**ffn, **factored}.values()),
+        training_flops(tokens, linears - saved, scores),
+    )
+    return TrainingCost(dense, low_rank, (*unusual, *_matrices_outside_linears(model)))
+
+
+def attention_scores(config: Any, sequence_length: int) -> tuple[int, tuple[str, ...]]:
+    """Multiply-adds per token of attention itself, by a transformers config, and what of it could not be counted.
+
+    Every layer of full attention costs ``sequence_length * (query width + value width)``; one that sees a window costs
+    no more than the window.
+
+    Raises:
+        ConfigError: the number of layers or heads is not in the config, or differs from layer to layer.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers, heads = _whole(config, "num_hidden_layers"), _whole(config, "num_attention_heads")
+    # Keys and values may be narrower than queries (grouped heads), but each query meets them at its own width.
+    head_dim = getattr(config, "head_dim", None) or _whole(config, "hidden_size") // heads
+    # Multi-head latent attention names its widths apart, and means something else by head_dim.
+    width = heads * (
+        (getattr(config, "qk_head_dim", None) or head_dim) + (getattr(config, "v_head_dim", None) or head_dim)
+    )
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    kinds = list(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers)
+    span = {"full_attention": sequence_length}
+    span |= dict.fromkeys(("sliding_attention", "chunked_attention"), min(sequence_length, window or sequence_length))
+    others = sorted({k for k in kinds if k not in span})
+    total = sum(span.get(kind, 0) * width for kind in kinds)
+    return total, tuple(f"the mixing of tokens in {kinds.count(k)} layers of type {k}" for k in others)
+
+
+def _whole(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"{type(config).__name__} has {name} {value!r}, so the cost of its attention is not known; "
+            "training FLOPs need one whole number there"
+        )
+    return value
+
+
+def _matrices_outside_linears(model: nn.Module) -> tuple[str, ...]:
+    """Kinds of modules with matrices that are neither linears nor embeddings, such as experts and convolutions."""
+    sizes: dict[str, int] = {}
+    for module in model.modules():
+        if is_linear(module) or isinstance(module, nn.Embedding):
+            continue
+        size = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+        if size:
+            sizes[type(module).__name__] = sizes.get(type(module).__name__, 0) + size
+    return tuple(f"{size:,} parameters in {kind}" for kind, size in sizes.items())

@@ -1,0 +1,1 @@
+"""Perplexity, agreement with a baseline, and tasks."""

@@ -1,0 +1,108 @@
+"""Write a compact checkpoint: safetensors, config, tokenizer, the loader for people without this package, a card.
+
+The folder loads with ``AutoModel`` after ``import lowrank_ft``, or with ``trust_remote_code=True`` where the package
+is not installed. Without either, loading stops with an error.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_ft.checkpoints.atomic import whole_folder
+from lowrank_ft.checkpoints.companions import copy_companions
+from lowrank_ft.checkpoints.format import CONVERSION_FILE, RANK_MAP_FILE, describe_in_config
+from lowrank_ft.checkpoints.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
+from lowrank_ft.checkpoints.source import check_finite
+from lowrank_ft.costs.flops import compare
+from lowrank_ft.nn import compact_state_dict
+from lowrank_ft.report.model_card import dense_card, model_card
+from lowrank_ft.report.plots import save_rank_map
+
+
+def save_compact(
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    *,
+    companions_from: Path | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    results: Mapping[str, object] | None = None,
+    command: str | None = None,
+    conversion: Mapping[str, object] | None = None,
+    from_scratch: bool = False,
+    keep_existing: bool = False,
+) -> None:
+    """Write ``model`` without its guides as a compact checkpoint; the folder appears whole or not at all.
+
+    Args:
+        companions_from: a folder whose tokenizer and processor files are copied along.
+        base_model: where the dense weights came from; kept in the config for later guided fine-tuning.
+        results: rows for the model card, name to value.
+        command: the command line that made it, for the model card.
+        conversion: what a conversion did (``ConversionRecord.to_dict``), written as ``conversion.json``.
+        from_scratch: it had low rank from its initialization on, which the model card says.
+        keep_existing: the folder is that of a training run, whose other files stay.
+
+    Raises:
+        NonFiniteError: a weight holds NaN or infinity, as after a diverged training.
+        OutputError: the folder may not be written.
+    """
+    check_finite(model)
+    describe_in_config(model, base_model)
+    with whole_folder(output_dir, overwrite, keep_existing) as folder:
+        _save(model, folder, compact_state_dict(model), max_shard_size)
+        copy_companions(companions_from, folder)
+        if conversion is not None:
+            (folder / CONVERSION_FILE).write_text(json.dumps(conversion, indent=1) + "\n", encoding="utf-8")
+        drawn = save_rank_map(compare(model).linears, folder / RANK_MAP_FILE)
+        picture = RANK_MAP_FILE if drawn else None
+        card = model_card(
+            model, base_model=base_model, results=results, command=command, picture=picture, from_scratch=from_scratch
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_dense(
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    *,
+    companions_from: Path | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    results: Mapping[str, object] | None = None,
+    command: str | None = None,
+    keep_existing: bool = False,
+) -> None:
+    """Write a stock dense checkpoint; the folder appears whole or not at all.
+
+    Args:
+        results, command: of a training from scratch, for a model card; without a command there is none.
+        companions_from, keep_existing: see :func:`save_compact`.
+    """
+    check_finite(model)
+    with whole_folder(output_dir, overwrite, keep_existing) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        copy_companions(companions_from, folder)
+        if command is not None:
+            (folder / "README.md").write_text(dense_card(model, results or {}, command), encoding="utf-8")
+
+
+def _save(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], max_shard_size: str) -> None:
+    config = model.config
+    before = getattr(config, "auto_map", None)
+    # A model with code of its own already uses this place; its checkpoint needs the package to load.
+    if "AutoConfig" not in (before or {}):
+        config.auto_map = {**(before or {}), **AUTO_MAP}
+        (folder / PLUGIN_FILE).write_text(plugin_source(), encoding="utf-8")
+    try:
+        # Stock name conversions on save know nothing of factors and would scatter them.
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, save_original_format=False)
+    finally:
+        if before is not None:
+            config.auto_map = before
+        elif hasattr(config, "auto_map"):
+            del config.auto_map

@@ -1,0 +1,1 @@
+"""What is factorized, to which rank, and how."""

@@ -1,0 +1,243 @@
+"""A plan: which linear gets which rank, and what that saves. Pure arithmetic on names and shapes.
+
+A plan is made from a model on the meta device, so it costs no weights; only ``energy`` needs spectra, and asks for
+them through a callable. It can be written as JSON, edited by hand and read back.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank_ft.errors import PlanError, RankError
+from lowrank_ft.factorization.allocation import allocate_ranks
+from lowrank_ft.factorization.ranks import (
+    Shape,
+    break_even_rank,
+    check_fraction,
+    dense_parameters,
+    factored_parameters,
+    largest_saving_rank,
+    rank_for_energy,
+    ranks_for_param_ratio,
+    resolve_rank,
+)
+from lowrank_ft.factorization.targets import LinearSpec, Patterns, pattern_value, select_targets
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What happens to one targeted linear.
+
+    Attributes:
+        name: dotted path from the root of the model.
+        shape: ``(out_features, in_features)``.
+        rank: its rank, or None where it stays dense.
+        note: why it stays dense; empty otherwise.
+    """
+
+    name: str
+    shape: Shape
+    rank: int | None
+    note: str = ""
+
+    @property
+    def dense_parameters(self) -> int:
+        return dense_parameters(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """Weights after conversion, without the bias, which does not change."""
+        return self.dense_parameters if self.rank is None else factored_parameters(self.shape, self.rank)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks for the targeted linears of one model.
+
+    Attributes:
+        linears: one entry per targeted linear, in module order.
+        model_parameters: parameters of the whole dense model; tied weights count once.
+        rank_pattern: the pattern that was asked for, kept for the record.
+    """
+
+    linears: tuple[LinearPlan, ...]
+    model_parameters: int
+    rank_pattern: dict[str, int | float] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Name to rank of the linears that are factorized."""
+        return {p.name: p.rank for p in self.linears if p.rank is not None}
+
+    @property
+    def target_parameters(self) -> int:
+        return sum(p.dense_parameters for p in self.linears)
+
+    @property
+    def factored_parameters(self) -> int:
+        return sum(p.parameters for p in self.linears)
+
+    @property
+    def param_ratio(self) -> float:
+        """Parameters after over parameters before, over the targeted linears (0.6 = 40 % removed)."""
+        return self.factored_parameters / self.target_parameters
+
+    @property
+    def converted_model_parameters(self) -> int:
+        return self.model_parameters - self.target_parameters + self.factored_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = {
+            "param_ratio": self.param_ratio,
+            "target_parameters": self.target_parameters,
+            "factored_parameters": self.factored_parameters,
+            "converted_model_parameters": self.converted_model_parameters,
+        }
+        return {"plan_version": PLAN_VERSION, **asdict(self), "totals": totals}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
+        """Read a plan back; ``totals`` are derived, so edited ranks need no other edit.
+
+        Raises:
+            PlanError: not a plan, of a newer version, or an entry with a rank that its shape does not allow.
+        """
+        if not isinstance(data, Mapping):
+            raise PlanError("this is not a plan; make one with lowrank-ft plan --json")
+        if data.get("plan_version") != PLAN_VERSION:
+            raise PlanError(f"plan_version is {data.get('plan_version')!r}; this release reads version {PLAN_VERSION}")
+        try:
+            linears = tuple(
+                LinearPlan(p["name"], (int(p["shape"][0]), int(p["shape"][1])), p["rank"], p.get("note", ""))
+                for p in data["linears"]
+            )
+            plan = cls(linears, int(data["model_parameters"]), dict(data.get("rank_pattern", {})))
+        except (KeyError, IndexError, TypeError) as error:
+            raise PlanError(f"the plan lacks or garbles {error}; make it anew with lowrank-ft plan --json") from None
+        for p in plan.linears:
+            if p.rank is not None and not isinstance(p.rank, int):
+                raise PlanError(
+                    f"{p.name} has rank {p.rank!r} in the plan; a rank there is a whole number, or null for dense"
+                )
+            if p.rank is not None:
+                resolve_rank(p.rank, p.shape, p.name)
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError) as error:
+            raise PlanError(f"cannot read the plan {path}: {error}") from None
+
+
+def make_plan(
+    model: nn.Module,
+    *,
+    rank: int | float | None = None,
+    param_ratio: float | None = None,
+    energy: float | None = None,
+    rank_pattern: Mapping[str, int | float] | None = None,
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+    allow_past_break_even: bool = False,
+    spectrum: Callable[[LinearSpec], Tensor] | None = None,
+) -> Plan:
+    """Decide the rank of every targeted linear of ``model`` (which may be on the meta device).
+
+    Args:
+        rank: the same rank for all (int), or a fraction of full rank (float in (0, 1]).
+        param_ratio: share of the targeted linears' parameters to keep, spread evenly.
+        energy: share of every linear's squared singular values to keep; needs ``spectrum``.
+        rank_pattern: pattern to rank, for linears that differ; as in PEFT, the first match wins.
+        target_modules: PEFT's; None means every linear of the repeated blocks.
+        exclude_modules: PEFT's.
+        allow_past_break_even: factorize even where that makes a linear larger.
+        spectrum: gives a linear's singular values, descending.
+
+    Raises:
+        RankError: not exactly one of rank, param_ratio, energy was given, or one is out of range.
+        TargetError: patterns that match nothing (see :func:`select_targets`).
+    """
+    given = {"rank": rank, "param_ratio": param_ratio, "energy": energy}
+    chosen = [k for k, v in given.items() if v is not None]
+    if len(chosen) != 1:
+        raise RankError(f"give exactly one of rank, param_ratio, energy; found {' and '.join(chosen) or 'none'}")
+    specs = select_targets(model, target_modules, exclude_modules)
+    pattern = dict(rank_pattern or {})
+    overridden = {s.name: pattern_value(s.name, pattern) for s in specs}
+    for key in pattern:
+        if not any(pattern_value(s.name, {key: 1}) for s in specs):
+            raise RankError(f"rank_pattern {key!r} matches none of the {len(specs)} targeted linears")
+    free = [s for s in specs if overridden[s.name] is None]
+
+    ranks = {s.name: resolve_rank(v, s.shape, s.name) for s in specs if (v := overridden[s.name]) is not None}
+    if rank is not None:
+        ranks |= {s.name: resolve_rank(rank, s.shape, s.name) for s in free}
+    elif param_ratio is not None:
+        ranks |= dict(
+            zip([s.name for s in free], ranks_for_param_ratio([s.shape for s in free], param_ratio), strict=True)
+        )
+    else:
+        assert energy is not None
+        check_fraction("energy", energy)
+        if spectrum is None:
+            raise RankError("energy needs the weights' spectra, and this plan was made from shapes alone")
+        ranks |= {s.name: rank_for_energy(spectrum(s).tolist(), energy) for s in free}
+
+    linears = tuple(_linear_plan(s, ranks[s.name], allow_past_break_even) for s in specs)
+    return Plan(linears, count_parameters(model), pattern)
+
+
+def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
+    """Spend the parameters of ``plan`` anew, where they lose the least (see :func:`allocate_ranks`).
+
+    Linears that a ``rank_pattern`` named keep their rank, and do not count in the budget.
+
+    Args:
+        squared_spectra: ``s_i^2 (min(out, in),)`` by name, descending, in units of loss.
+
+    Raises:
+        RankError: the budget is below what the smallest ranks need.
+    """
+    free = [p for p in plan.linears if pattern_value(p.name, plan.rank_pattern) is None]
+    if not free:
+        return plan
+    budget = sum(p.parameters for p in free)
+    ranks = allocate_ranks(
+        [p.shape for p in free],
+        [squared_spectra[p.name].numpy() for p in free],
+        budget,
+        budget / sum(p.dense_parameters for p in free),
+    )
+    chosen = dict(zip([p.name for p in free], ranks, strict=True))
+    notes = {n: "worth more dense than factored; kept dense" for n, r in chosen.items() if r is None}
+    linears = tuple(
+        LinearPlan(p.name, p.shape, chosen[p.name], notes.get(p.name, "")) if p.name in chosen else p
+        for p in plan.linears
+    )
+    return Plan(linears, plan.model_parameters, plan.rank_pattern)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model; a weight that is tied, or declared tied (as on the meta device), counts once."""
+    tied_to = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    counted = {id(p): p.numel() for name, p in parameters.items() if tied_to.get(name) not in parameters}
+    return sum(counted.values())
+
+
+def _linear_plan(spec: LinearSpec, rank: int, allow_past_break_even: bool) -> LinearPlan:
+    if rank <= largest_saving_rank(spec.shape) or allow_past_break_even:
+        return LinearPlan(spec.name, spec.shape, rank)
+    note = f"rank {rank} is at or past break-even ({break_even_rank(spec.shape):.4g}); kept dense"
+    return LinearPlan(spec.name, spec.shape, None, note)

@@ -1,0 +1,171 @@
+"""Factors of one matrix: ``W (out, in) ~ U (out, r) @ V (r, in)``.
+
+Contract of every solver here: the input may be of any float dtype on any device; the decomposition runs in float64
+where the device has it (float32 on MPS); the result is float32 on the input's device; and the factors are *balanced*,
+``U^T U = V V^T = diag(s)``, because training feels how a product is split (docs/explanation/factorization.md).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_ft.errors import NonFiniteError
+from lowrank_ft.factorization.ranks import resolve_rank
+
+
+class Factors(NamedTuple):
+    """``U`` of shape ``(out, r)`` and ``V`` of shape ``(r, in)``."""
+
+    U: Tensor
+    V: Tensor
+
+
+def truncated_svd(weight: Tensor, rank: int, name: str = "weight") -> Factors:
+    """The best rank-``rank`` approximation in the Frobenius norm (Eckart and Young 1936), balanced.
+
+    The eigenvectors ``Q`` of the smaller Gram matrix are the singular vectors of that side, and the other factor is
+    the projection ``Q^T W``: the same error as a full SVD at a fraction of its time, and no division by small
+    singular values.
+
+    Args:
+        weight: ``(out, in)``.
+        rank: 1 to ``min(out, in)``.
+        name: what error messages call the matrix.
+
+    Raises:
+        RankError: ``rank`` is out of range.
+        NonFiniteError: the matrix holds NaN or infinity.
+    """
+    rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
+    matrix = _working_copy(weight, name)
+    tall = matrix.shape[0] > matrix.shape[1]
+    if tall:
+        matrix = matrix.T
+    basis = _gram_eigenvectors(matrix)[:, :rank]
+    projection = basis.T @ matrix
+    # Row norms are the singular values, to the accuracy of the matrix and not of its square.
+    scale = projection.norm(dim=1).sqrt()
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    left, right = basis * scale, projection / safe[:, None]
+    if tall:
+        left, right = right.T, left.T
+    return Factors(_result(left, weight), _result(right, weight))
+
+
+def regression_factors(
+    weight: Tensor,
+    rank: int,
+    inputs: Tensor,
+    cross: Tensor | None = None,
+    damping: float = 0.0,
+    name: str = "weight",
+) -> Factors:
+    """The rank-``rank`` product that best maps inputs to the dense outputs on calibration tokens, balanced.
+
+    With ``X`` the dense model's inputs of the linear and ``X'`` those it gets in the converted model (columns are
+    tokens; ``X' = X`` where ``cross`` is left out), minimizes
+
+        |W X - U V X'|^2 + d |W - U V|^2,        d = damping * trace(X' X'^T) / in
+
+    by reduced-rank regression: ``M = W (X X'^T + d I) Q s^-1/2`` for ``X' X'^T + d I = Q s Q^T``, the best rank-r
+    approximation of ``M``, and ``Q s^-1/2`` taken off again. Without ``cross`` this is the truncation of the whitened
+    weight that SVD-LLM uses (Wang et al. 2024, arXiv 2403.07378), through an eigendecomposition instead of a Cholesky
+    factor, because the moments of real activations are singular. Directions that no token took carry no weight in the
+    objective; damping decides them by the weight alone. All-zero moments give :func:`truncated_svd`.
+
+    Args:
+        weight: ``(out, in)``.
+        rank: 1 to ``min(out, in)``.
+        inputs: ``X' X'^T (in, in)``, symmetric.
+        cross: ``X X'^T (in, in)``.
+        damping: share of the mean input power that is added to every direction.
+        name: what error messages call the matrix.
+
+    Raises:
+        RankError: ``rank`` is out of range.
+        NonFiniteError: the weight or a moment holds NaN or infinity.
+    """
+    rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
+    matrix, moments = _working_copy(weight, name), _working_copy(inputs.to(weight.device), f"inputs of {name}:")
+    mixed = moments if cross is None else _working_copy(cross.to(weight.device), f"inputs of {name}:")
+    power = moments.diagonal().mean()
+    if not power > 0:
+        return truncated_svd(weight, rank, name)
+    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    whiten, _ = whitening(moments + damping * power * eye)
+    target = matrix @ (mixed + damping * power * eye) @ whiten
+    # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
+    basis = _left_basis(target, rank)
+    return balance(Factors(_result(basis, weight), _result(basis.T @ target @ whiten.T, weight)))
+
+
+def whitening(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """``Q s^-1/2`` and ``Q s^1/2``, each ``(n, n)``, for a symmetric ``(n, n)`` matrix ``Q s Q^T`` without negative part.
+
+    Eigenvalues that rounding cannot tell from zero count as zero in both.
+    """
+    values, vectors = torch.linalg.eigh((moments + moments.T) / 2)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    root = torch.where(kept, values, torch.zeros_like(values)).sqrt()
+    inverse = torch.where(kept, 1 / torch.where(kept, root, torch.ones_like(root)), torch.zeros_like(root))
+    return vectors * inverse, vectors * root
+
+
+def balance(factors: Factors) -> Factors:
+    """The same product, split evenly: ``U^T U = V V^T = diag(s)``.
+
+    QR of both factors, SVD of the small core ``R_U R_V^T``, and ``sqrt(s)`` to each side. Costs ``O((out + in) r^2)``;
+    the dense product is never formed.
+    """
+    left, right = _working_copy(factors.U, "U"), _working_copy(factors.V, "V")
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    core_left, s, core_right = torch.linalg.svd(r_left @ r_right.T)
+    root = s.sqrt()
+    balanced_left = q_left @ (core_left * root)
+    balanced_right = (root[:, None] * core_right) @ q_right.T
+    return Factors(_result(balanced_left, factors.U), _result(balanced_right, factors.V))
+
+
+def singular_values(weight: Tensor, name: str = "weight") -> Tensor:
+    """All singular values of ``weight (out, in)``, descending, float64 on the CPU."""
+    return torch.linalg.svdvals(_working_copy(weight, name)).double().cpu()
+
+
+def retained_energy(values: Tensor, rank: int) -> float:
+    """``sum(kept s^2) / sum(s^2)``; 1.0 for an all-zero spectrum, of which nothing can be lost."""
+    squares = values.double().square()
+    total = squares.sum().item()
+    return squares[:rank].sum().item() / total if total > 0 else 1.0
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _gram_eigenvectors(matrix: Tensor) -> Tensor:
+    """Eigenvectors of ``M M^T``, largest eigenvalue first."""
+    return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(-1)
+
+
+def _left_basis(matrix: Tensor, rank: int) -> Tensor:
+    """Orthonormal columns that span the leading left singular vectors, ``(rows, rank)``."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        return _gram_eigenvectors(matrix)[:, :rank]
+    return torch.linalg.qr(matrix @ _gram_eigenvectors(matrix.T)[:, :rank]).Q
+
+
+def _working_copy(weight: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(weight).all():
+        count = int((~torch.isfinite(weight)).sum())
+        raise NonFiniteError(
+            f"{name} {tuple(weight.shape)} holds {count} NaN or infinite values; "
+            "repair or re-download the checkpoint, or exclude that module"
+        )
+    return weight.detach().to(working_dtype(weight.device))
+
+
+def _result(factor: Tensor, like: Tensor) -> Tensor:
+    return factor.to(device=like.device, dtype=torch.float32).contiguous()

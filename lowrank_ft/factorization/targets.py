@@ -1,0 +1,228 @@
+"""Which linears to factorize: PEFT's names, and PEFT's matching semantics.
+
+A *linear* is an ``nn.Linear`` or GPT-2's ``Conv1D`` (recognized by its class name, so that this module needs torch
+alone). A string pattern is a regular expression that must match the whole module name; a list holds names that match
+exactly or as a dotted suffix. Where no target is given, the default is every linear of the repeated blocks, never an
+embedding or the output head.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lowrank_ft.errors import TargetError
+from lowrank_ft.factorization.ranks import Shape
+
+ALL_LINEAR = "all-linear"
+Patterns = str | Sequence[str]
+
+# A router or gate with a handful of outputs has nothing to factorize; it is a target only when it is named.
+_NARROWEST_DEFAULT_TARGET = 16
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Name and shape of one linear.
+
+    Attributes:
+        name: dotted path from the root of the model.
+        shape: ``(out_features, in_features)``.
+        bias: whether it has one.
+        transposed: whether its weight is stored ``(in, out)``, as ``Conv1D`` does.
+    """
+
+    name: str
+    shape: Shape
+    bias: bool
+    transposed: bool = False
+
+
+def is_linear(module: nn.Module) -> bool:
+    # Exact classes only: subclasses (quantized, parametrized, masked linears) own their weights' meaning.
+    return type(module) is nn.Linear or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear stores its weight ``(in, out)``: GPT-2's ``Conv1D``, known by name to need torch alone."""
+    return type(module).__name__ == "Conv1D"
+
+
+def linear_spec(name: str, module: Any) -> LinearSpec:
+    if is_transposed(module):
+        rows, columns = module.weight.shape
+        return LinearSpec(name, (columns, rows), module.bias is not None, transposed=True)
+    # Not the shape of the weight, which a quantized linear packs.
+    return LinearSpec(name, (module.out_features, module.in_features), module.bias is not None)
+
+
+def find_linears(model: nn.Module, counts: Callable[[nn.Module], bool] = is_linear) -> list[LinearSpec]:
+    """Every linear of ``model``, in module order; works on the meta device. ``counts`` says what a linear is."""
+    return [linear_spec(name, m) for name, m in model.named_modules() if name and counts(m)]
+
+
+def kind_of(name: str) -> str:
+    """The same for all linears in the same place of their blocks: ``layers.3.mlp.up_proj`` is ``layers.*.mlp.up_proj``."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or dotted suffixes."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def as_patterns(values: Sequence[str] | None) -> Patterns | None:
+    """Patterns from a command line: one value with a regular expression's characters is an expression for whole names."""
+    if values is None or isinstance(values, str):
+        return values
+    if len(values) == 1 and (values[0] == ALL_LINEAR or re.search(r"[*+?|()\[\]^$\\]", values[0])):
+        return values[0]
+    return list(values)
+
+
+def pattern_value(name: str, table: dict[str, int | float]) -> int | float | None:
+    """The value of the first key of a ``rank_pattern`` that matches ``name``: a regular expression for its tail."""
+    for pattern, value in table.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise TargetError(f"rank_pattern {pattern!r} is no valid regular expression: {error}") from None
+    return None
+
+
+def select_targets(
+    model: nn.Module,
+    target_modules: Patterns | None = None,
+    exclude_modules: Patterns | None = None,
+    counts: Callable[[nn.Module], bool] = is_linear,
+) -> list[LinearSpec]:
+    """The linears to factorize, in module order. ``counts`` says what a linear is.
+
+    Raises:
+        TargetError: a pattern matches no linear, is no valid regular expression, everything is excluded, a target
+            shares its weight with another module (a tied output head), or the model is quantized.
+    """
+    _refuse_quantized(model, counts)
+    linears = find_linears(model, counts)
+    if not linears:
+        raise TargetError(f"{type(model).__name__} has no nn.Linear or Conv1D module; there is nothing to factorize")
+    _check_patterns("target_modules", target_modules, linears)
+    _check_patterns("exclude_modules", exclude_modules, linears)
+    if target_modules is None:
+        chosen = [s for s in linears if _in_repeated_block(model, s) and not _is_output_head(model, s)]
+        if not chosen:
+            names = _leaf_names(linears)
+            raise TargetError(f"{type(model).__name__} has no repeated blocks; name target_modules out of {names}")
+    elif target_modules == ALL_LINEAR:
+        chosen = [s for s in linears if not _is_output_head(model, s)]
+    else:
+        chosen = [s for s in linears if matches(s.name, target_modules)]
+    if exclude_modules:
+        chosen = [s for s in chosen if not matches(s.name, exclude_modules)]
+        if not chosen:
+            raise TargetError(f"exclude_modules {_show(exclude_modules)} removes every target; nothing is left")
+    refuse_tied(model, [s.name for s in chosen])
+    return chosen
+
+
+def _refuse_quantized(model: nn.Module, counts: Callable[[nn.Module], bool]) -> None:
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and not counts(module) and not weight.is_floating_point():
+            raise TargetError(
+                f"{name} is a {type(module).__name__}, quantized to {weight.dtype}; convert the model as it was before "
+                "quantization, or train beside the quantized one with PEFT: get_peft_model(model, LowRankConfig(...))"
+            )
+
+
+def ffn_linears(model: nn.Module) -> list[LinearSpec]:
+    """The default targets that belong to a feed-forward network: linears of the blocks outside of attention.
+
+    Raises:
+        TargetError: as :func:`select_targets`; or no linear of the blocks can be told to be attention's, so nothing
+            says which of them are not.
+    """
+    blocks = select_targets(model)
+    ffn = [s for s in blocks if is_ffn_linear(model, s)]
+    if len(ffn) in (0, len(blocks)):
+        raise TargetError(
+            f"{type(model).__name__} does not tell feed-forward linears from attention by name; "
+            f"name target_modules out of {_leaf_names(blocks)}"
+        )
+    return ffn
+
+
+def is_ffn_linear(model: nn.Module, spec: LinearSpec) -> bool:
+    """Whether a linear lies in a repeated block, in no module that is named after attention."""
+    # Every architecture calls its attention that (self_attn, attn, SelfAttention); names of the FFN have less in common.
+    attention = any(word in spec.name.lower() for word in ("attn", "attention"))
+    return block_index(model, spec.name) is not None and not attention
+
+
+def block_index(model: nn.Module, name: str) -> int | None:
+    """Which of the repeated blocks (the outermost ``ModuleList``) a module lies in; None where it is in none."""
+    parent: Any = model
+    for part in name.split("."):
+        if isinstance(parent, nn.ModuleList):
+            return int(part)
+        parent = getattr(parent, part)
+    return None
+
+
+def _in_repeated_block(model: nn.Module, spec: LinearSpec) -> bool:
+    return min(spec.shape) >= _NARROWEST_DEFAULT_TARGET and block_index(model, spec.name) is not None
+
+
+def _is_output_head(model: nn.Module, spec: LinearSpec) -> bool:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    return head is not None and model.get_submodule(spec.name) is head
+
+
+def refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise a TargetError if one of the named linears shares its weight with another module."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    # transformers carries tying out once weights are loaded, so on the meta device it has to be read as declared.
+    tied_keys = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name in names:
+        key = f"{name}.weight"
+        others = [n for n in owners.get(id(model.get_submodule(name).weight), []) if n != key]
+        if others or key in tied_keys:
+            partner = others[0].removesuffix(".weight") if others else "the input embedding"
+            raise TargetError(
+                f"{name} shares its weight with {partner}, so it cannot be factorized alone; "
+                f"take it out with exclude_modules {name.rpartition('.')[2]}, or untie the model first"
+            )
+
+
+def _check_patterns(option: str, patterns: Patterns | None, linears: list[LinearSpec]) -> None:
+    if patterns is None or patterns == ALL_LINEAR:
+        return
+    if isinstance(patterns, str):
+        try:
+            re.compile(patterns)
+        except re.error as error:
+            raise TargetError(f"{option} {patterns!r} is no valid regular expression: {error}") from None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        single = pattern if isinstance(patterns, str) else [pattern]
+        if any(matches(s.name, single) for s in linears):
+            continue
+        near = difflib.get_close_matches(pattern, _leaf_names(linears) + [s.name for s in linears], n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"the linears are {', '.join(_leaf_names(linears))}"
+        raise TargetError(f"{option} {pattern!r} matches no linear of the model; {hint}")
+
+
+def _leaf_names(linears: list[LinearSpec]) -> list[str]:
+    return list(dict.fromkeys(s.name.rpartition(".")[2] for s in linears))
+
+
+def _show(patterns: Patterns) -> str:
+    return patterns if isinstance(patterns, str) else " ".join(patterns)

@@ -1,1 +1,0 @@
-"""Checkpoints: where they come from, how they load, how they are written and pushed."""

@@ -1,0 +1,1 @@
+"""Other software that runs our layers: PEFT, transformers.Trainer, tensor parallelism."""

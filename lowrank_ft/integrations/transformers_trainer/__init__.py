@@ -1,0 +1,1 @@
+"""Guidance in ``transformers.Trainer`` and TRL."""

@@ -1,0 +1,1 @@
+"""Training from scratch with low rank from the first step."""

@@ -1,0 +1,164 @@
+"""A compact checkpoint, read for what there is to say about it: counts, records, and on request its weights' spectra."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lowrank_ft.checkpoints.source import Source, is_compact, load_model, safetensors_files, skeleton
+from lowrank_ft.conversion.record import relative_errors, thinned_spectrum
+from lowrank_ft.costs.flops import Comparison, compare
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError
+from lowrank_ft.factorization.plan import LinearPlan
+from lowrank_ft.factorization.ranks import resolve_rank
+from lowrank_ft.factorization.targets import is_linear
+from lowrank_ft.nn import LowRankLinear, lowrank_layers
+from lowrank_ft.nn.replace import dense_weight, swap
+from lowrank_ft.report.records import ConversionRecord, LinearRecord, read_conversion
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a report is about.
+
+    Attributes:
+        source: the local folder.
+        comparison: counted from its config, on the meta device.
+        base_model, revision: where the dense weights came from, as far as that is known.
+        conversion: its ``conversion.json``, or None.
+    """
+
+    source: Source
+    comparison: Comparison
+    base_model: str | None
+    revision: str | None
+    conversion: ConversionRecord | None
+
+    @property
+    def folder(self) -> Path:
+        assert self.source.folder is not None
+        return self.source.folder
+
+    @property
+    def linears(self) -> tuple[LinearPlan, ...]:
+        """The factored linears and those that stay dense; the plan of the conversion knows more of the latter."""
+        known = {p.name for p in self.comparison.linears}
+        plan = self.conversion.plan if self.conversion else None
+        dense = [p for p in plan.linears if p.rank is None and p.name not in known] if plan else []
+        return (*self.comparison.linears, *dense)
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Read config, headers and records of a folder that ``convert`` or ``finetune`` wrote; no weights.
+
+    Raises:
+        CheckpointNotFoundError: it is no folder, or has no config.
+        CheckpointError: it is no compact checkpoint, or damaged.
+    """
+    if source.folder is None:
+        raise CheckpointNotFoundError(f"{source.name} is not a folder; report on what convert or finetune wrote")
+    config = source.load_config()
+    if not is_compact(config):
+        raise CheckpointError(f"{source.name} is not a compact checkpoint; report on what convert or finetune wrote")
+    safetensors_files(source.folder)
+    entry = config.quantization_config
+    entry = entry if isinstance(entry, Mapping) else entry.to_dict()
+    model = skeleton(config, source.name, source.trust_remote_code)
+    _factorize_skeleton(model, entry.get("ranks"), f"{source.name}/config.json")
+    base_model, revision = entry.get("base_model"), entry.get("base_revision")
+    conversion = read_conversion(source.folder)
+    if not base_model and conversion is not None:
+        base_model = conversion.base_model
+    return Checkpoint(source, compare(model), base_model, revision, conversion)
+
+
+def _factorize_skeleton(model: Any, ranks: Any, where: str) -> None:
+    modules = dict(model.named_modules())
+    if not isinstance(ranks, Mapping):
+        raise CheckpointError(f"{where} lists no ranks; convert the model again")
+    for name, rank in ranks.items():
+        found = _module_name(name, model, modules)
+        if found is None:
+            raise CheckpointError(f"{where} gives a rank to {name}, which {type(model).__name__} does not have")
+        layer = LowRankLinear.like(modules[found], 1, device="meta")
+        if not isinstance(rank, int):
+            raise CheckpointError(f"{where} gives {name} rank {rank!r}, which is no whole number")
+        resolve_rank(rank, (layer.out_features, layer.in_features), name)
+        swap(model, found, LowRankLinear.like(modules[found], rank, device="meta"))
+
+
+def _module_name(name: str, model: Any, modules: Mapping[str, Any]) -> str | None:
+    """A bare model and one with a head differ by a prefix."""
+    prefix = getattr(model, "base_model_prefix", "")
+    candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    return next((c for c in candidates if c in modules and is_linear(modules[c])), None)
+
+
+def dense_folder(checkpoint: Checkpoint, baseline: str | None) -> str | None:
+    """The dense model to compare with: the named one, or the origin if that is a folder here."""
+    if baseline is not None:
+        return baseline
+    base = checkpoint.base_model
+    return base if base and (Path(base).expanduser() / "config.json").is_file() else None
+
+
+def linear_records(
+    checkpoint: Checkpoint, baseline: str | None, device: str
+) -> tuple[dict[str, LinearRecord], str, str]:
+    """Records of the linears; when the weights' error was measured; why spectra are missing, if they are.
+
+    Args:
+        baseline: folder or name of the dense model; its weights are read where no record has spectra.
+        device: where singular values are computed.
+
+    Raises:
+        LowRankError: ``baseline`` was named and does not fit.
+    """
+    conversion = checkpoint.conversion
+    recorded = dict(conversion.linears) if conversion else {}
+    known = {p.name for p in checkpoint.linears}
+    recorded = {name: r for name, r in recorded.items() if name in known}
+    dense = dense_folder(checkpoint, baseline)
+    if any(r.spectrum for r in recorded.values()) or dense is None:
+        return recorded, "when the model was converted", "name the dense model with --baseline MODEL"
+    # A checkpoint may name any folder as its origin; code there runs only if the user named it.
+    trusted = checkpoint.source.trust_remote_code and baseline is not None
+    try:
+        measured = measure_linears(checkpoint, Source(dense, trust_remote_code=trusted), device)
+    except LowRankError as error:
+        if baseline is not None:
+            raise
+        return recorded, "", f"{error}; name the dense model with --baseline MODEL"
+    measured = {
+        n: replace(r, output_error=recorded[n].output_error) if n in recorded else r for n, r in measured.items()
+    }
+    return measured, "of this checkpoint's factors", ""
+
+
+def measure_linears(checkpoint: Checkpoint, dense: Source, device: str = "cpu") -> dict[str, LinearRecord]:
+    """Spectra of the dense weights, and how far the factors are from them, by reading both models.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: the dense model does not load, or has other linears.
+    """
+    compact = load_model(checkpoint.source)
+    original = load_model(dense)
+    modules = dict(original.named_modules())
+    records = {}
+    bar = tqdm(list(lowrank_layers(compact)), desc="spectra", unit="linear", disable=None)
+    for name, layer in bar:
+        found = _module_name(name, original, modules)
+        weight = dense_weight(modules[found]) if found is not None else None
+        if weight is None or tuple(weight.shape) != (layer.out_features, layer.in_features):
+            shape = "no such linear" if weight is None else f"shape {tuple(weight.shape)}"
+            raise CheckpointError(
+                f"{dense.name} has {shape} at {name}, which is {(layer.out_features, layer.in_features)} in "
+                f"{checkpoint.source.name}; name the dense model that it came from with --baseline"
+            )
+        weight = weight.to(device)
+        values, places = thinned_spectrum(weight, f"{name}.weight")
+        error, _ = relative_errors(weight, layer.to(device), None)
+        records[name] = LinearRecord(tuple(values), tuple(places), error)
+    return records

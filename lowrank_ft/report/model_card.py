@@ -1,0 +1,181 @@
+"""The README.md of an exported checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from lowrank_ft.checkpoints.format import PLACEHOLDER
+from lowrank_ft.checkpoints.source import is_hub_id
+from lowrank_ft.costs.flops import Comparison, compare
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
+from lowrank_ft.report.summary import Evaluation, main_table
+
+_PLUGIN = """Without the package, `{auto_class}.from_pretrained("{repo}", trust_remote_code=True)` runs the loader in
+`lowrank_plugin.py`, which is part of this repository."""
+_OWN_CODE = "The model has Python code of its own (`trust_remote_code=True`), so the package is needed to load it."
+
+
+_TABLE_BEGIN, _TABLE_END = "<!-- begin: main table -->", "<!-- end: main table -->"
+
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "AutoModelForImageClassification",
+    "AutoModelForSpeechSeq2Seq",
+)  # fmt: skip
+
+_TEMPLATE = """---
+{card_data}
+---
+
+# {title}
+
+{intro} Made with `lowrank-ft`.
+
+{begin}
+{table}
+{end}
+{picture}
+{facts}
+
+## Load it
+
+```python
+import lowrank_ft  # pip install lowrank-ft
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{repo}")
+```
+
+{without_package} Other loaders stop with a size mismatch rather than give random
+weights. For software that knows dense checkpoints only: `lowrank-ft merge {repo} --output-dir DIR`.
+{command}"""
+
+
+_CONVERTED = """A low-rank version of {base}: {count} of its linears `W` are replaced by two thin ones each, `U V`, so the
+checkpoint is smaller and does fewer multiplications per token."""
+_FROM_SCRATCH = """A {architecture} that was trained from scratch with low rank: {count} of its linears are a product `U V` of two
+thin ones, so it is smaller and does fewer multiplications per token than a dense model of its shape."""
+
+_DENSE_TEMPLATE = """---
+{card_data}
+---
+
+# {architecture}, trained from scratch
+
+A dense model, for instance as a baseline of one with low rank. Made with `lowrank-ft`; it loads with `{auto_class}`.
+
+{facts}
+
+## How it was made
+
+```
+{command}
+```
+"""
+
+
+def model_card(
+    model: PreTrainedModel,
+    *,
+    base_model: str | None = None,
+    results: Mapping[str, object] | None = None,
+    command: str | None = None,
+    repo: str = PLACEHOLDER,
+    evaluation: Evaluation | None = None,
+    picture: str | None = None,
+    from_scratch: bool = False,
+) -> str:
+    """The card's text, with its YAML header.
+
+    Args:
+        evaluation: what ``lowrank-ft eval --json`` prints, for the main table.
+        picture: file name of the rank map, beside the card.
+        from_scratch: there never was a dense model.
+    """
+    comparison = compare(model)
+    ranks = [p.rank for p in comparison.linears if p.rank is not None]
+    ratio = comparison.param_ratio
+    hub_id = base_model if is_hub_id(base_model) else None
+    facts: dict[str, object] = {
+        "factored linears": f"{len(ranks)}, ranks {_span(ranks)}",
+        "param ratio of the factored linears": "-" if ratio is None else f"{ratio:.3f}",
+        **(results or {}),
+    }
+    data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["lowrank-ft", "low-rank", "compressed"])
+    auto_class = _auto_class(model)
+    has_own_code = "AutoConfig" in (getattr(model.config, "auto_map", None) or {})
+    without_package = _OWN_CODE if has_own_code else _PLUGIN
+    text = _TEMPLATE.format(
+        card_data=data.to_yaml(),
+        title=f"{(hub_id or 'model').split('/')[-1]}, low-rank",
+        intro=(_FROM_SCRATCH if from_scratch else _CONVERTED).format(
+            base=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "a dense model",
+            architecture=type(model).__name__,
+            count=len(ranks),
+        ),
+        begin=_TABLE_BEGIN,
+        end=_TABLE_END,
+        table=main_table(comparison, evaluation),
+        picture=f"\n![Rank of every factored linear, by block and module]({picture})\n" if picture else "",
+        facts=_facts_table(facts),
+        auto_class=auto_class,
+        repo=repo,
+        without_package=without_package.format(auto_class=auto_class, repo=repo),
+        command=f"\n## How it was made\n\n```\n{command}\n```\n" if command else "",
+    )
+    return ModelCard(text, ignore_metadata_errors=False).content
+
+
+def dense_card(model: PreTrainedModel, results: Mapping[str, object], command: str) -> str:
+    """The card of a dense model that was trained from scratch, as a baseline."""
+    text = _DENSE_TEMPLATE.format(
+        card_data=ModelCardData(library_name="transformers", tags=["lowrank-ft"]).to_yaml(),
+        architecture=type(model).__name__,
+        auto_class=_auto_class(model),
+        facts=_facts_table({"parameters": f"{model.num_parameters():,}", **results}),
+        command=command,
+    )
+    return ModelCard(text, ignore_metadata_errors=False).content
+
+
+def card_with_table(folder: Path, comparison: Comparison, evaluation: Evaluation) -> str:
+    """The text of a folder's card with its main table made anew; the rest stays as it is.
+
+    Raises:
+        CheckpointNotFoundError: there is no card.
+        CheckpointError: the marks around the table are gone.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{folder} has no README.md to update; leave --update-card out")
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(_TABLE_BEGIN)
+    _, end, after = rest.partition(_TABLE_END)
+    if not (begin and end):
+        raise CheckpointError(
+            f"{path} lacks the lines {_TABLE_BEGIN} and {_TABLE_END}; put them where the table shall stand"
+        )
+    return f"{before}{begin}\n{main_table(comparison, evaluation)}\n{end}{after}"
+
+
+def _facts_table(facts: Mapping[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())])
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    return next((a for a in _AUTO_CLASSES if _loads(getattr(transformers, a), model)), "AutoModel")
+
+
+def _loads(auto_class: Any, model: PreTrainedModel) -> bool:
+    mapping = auto_class._model_mapping
+    return type(model.config) in mapping and mapping[type(model.config)] is type(model)
+
+
+def _span(ranks: list[int]) -> str:
+    if not ranks:
+        return "-"
+    return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"

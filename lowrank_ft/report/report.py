@@ -1,0 +1,245 @@
+"""One HTML page about a compact checkpoint: size, ranks, spectra, errors, training, evaluation, command.
+
+Every part but the size is optional, and where one is missing the page says how to get it. Whatever comes out of a
+checkpoint's files passes through :func:`html.escape`, here or in ``page.py``.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from lowrank_ft.checkpoints.source import is_hub_id, safetensors_files
+from lowrank_ft.console import human_bytes, human_count
+from lowrank_ft.factorization.plan import LinearPlan
+from lowrank_ft.factorization.ranks import break_even_rank
+from lowrank_ft.report import page, plots
+from lowrank_ft.report.inspection import Checkpoint, dense_folder, linear_records
+from lowrank_ft.report.records import ConversionRecord, LinearRecord
+from lowrank_ft.report.summary import FLOPS_NOTE, Evaluation, Row, change, evaluation_rows, size_rows
+from lowrank_ft.training.metrics import METRICS_FILE, read_metrics, run_figure
+
+REPORT_FILE = "report.html"
+
+
+def build_report(
+    checkpoint: Checkpoint,
+    *,
+    baseline: str | None = None,
+    evaluation: Evaluation | None = None,
+    evaluated_on: str | None = None,
+    device: str = "cpu",
+) -> str:
+    """The page.
+
+    Args:
+        baseline: folder or name of the dense model; its weights are read for spectra where no record has them.
+        evaluation: what ``lowrank-ft eval --json`` prints.
+        evaluated_on: what the numbers were measured on, for the caption.
+        device: where singular values are computed.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        LowRankError: ``baseline`` was named and does not fit.
+    """
+    plots.require_plotting()
+    records, at, missing = linear_records(checkpoint, baseline, device)
+    conversion = checkpoint.conversion or ConversionRecord()
+    rows = [*size_rows(checkpoint.comparison), _disk_row(checkpoint, baseline)]
+    parts = [
+        page.section(
+            "Size and cost", page.comparison_table("Size and cost, dense and low-rank", rows), page.note(FLOPS_NOTE)
+        ),
+        page.section("Evaluation", _evaluation(evaluation, evaluated_on)),
+        page.section("Ranks", _ranks(checkpoint.linears)),
+        page.section("Spectra", _spectra(checkpoint, records, missing)),
+        page.section("Error of every linear", _errors(checkpoint, records, conversion, at, missing)),
+        page.section("Training", _training(checkpoint.folder)),
+        page.section("How it was made", _made(checkpoint, conversion)),
+        page.section("Every linear", _every_linear(checkpoint.linears, records)),
+    ]
+    title = _file_name(checkpoint.folder.resolve().name)
+    return page.document(f"{title}: low-rank report", _header(checkpoint, title, rows, evaluation), parts)
+
+
+def _disk_row(checkpoint: Checkpoint, baseline: str | None) -> Row:
+    after = sum(p.stat().st_size for p in safetensors_files(checkpoint.folder))
+    dense = dense_folder(checkpoint, baseline)
+    folder = Path(dense).expanduser() if dense else None
+    files = sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else []
+    if files:
+        before = float(sum(p.stat().st_size for p in files))
+        return Row("weights on disk", human_bytes(before), human_bytes(after), change(before, after))
+    counts = checkpoint.comparison
+    before = after * counts.dense.parameters / max(1, counts.compact.parameters)
+    return Row("weights on disk", f"about {human_bytes(before)}", human_bytes(after), change(before, after))
+
+
+# Parts of the page. Each returns HTML; strings that come from files are escaped on their way in.
+
+
+def _header(checkpoint: Checkpoint, title: str, rows: Sequence[Row], evaluation: Evaluation | None) -> str:
+    base = checkpoint.base_model
+    origin = ""
+    if base and is_hub_id(base):
+        origin = f'<a href="https://huggingface.co/{escape(base, quote=True)}">{escape(base)}</a>'
+    elif base:
+        origin = escape(_file_name(base))
+    if origin and checkpoint.revision:
+        origin += f", revision <code>{escape(str(checkpoint.revision)[:12])}</code>"
+    what = f"A low-rank version of {origin}" if origin else "A model of low rank"
+    ranks = [p.rank for p in checkpoint.comparison.linears if p.rank is not None]
+    perplexity = next((r for r in evaluation_rows(evaluation) if r.name == "perplexity"), None)
+    by_name = {r.name: r for r in rows}
+    counts = checkpoint.comparison
+    parameters = by_name["parameters"]._replace(
+        dense=human_count(counts.dense.parameters), compact=human_count(counts.compact.parameters)
+    )
+    tiles = [parameters, by_name["FLOPs per token"], by_name["weights on disk"], *([perplexity] if perplexity else [])]
+    return (
+        f"<header>\n<h1>{escape(title)}</h1>\n<p>{what}: {len(ranks)} linears are products "
+        f"<i>U V</i> of two thin ones.</p>\n<ul class=tiles>{''.join(map(_tile, tiles))}</ul>\n</header>"
+    )
+
+
+def _tile(row: Row) -> str:
+    before = f"{escape(row.dense)} &rarr; " if row.dense else ""
+    change = f"<span class=change>{escape(row.change)}</span>" if row.change else ""
+    return f"<li><span>{escape(row.name)}</span><b>{before}{escape(row.compact)}</b>{change}</li>"
+
+
+def _evaluation(evaluation: Evaluation | None, evaluated_on: str | None) -> str:
+    if not evaluation:
+        return page.missing("No evaluation was given", "add --data TEXT and --baseline MODEL, or --eval FILE.json")
+    rows = evaluation_rows(evaluation)
+    table = page.comparison_table("Evaluation of the low-rank model and its baseline", rows)
+    mine, base = evaluation["model"], evaluation.get("baseline") or {}
+    facts = [f"{label} {mine[k]:,}" for k, label in (("tokens", "predicted tokens"), ("block_size", "context of"),
+                                                    ("stride", "stride")) if isinstance(mine.get(k), int)]  # fmt: skip
+    on = [f"Measured on {_file_name(evaluated_on)}."] if evaluated_on else []
+    against = [f"Baseline: {_file_name(str(base['name']))}."] if base.get("name") else ["No baseline was measured."]
+    return table + page.note(" ".join([*on, *against, *([f"{'; '.join(facts)}.".capitalize()] if facts else [])]))
+
+
+def _ranks(linears: Sequence[LinearPlan]) -> str:
+    ranked = [p for p in linears if p.rank is not None]
+    if not ranked:
+        return page.missing("No linear is factored", "")
+    low, high = (f([p.rank for p in ranked if p.rank is not None]) for f in (min, max))
+    dense = len(linears) - len(ranked)
+    alt = (
+        f"Heat map of ranks by block and module: {len(ranked)} factored linears, ranks {low} to {high}, {dense} dense."
+    )
+    caption = (
+        "Colour is the share of the break-even rank, out * in / (out + in), at which nothing is saved; it is also the "
+        f"linear's param ratio. {len(ranked)} linears are factored"
+        + (f", {dense} stay dense (grey)." if dense else ".")
+    )
+    return page.picture(plots.rank_map(linears), alt, caption)
+
+
+def _spectra(checkpoint: Checkpoint, records: Mapping[str, LinearRecord], missing: str) -> str:
+    drawn = [p for p in checkpoint.linears if p.name in records and len(records[p.name].spectrum) > 1]
+    if not drawn:
+        return page.missing("The spectra of the dense weights are not known", missing)
+    figure, left_out = plots.spectra(drawn, records)
+    alt = f"Singular values of {len(drawn)} dense weights, one panel per module, with a dot where the rank cuts."
+    more = f" {left_out} more modules are not drawn." if left_out else ""
+    return page.picture(figure, alt, "Singular values of the dense weights, relative to the largest. What lies right of "
+                                 f"the dot is dropped by the factorization.{more}")  # fmt: skip
+
+
+def _errors(
+    checkpoint: Checkpoint, records: Mapping[str, LinearRecord], conversion: ConversionRecord, at: str, missing: str
+) -> str:
+    measured = [r for r in records.values() if r.weight_error is not None or r.output_error is not None]
+    if not measured and not conversion.blocks:
+        return page.missing("The errors of the linears are not known", missing)
+    known = {n: r for n, r in records.items() if r.weight_error is not None or r.output_error is not None}
+    figure = plots.errors(checkpoint.linears, known, conversion.blocks)
+    worst = max(((r.weight_error or 0.0, n) for n, r in known.items()), default=(0.0, ""))
+    alt = f"Relative error of {len(known)} linears by block."
+    if worst[1]:
+        alt += f" The largest weight error is {worst[0]:.3f}, at {worst[1]}."
+    caption = f"Error of the weight {at}." if at else "Error of the weight."
+    if any(r.output_error is not None for r in known.values()):
+        caption += " Error of the output on calibration tokens, when the model was converted."
+    return page.picture(figure, alt, caption)
+
+
+def _training(folder: Path) -> str:
+    entries = [e for e in read_metrics(folder / METRICS_FILE) if isinstance(e, dict) and "step" in e]
+    train = [e for e in entries if "loss" in e]
+    if not train:
+        return page.missing(
+            f"There is no {METRICS_FILE} here", "it is written by lowrank-ft finetune; report on the folder of the run"
+        )
+    held_out = [e["eval_loss"] for e in entries if "eval_loss" in e]
+    alt = f"Training loss over {train[-1]['step']} steps, from {train[0]['loss']:.3f} to {train[-1]['loss']:.3f}"
+    alt += f"; held-out loss {held_out[0]:.3f} to {held_out[-1]:.3f}." if held_out else "."
+    return page.picture(run_figure(entries), alt, "Loss, and alpha, the share of the dense guide.")
+
+
+def _made(checkpoint: Checkpoint, conversion: ConversionRecord) -> str:
+    command = conversion.command or _command_of_card(checkpoint.folder)
+    shown = (
+        f"<pre><code>{escape(command)}</code></pre>"
+        if command
+        else page.missing(
+            "The command is not on record", "conversion.json and README.md have it where convert wrote them"
+        )
+    )
+    facts: dict[str, str] = {k.replace("_", " "): f"{v:g}" if isinstance(v, float) else str(v)
+                             for k, v in conversion.facts.items()}  # fmt: skip
+    if conversion.calibration:
+        tokens = conversion.calibration.get("tokens")
+        source = _file_name(str(conversion.calibration.get("source") or "text"))
+        facts["calibration"] = f"{source}, {tokens:,} tokens" if isinstance(tokens, int) else source
+    if not facts:
+        return shown
+    body = "".join(f"<tr><th scope=row>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
+    return f"{shown}<table><caption>Settings of the conversion</caption><tbody>{body}</tbody></table>"
+
+
+def _command_of_card(folder: Path) -> str | None:
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^## How it was made\n+```\n(.+?)\n```", text, re.MULTILINE | re.DOTALL)
+    return found[1] if found else None
+
+
+def _every_linear(linears: Sequence[LinearPlan], records: Mapping[str, LinearRecord]) -> str:
+    columns = ("linear", "out x in", "rank", "break-even", "parameters", "after", "energy kept", "weight error",
+               "output error")  # fmt: skip
+    rows = []
+    for p in linears:
+        record = records.get(p.name, LinearRecord())
+        energy = _energy_kept(record, p)
+        cells = (
+            f"{p.shape[0]} x {p.shape[1]}", "dense" if p.rank is None else str(p.rank),
+            f"{break_even_rank(p.shape):.4g}", f"{p.dense_parameters:,}", f"{p.parameters:,}",
+            "" if energy is None else f"{energy:.1%}", _error_text(record.weight_error), _error_text(record.output_error),
+        )  # fmt: skip
+        rows.append(f"<tr><th scope=row>{escape(p.name)}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
+    head = "".join(f"<th scope=col>{c}</th>" for c in columns)
+    table = f"<table><caption>Linears</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<details><summary>{len(linears)} linears</summary><div class=wide>{table}</div></details>"
+
+
+def _energy_kept(record: LinearRecord, p: LinearPlan) -> float | None:
+    """Share of the squared singular values that the rank keeps; a thinned spectrum is filled in between its values."""
+    if len(record.spectrum) < 2 or p.rank is None:
+        return None
+    import numpy as np
+
+    squares = np.interp(range(1, min(p.shape) + 1), record.spectrum_index, record.spectrum) ** 2
+    return float(squares[: p.rank].sum() / squares.sum()) if squares.sum() > 0 else None
+
+
+def _error_text(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _file_name(text: str) -> str:
+    """A name as it may be shown to others: of a local path, the last part."""
+    return Path(text).name if Path(text).is_absolute() or text.startswith("~") else text

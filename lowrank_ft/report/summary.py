@@ -1,0 +1,141 @@
+"""The main table, dense against low-rank, of the model card and of the report; and the evaluation that goes into it.
+
+An evaluation is what ``lowrank-ft eval --json`` prints: numbers under ``model``, perhaps under ``baseline``, and
+perhaps more that belongs to both. Numbers that are not known here are shown under their own names.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lowrank_ft.console import human_count
+from lowrank_ft.costs.flops import Comparison
+from lowrank_ft.errors import DataError
+
+Evaluation = Mapping[str, Any]
+
+FLOPS_NOTE = (
+    "FLOPs: two per multiply-add, over all linears, output head included, each once per token. Attention scores, which "
+    "grow with the context, are not in it, nor are norms and activations."
+)
+
+# Said elsewhere, or no result of its own.
+_NOT_RESULTS = ("name", "parameters", "bytes", "block_size", "tokens", "stride", "max_tokens")
+_ALONE = ("model", "baseline", "difference")
+_KNOWN = {
+    "perplexity": ("perplexity", "{:.3f}"),
+    "loss": ("loss, nats per token", "{:.4f}"),
+    "tokens_per_second": ("forward speed, tokens/s", "{:,.0f}"),
+    "agreement: kl": ("KL divergence from the baseline, nats per token", "{:.4f}"),
+    "agreement: top1": ("same most likely token as the baseline", "{:.1%}"),
+}
+
+
+class Row(NamedTuple):
+    """One line of the table, ready to be shown; empty where there is nothing to say."""
+
+    name: str
+    dense: str
+    compact: str
+    change: str
+
+
+def read_evaluation(path: str | Path) -> Evaluation:
+    """The output of ``lowrank-ft eval --json``.
+
+    Raises:
+        DataError: it cannot be read, or is something else.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is no readable JSON ({' '.join(str(error).split())}); lowrank-ft eval --json writes it"
+        ) from None
+    models = [data.get(k, {}) for k in ("model", "baseline")] if isinstance(data, dict) else [None]
+    if not all(isinstance(m, dict) for m in models) or not models[0]:
+        raise DataError(f"{path} has no results under 'model'; write it with lowrank-ft eval --json")
+    return data
+
+
+def size_rows(comparison: Comparison) -> list[Row]:
+    dense, compact = comparison.dense, comparison.compact
+    return [
+        Row("parameters", f"{dense.parameters:,}", f"{compact.parameters:,}", change(dense.parameters, compact.parameters)),
+        Row("FLOPs per token", human_count(dense.flops), human_count(compact.flops), change(dense.flops, compact.flops)),
+        Row(
+            "multiply-adds per token, factored linears", f"{dense.factored:,}", f"{compact.factored:,}",
+            change(dense.factored, compact.factored),
+        ),
+    ]  # fmt: skip
+
+
+def evaluation_rows(evaluation: Evaluation | None) -> list[Row]:
+    """The known numbers first, then tasks and others by name."""
+    if not evaluation:
+        return []
+    models = [evaluation.get(k) or {} for k in ("model", "baseline")]
+    after, before = ({**_numbers({k: v for k, v in m.items() if k != "tasks"}), **_scores(m)} for m in models)
+    both = _numbers({k: v for k, v in evaluation.items() if k not in _ALONE})
+    rows = []
+    for key in sorted(after, key=lambda k: list(_KNOWN).index(k) if k in _KNOWN else len(_KNOWN)):
+        name, shown = _shown(key, after[key])
+        if key not in before:
+            rows.append(Row(name, "", shown, ""))
+        elif key in _KNOWN and key != "loss":
+            rows.append(Row(name, _shown(key, before[key])[1], shown, change(before[key], after[key])))
+        else:  # of a score or a loss, a percentage would say little
+            rows.append(Row(name, _shown(key, before[key])[1], shown, f"{after[key] - before[key]:+.4f}"))
+    return rows + [Row(_shown(k, v)[0], "", _shown(k, v)[1], "") for k, v in both.items()]
+
+
+def _shown(key: str, value: float) -> tuple[str, str]:
+    name, form = _KNOWN.get(key, (key.replace("_", " "), "{:.4g}"))
+    return name, form.format(value)
+
+
+def _scores(entry: Mapping[str, Any]) -> dict[str, float]:
+    """``tasks: {task: {metric: {"value": 0.5, ...}}}`` by task and metric."""
+    tasks = entry.get("tasks") or {}
+    return {
+        f"{task}, {metric}": score["value"]
+        for task, scores in (tasks.items() if isinstance(tasks, Mapping) else ())
+        for metric, score in (scores.items() if isinstance(scores, Mapping) else ())
+        if isinstance(score, Mapping) and _is_number(score.get("value"))
+    }
+
+
+def main_table(comparison: Comparison, evaluation: Evaluation | None = None) -> str:
+    """The table in Markdown."""
+    rows = [*size_rows(comparison), *evaluation_rows(evaluation)]
+    lines = ["| | dense | low-rank | change |", "|---|---:|---:|---:|"]
+    lines += ["| " + " | ".join(_cell(c) for c in row) + " |" for row in rows]
+    return "\n".join([*lines, "", FLOPS_NOTE])
+
+
+def change(before: float, after: float) -> str:
+    """``-34.5%``; empty where there is nothing to compare with."""
+    return f"{after / before - 1:+.1%}" if before else ""
+
+
+def _numbers(entry: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """All finite numbers that are results, those of nested entries under joined names."""
+    found: dict[str, float] = {}
+    for key, value in entry.items():
+        if key in _NOT_RESULTS:
+            continue
+        if isinstance(value, Mapping):
+            found |= _numbers(value, f"{prefix}{key}: ")
+        elif _is_number(value):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,0 +1,214 @@
+"""Options of a fine-tuning run. Names are those of transformers and PEFT where they have one."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lowrank_ft.conversion import METHODS
+from lowrank_ft.errors import ConfigError, require_choice
+from lowrank_ft.factorization.allocation import ALLOCATIONS
+from lowrank_ft.nn import GUIDES, check_guide_bits
+from lowrank_ft.schedule import ALPHA_SCHEDULES, GUIDE_MODES, LR_SCHEDULES
+from lowrank_ft.training.optimizers import OPTIMIZERS
+from lowrank_ft.training.trainable import TRAINABLE
+
+AUTO_GUIDE_FROM = 0.45  # param ratio; see docs/explanation/guidance.md
+
+
+def option(default: Any, help: str) -> Any:
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """What is trained, and what guides it."""
+
+    model: str = option("", "compact checkpoint, or a dense one with rank or param_ratio; folder or Hub id")
+    revision: str | None = option(None, "branch, tag or commit of the model on the Hub")
+    trust_remote_code: bool = option(False, "run Python code that the checkpoint brings")
+    rank: float | str | None = option(None, "rank for a dense model: a whole number, or a fraction of full rank (1.0)")
+    param_ratio: float | None = option(None, "share of the targeted linears' parameters to keep, for a dense model")
+    rank_pattern: dict | str | None = option(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")
+    target_modules: list[str] | None = option(None, "names or suffixes of the linears to factorize, as in PEFT")
+    exclude_modules: list[str] | None = option(None, "names or suffixes to leave dense, as in PEFT")
+    method: str = option("anchored", f"how factors of a dense model are found: {', '.join(METHODS)}")
+    allocation: str | None = option(
+        None, f"how ranks share the parameters: {', '.join(ALLOCATIONS)}; default: loss with param_ratio, else uniform"
+    )
+    calibration_tokens: int = option(
+        65_536, "tokens of the training data that the factors of a dense model are fitted to"
+    )
+    guide: str = option(
+        "auto",
+        f"dense branch that is phased out: {', '.join(GUIDES)}, none; auto: residual where at least {AUTO_GUIDE_FROM:.0%} of "
+        "the linears' parameters are left, else none",
+    )
+    guide_bits: int | None = option(
+        None, "store a residual or frozen guide in 16, 8 or 4 bits; 8 and 4 need bitsandbytes; default: as --dtype"
+    )
+    guide_model: str | None = option(
+        None, "dense model of the guide and of distillation; default: the one the checkpoint was made from"
+    )
+    dtype: str = option("float32", "dtype of the trained weights: float32, bfloat16, float16")
+    export_dtype: str = option("auto", "dtype of the exported weights; auto: that of the source checkpoint")
+
+    def __post_init__(self) -> None:
+        require_choice("method", self.method, METHODS)
+        if self.allocation is not None:
+            require_choice("allocation", self.allocation, ALLOCATIONS)
+        _require_range("calibration_tokens", self.calibration_tokens, 1)
+        require_choice("guide", self.guide, (*GUIDES, "none", "auto"))
+        check_guide_bits(self.guide_at(1.0), self.guide_bits)
+        require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        require_choice("export_dtype", self.export_dtype, ("auto", "float32", "bfloat16", "float16"))
+
+    def guide_at(self, param_ratio: float) -> str | None:
+        """The guide of a model whose linears keep this share of their parameters; None for no guide.
+
+        ``auto`` is what tests/benchmarks/guides.py found: a residual guide helps where moderately much was taken away,
+        and hinders where little is left.
+        """
+        if self.guide == "auto":
+            return "residual" if param_ratio >= AUTO_GUIDE_FROM else None
+        return None if self.guide == "none" else self.guide
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    dataset: str = option(
+        "", "datasets name on the Hub, a local .txt, .md, .jsonl, .json or .parquet file, or a folder of token files"
+    )
+    dataset_config: str | None = option(None, "configuration of a dataset on the Hub")
+    dataset_split: str = option("train", "its split")
+    eval_dataset: str | None = option(None, "like dataset; default: the last eval_ratio of the training data")
+    eval_split: str = option("validation", "split of eval_dataset, if that is on the Hub")
+    eval_ratio: float = option(
+        0.1, "share held out for evaluation where there is neither an eval_dataset nor a held-out part; 0: none"
+    )
+    distill_dataset: str | None = option(
+        None, "like dataset: general text on which the model is held to the dense one; default: the training data"
+    )
+    distill_config: str | None = option(None, "configuration of distill_dataset, if that is on the Hub")
+    distill_split: str = option("train", "its split, such as train[:10000]; all of it is tokenized at the start")
+    text_column: str = option("text", "column of plain text")
+    messages_column: str = option("messages", "column of chats, a list of {role, content}; used where it exists")
+    block_size: int | None = option(
+        None, "tokens per packed block or at most per chat; default: 1024 or what the model has"
+    )
+
+    def __post_init__(self) -> None:
+        _require_range("eval_ratio", self.eval_ratio, 0, 0.9)
+        if self.block_size is not None:
+            _require_range("block_size", self.block_size, 2)
+
+
+@dataclass
+class TrainArguments:
+    """How it is trained."""
+
+    output_dir: str = option("out/finetuned", "the compact checkpoint; run records go into it too")
+    overwrite_output_dir: bool = option(False, "replace what an earlier run, or somebody else, left in output_dir")
+    resume_from_checkpoint: str | None = option(None, "auto: the newest checkpoint in output_dir; or its path")
+    resume_with_changes: bool = option(
+        False, "go on although settings differ from those of the checkpoint; they are shown"
+    )
+    max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides")
+    num_train_epochs: float = option(1.0, "passes over the data")
+    per_device_train_batch_size: int = option(8, "blocks or chats per process and forward pass")
+    per_device_eval_batch_size: int = option(8, "likewise in evaluation")
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
+    optim: str = option("adamw_torch", f"form of AdamW: {', '.join(OPTIMIZERS)}; most of them need bitsandbytes")
+    trainable: str = option(
+        "all", f"what is trained: {', '.join(TRAINABLE)}; all but the first leave the other weights as they are"
+    )
+    lora_r: int = option(16, "rank of the adapters on U and V under --trainable lora or leading")
+    lora_alpha: int = option(32, "their scale is lora_alpha / lora_r; leading has 1")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW")
+    lr_scheduler_type: str = option("cosine", f"decay after the warm-up: {', '.join(LR_SCHEDULES)}")
+    warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises")
+    weight_decay: float = option(0.01, "of matrices; of vectors only with decay_vectors")
+    decay_vectors: bool = option(False, "weight decay of norms and biases, too")
+    adam_beta1: float = option(0.9, "AdamW")
+    adam_beta2: float = option(0.999, "AdamW")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never")
+    alpha_schedule: str = option("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
+    guided_ratio: float | None = option(0.25, "share of the steps in which the guide is there")
+    guide_mode: str = option(
+        "full", "full: every guide in every guided step; stochastic: each with probability alpha, at half the cost"
+    )
+    fixed_flops: bool = option(
+        False, "add unguided steps on the guided phase's data until the run costs what dense training would"
+    )
+    distill_weight: float = option(0.0, "share w of distillation in the loss: (1-w) cross-entropy + w T^2 KL; 0: none")
+    distill_temperature: float = option(1.0, "T, by which the logits of both models are divided before the KL")
+    mixed_precision: str | None = option(None, "no, bf16 or fp16; default: what accelerate is configured for")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    torch_compile: bool = option(False, "compile the model with torch.compile")
+    torch_compile_backend: str = option("inductor", "backend of torch.compile")
+    seed: int = option(42, "order of the data, dropout, which guides the stochastic mode keeps")
+    logging_steps: int = option(10, "steps between two records of the loss")
+    eval_steps: int = option(0, "steps between evaluations; 0: only at the end")
+    save_steps: int = option(0, "steps between checkpoints to resume from; 0: none")
+    save_total_limit: int = option(2, "checkpoints to keep")
+    load_best_model_at_end: bool = option(True, "export the weights of the best evaluation rather than the last")
+    report_to: list[str] = option([], "trackers of accelerate, such as tensorboard or wandb")
+    run_name: str = option("lowrank-ft", "name of the run for the trackers")
+
+    def __post_init__(self) -> None:
+        require_choice("optim", self.optim, OPTIMIZERS)
+        require_choice("trainable", self.trainable, TRAINABLE)
+        require_choice("lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULES)
+        require_choice("alpha_schedule", self.alpha_schedule, ALPHA_SCHEDULES)
+        require_choice("guide_mode", self.guide_mode, GUIDE_MODES)
+        if self.mixed_precision is not None:
+            require_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _require_range(name, getattr(self, name), 1)
+        for name in ("lora_r", "lora_alpha"):
+            _require_range(name, getattr(self, name), 1)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        _require_range("seed", self.seed, 0, 2**32 - 1)
+        for name in ("logging_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
+            _require_range(name, getattr(self, name), 0)
+        _require_range("learning_rate", self.learning_rate, 0)
+        _require_range("warmup_ratio", self.warmup_ratio, 0, 1)
+        if self.guided_ratio is not None:
+            _require_range("guided_ratio", self.guided_ratio, 0, 1)
+        _require_range("distill_weight", self.distill_weight, 0, 1)
+        if not 0 < self.distill_temperature < math.inf:
+            raise ConfigError(f"distill_temperature is {self.distill_temperature}; it must be above 0 and finite")
+        if self.fixed_flops and self.distill_weight:
+            raise ConfigError(
+                f"fixed_flops and distill_weight {self.distill_weight} exclude each other: the dense run has no teacher "
+                "whose FLOPs could be matched; leave one of them out"
+            )
+        if self.fixed_flops and self.trainable != "all":
+            raise ConfigError(
+                f"fixed_flops counts a run in which every linear is trained, and trainable is {self.trainable}; "
+                "leave one of them out"
+            )
+        _require_range("save_total_limit", self.save_total_limit, 1)
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ConfigError(
+                f"max_steps is {self.max_steps}; it must be 1 or more, or -1 for num_train_epochs to decide"
+            )
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0 and finite")
+
+
+def option_names(*classes: type) -> list[str]:
+    """All option names of the dataclasses, for messages about unknown ones."""
+    return [f.name for c in classes for f in fields(c)]
+
+
+def _require_range(name: str, value: float, least: float, most: float | None = None) -> None:
+    # Written so that NaN is out of any range; and no option may be infinite.
+    if not least <= value < math.inf or (most is not None and value > most):
+        allowed = f"{least} or more" if most is None else f"{least} to {most}"
+        raise ConfigError(f"{name} is {value}; it must be {allowed}")

@@ -1,0 +1,241 @@
+"""Checkpoints to resume from: safetensors and JSON only, bit for bit, whole or not at all.
+
+    checkpoints/step-00000120/
+        model.safetensors       every weight, the guides' too while they are there; tied weights once
+        optimizer.safetensors   the optimizer's state under the parameters' names: ``exp_avg.<name>``, ...
+        rng-0.safetensors       random state of process 0, ...
+        config.json             the model's config with its ranks, so that ``lowrank-ft export`` needs nothing else
+        trainer_state.json      step, phase and what must not change between the two runs
+
+Under FSDP2 each process writes what it holds, into ``model-shards/`` and ``optimizer-shards/`` in place of the first
+two (see :mod:`lowrank_ft.checkpoints.sharded`). Either form is read by any number of processes, sharded or not.
+
+Names, not positions, tie state to parameters, so a group that lost its guides cannot shift the others' state.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lowrank_ft.checkpoints import sharded as tensor_files
+from lowrank_ft.checkpoints.sharded import unique_tensors
+from lowrank_ft.errors import TrainingStateError
+from lowrank_ft.nn import compact_state_dict
+from lowrank_ft.training.optimizers import restore_state, saved_state
+
+FOLDER = "checkpoints"
+BEST = "best"
+STATE_FILE = "trainer_state.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands.
+
+    Attributes:
+        step: completed optimizer steps.
+        guided: whether the checkpoint still holds the guides.
+        best_loss: lowest evaluation loss so far.
+        best_step: where it was reached.
+        must_match: options and data facts on which an exact resume depends.
+        scaler: state of the fp16 gradient scaler; empty without one.
+    """
+
+    step: int
+    guided: bool
+    best_loss: float | None
+    best_step: int | None
+    must_match: dict[str, Any]
+    scaler: dict[str, Any]
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / FOLDER / f"step-{step:08d}"
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    folder = output_dir / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
+
+
+def remove_all(output_dir: Path) -> None:
+    """Remove the checkpoints of a run, finished or not, and nothing else."""
+    folder = output_dir / FOLDER
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and (
+            path.name == BEST or _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".partial"))
+        ):
+            shutil.rmtree(path)
+
+
+def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The checkpoint that ``--resume-from-checkpoint`` means: ``auto`` is the newest of the run.
+
+    Raises:
+        TrainingStateError: there is none, or the path is not a checkpoint.
+    """
+    if wanted == "auto":
+        found = find_checkpoints(output_dir)
+        if not found:
+            raise TrainingStateError(
+                f"{output_dir / FOLDER} holds no checkpoint to resume from; start without resuming"
+            )
+        return found[-1]
+    path = Path(wanted)
+    if not (path / STATE_FILE).is_file():
+        raise TrainingStateError(f"{path} is not a training checkpoint (it has no {STATE_FILE})")
+    return path
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that a state dict has, tied weights once."""
+    return unique_tensors(model.state_dict(keep_vars=True))
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state, ``<key>.<parameter name>`` to tensor."""
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
+    return {f"{k}.{names[p]}": value for p, state in optimizer.state.items() for k, value in saved_state(state).items()}
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of :func:`optimizer_tensors`; everything must find its place."""
+    left = dict(tensors)
+    for name, parameter in model.named_parameters():
+        keys = [k for k in left if k.partition(".")[2] == name]
+        if keys:
+            restore_state(optimizer, parameter, {k.partition(".")[0]: left.pop(k) for k in keys})
+    if left:
+        raise TrainingStateError(f"the checkpoint has optimizer state for {next(iter(left))}, which the model lacks")
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy into the model; names must agree exactly, up to tied weights.
+
+    Raises:
+        TrainingStateError: a name on one side only.
+    """
+    own = model_tensors(model)
+    for extra, problem in ((own.keys() - tensors.keys(), "lacks"), (tensors.keys() - own.keys(), "has, unknown here,")):
+        if extra:
+            raise TrainingStateError(
+                f"{where} {problem} {len(extra)} weights, the first being {sorted(extra)[0]}; "
+                "it belongs to another model, rank or phase"
+            )
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        if state[name].shape != tensor.shape:
+            raise TrainingStateError(
+                f"{where}: {name} is {tuple(tensor.shape)}, and {tuple(state[name].shape)} in this run; "
+                "resume with the same shapes and ranks"
+            )
+        if not (state[name].is_floating_point() and tensor.is_floating_point()) and state[name].dtype != tensor.dtype:
+            raise TrainingStateError(
+                f"{where}: {name} is {tensor.dtype}, and {state[name].dtype} in this run; resume with the same guide_bits"
+            )
+        state[name].copy_(tensor)
+
+
+def write_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> None:
+    """Weights and optimizer state. The main process calls this; if they are ``sharded``, all do."""
+    write = tensor_files.write_shards if sharded else tensor_files.write_whole
+    write(model_tensors(model), folder, "model")
+    write(unique_tensors(optimizer_tensors(model, optimizer)), folder, "optimizer")
+
+
+def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The inverse, for a model of the same shape, however it and the files are sharded."""
+    load_tensors(model, tensor_files.read(folder, "model", model.state_dict(keep_vars=True).get), folder)
+    parameters = dict(model.named_parameters())
+    state = tensor_files.read(folder, "optimizer", lambda name: parameters.get(name.partition(".")[2]))
+    load_optimizer_tensors(model, optimizer, state)
+
+
+def write_description(folder: Path, model: nn.Module, architecture: str, state: TrainerState) -> None:
+    """The JSON files. ``architecture`` is the class of the model; sharding puts one of its own over that."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_json_file"):
+        config.architectures = [architecture]
+        config.to_json_file(folder / "config.json", use_diff=True)
+    (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+
+
+def write_best(output_dir: Path, model: nn.Module, accelerator: Any, sharded: bool) -> None:
+    """The compact weights of the best evaluation so far, in place of the former ones. All processes call this."""
+    folder = output_dir / FOLDER / BEST
+    draft = folder / ".draft"
+    kept = compact_state_dict(model)
+    tensors = {k: v for k, v in model_tensors(model).items() if k in kept}
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    if sharded:
+        tensor_files.write_shards(tensors, draft, "model")
+        accelerator.wait_for_everyone()
+    elif accelerator.is_main_process:
+        tensor_files.write_whole(tensors, draft, "model")
+    if accelerator.is_main_process:
+        for path in draft.iterdir():
+            if (target := folder / path.name).is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+        draft.rmdir()
+        tensor_files.remove(folder, "model", whole=sharded)  # left by a run that was sharded otherwise
+
+
+def read_best(output_dir: Path, model: nn.Module) -> bool:
+    """Load them into the model, which has no guides any more; False where there are none. All processes call this."""
+    folder = output_dir / FOLDER / BEST
+    if not tensor_files.exists(folder, "model"):  # resumed from a checkpoint in another folder
+        return False
+    load_tensors(model, tensor_files.read(folder, "model", model.state_dict(keep_vars=True).get), folder)
+    return True
+
+
+def write_rng(folder: Path, rank: int) -> None:
+    """Random state of this process. Training draws from torch alone."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, folder / f"rng-{rank}.safetensors")
+
+
+def read_rng(folder: Path, rank: int) -> None:
+    """Restore it; nothing happens where the checkpoint has none for this process."""
+    path = folder / f"rng-{rank}.safetensors"
+    if not path.is_file():
+        return
+    states = load_file(path)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def read_state(folder: Path) -> TrainerState:
+    """Raises TrainingStateError where the file is not one that this release wrote."""
+    try:
+        return TrainerState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingStateError(f"{folder / STATE_FILE} cannot be read: {error}") from error
+
+
+def commit(draft: Path, final: Path, keep: int) -> None:
+    """Give a finished draft its name, and remove all but the newest ``keep`` checkpoints."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(draft, final)
+    for old in find_checkpoints(final.parent.parent)[:-keep]:
+        shutil.rmtree(old)
