@@ -22,7 +22,7 @@ from lowrank_ft.pretraining.configs import preset_config
 from lowrank_ft.pretraining.initialize import initialize_lowrank
 
 if TYPE_CHECKING:
-    from lowrank_ft.integrations.transformers_trainer.callback import GuidanceCallback
+    from lowrank_ft.integrations.transformers_trainer.callback import GuidanceCallback, phase_out
 
 _loader.register()
 
@@ -42,6 +42,7 @@ __all__ = [
     "initialize_lowrank",
     "make_plan",
     "merge",
+    "phase_out",
     "preset_config",
     "save_compact",
     "set_alpha",
@@ -50,8 +51,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "GuidanceCallback":  # it needs transformers' Trainer, which takes seconds to import
-        from lowrank_ft.integrations.transformers_trainer.callback import GuidanceCallback
+    if name in ("GuidanceCallback", "phase_out"):  # they need transformers' Trainer, which takes seconds to import
+        from lowrank_ft.integrations.transformers_trainer import callback
 
-        return GuidanceCallback
+        return getattr(callback, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -247,6 +247,19 @@ def test_callbacks_that_trainer_makes_anew_go_on(straight, tmp_path):
         assert_same_weights(again.model.state_dict(), expected.model.state_dict())
 
 
+@pytest.mark.parametrize("step", [GUIDED - 2, GUIDED + 2])
+def test_phase_out_is_the_callback_given_the_trainer(straight, tmp_path, step):
+    expected, _, folder = straight("residual")
+    model = make_model("residual")
+    trainer = make_trainer(model, tmp_path)
+    lowrank_ft.phase_out(trainer, guided_ratio=GUIDED / STEPS)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert series(trainer, "loss") == series(expected, "loss")
+    assert_same_weights(trainer.model.state_dict(), expected.model.state_dict())
+    with pytest.raises(ConfigError, match="already"):
+        lowrank_ft.phase_out(trainer)
+
+
 def test_added_later_it_wants_prepare_for_resume(straight, tmp_path):
     expected, _, folder = straight("dense")
     model = make_model("dense")

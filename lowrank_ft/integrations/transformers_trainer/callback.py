@@ -7,28 +7,29 @@
 
 Alpha is a pure function of the global step, so a resumed run sees the same values. A checkpoint that was written after
 the drop needs a model without guides *before* its weights and its optimizer state are read. Trainer calls no callback
-there: what has to be changed about it is in :mod:`.host_trainer`, and about the model in :mod:`.model_hooks`.
+there: what has to be changed about it is in :mod:`.patches`, and about the model in :mod:`.model_hooks`.
 """
 
 import gc
 import json
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from lowrank_ft.errors import ConfigError, TrainingStateError, require_choice
 from lowrank_ft.integrations.transformers_trainer.model_hooks import hooks_of
 from lowrank_ft.integrations.transformers_trainer.patches import (
+    calling_trainer,
     drop_guides,
     prepare_before_training,
     require_units,
-    trainer_of,
 )
 from lowrank_ft.nn import end_guidance, guided_layers, lowrank_layers, set_alpha
 from lowrank_ft.schedule import ALPHA_SCHEDULES, alpha_at
@@ -130,8 +131,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _refuse_setups(args)
-        trainer = trainer_of(state)
-        if trainer is not None:
+        if (trainer := calling_trainer()) is not None:
             prepare_before_training(trainer, self.prepare_for_resume)
 
     def on_train_begin(
@@ -140,12 +140,14 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         _refuse_setups(args)
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         hooks = hooks_of(model)
+        if hooks.trainer() is None and (trainer := calling_trainer()) is not None:  # it came with add_callback
+            hooks.trainer = weakref.ref(trainer)
         phase = self._check_phase(state, model)
         require_units(model)
         steps = self._resolve_steps(state.max_steps) if phase == GUIDED else self.recorded["guided_steps"]
         self.recorded = {"phase": phase, "guided_steps": steps, "alpha_schedule": self.alpha_schedule}
         if phase == COMPACT or state.global_step >= steps:
-            self._drop(model, optimizer, state)
+            self._drop(model, optimizer)
         else:
             hooks.skip_guides_in_evaluation()
 
@@ -159,7 +161,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Before Trainer saves the checkpoint of this step, so that its weights and its phase agree.
         if self.recorded["phase"] == GUIDED and state.global_step >= self.recorded["guided_steps"]:
-            self._drop(kwargs["model"], kwargs.get("optimizer"), state)
+            self._drop(kwargs["model"], kwargs.get("optimizer"))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
@@ -177,7 +179,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 f"{self.recorded['guided_steps']}; the guides are dropped, so that what is saved now is compact",
                 stacklevel=2,
             )
-            self._drop(kwargs["model"], kwargs.get("optimizer"), state)
+            self._drop(kwargs["model"], kwargs.get("optimizer"))
         hooks_of(kwargs["model"]).remove()
 
     # What they do
@@ -227,13 +229,43 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             )
         return self.guided_steps
 
-    def _drop(self, model: nn.Module, optimizer: Any, state: TrainerState) -> None:
+    def _drop(self, model: nn.Module, optimizer: Any) -> None:
         hooks_of(model).stop_skipping()
-        drop_guides(model, optimizer, state)
+        drop_guides(model, optimizer)
         self.recorded["phase"] = COMPACT
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def phase_out(
+    trainer: Trainer,
+    guided_ratio: float | None = None,
+    alpha_schedule: str = "cosine",
+    guided_steps: int | None = None,
+) -> GuidanceCallback:
+    """Phase the guides of ``trainer.model`` out while this Trainer trains it; one line before ``trainer.train()``::
+
+        trainer = Trainer(model, args, train_dataset=data)
+        lowrank_ft.phase_out(trainer, guided_ratio=0.25)
+
+    It does what ``callbacks=[GuidanceCallback(...)]`` does, with the same arguments and errors.
+
+    Returns:
+        The callback that was added.
+
+    Raises:
+        ConfigError: besides those of :class:`GuidanceCallback`, the trainer has such a callback already.
+    """
+    if any(isinstance(callback, GuidanceCallback) for callback in trainer.callback_handler.callbacks):
+        raise ConfigError(
+            "this Trainer phases its guides out already; call phase_out once, or pass one GuidanceCallback"
+        )
+    callback = GuidanceCallback(guided_ratio, alpha_schedule, guided_steps)
+    _refuse_setups(trainer.args)
+    prepare_before_training(trainer, callback.prepare_for_resume)
+    trainer.add_callback(callback)
+    return callback
 
 
 _LACKS_GUIDES = (

@@ -4,6 +4,7 @@ A callback hears of an evaluation only after it ran, and is not asked when the b
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,8 @@ class ModelHooks:
         self._model = weakref.ref(model)
         self._loading = model.register_load_state_dict_pre_hook(_leave_out_guides)
         self._skipping: list[RemovableHandle] = []
+        self.trainer: Callable[[], Any] = lambda: None
+        """A weak reference to the Trainer that trains the model."""
 
     def skip_guides_in_evaluation(self) -> None:
         """In evaluation mode a guided layer computes what its export would; in training mode nothing changes."""

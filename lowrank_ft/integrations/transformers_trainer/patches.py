@@ -10,6 +10,7 @@ A callback hears of a checkpoint only after its weights and its optimizer state 
 import functools
 import gc
 import inspect
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,24 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.integrations.transformers_trainer.model_hooks import hooks_of
 from lowrank_ft.nn import end_guidance, guided_layers
 from lowrank_ft.training import fsdp
 
 
-def trainer_of(state: TrainerState | None) -> Trainer | None:
-    """The Trainer whose state this is. Callbacks get the state alone, so the garbage collector is asked for the Trainer."""
-    for found in gc.get_objects() if state is not None else ():
+def calling_trainer() -> Trainer | None:
+    """The Trainer that is calling a callback right now. It tells callbacks of its state, and not of itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
         # type() rather than isinstance(), which asks lazy modules for their class, and makes them import or warn.
-        if issubclass(type(found), Trainer) and vars(found).get("state") is state:
-            return found
+        caller = frame.f_locals.get("self")
+        if issubclass(type(caller), Trainer):
+            return caller
+        frame = frame.f_back
     return None
 
 
@@ -56,6 +61,7 @@ def prepare_before_training(trainer: Trainer, prepare: Callable[[nn.Module, Path
             if folder and Path(folder).is_dir():  # otherwise Trainer says what is wrong
                 prepare(model, Path(folder))
             _make_guides_units(trainer, model)
+            hooks_of(model).trainer = weakref.ref(trainer)
             return model
 
         if trainer.model_init is None:
@@ -95,13 +101,12 @@ def require_units(model: nn.Module) -> None:
         )
 
 
-def drop_guides(model: nn.Module, optimizer: Any, state: TrainerState) -> None:
+def drop_guides(model: nn.Module, optimizer: Any) -> None:
     """Take the guides from model, optimizer and whatever spreads the model over processes.
 
     Args:
         model: the one that Trainer holds: sharded under FSDP2, the inner one under DDP.
         optimizer: accelerate's or torch's, or None before there is one.
-        state: the one that Trainer handed to the callback.
     """
     had_guides = any(guided_layers(model))
     fsdp.reshard(model)  # after an evaluation parameters may be gathered, and not those that the optimizer has
@@ -110,17 +115,16 @@ def drop_guides(model: nn.Module, optimizer: Any, state: TrainerState) -> None:
     if units:
         fsdp.forget_units(model, units)
     elif had_guides:
-        _remake_ddp(state)
+        _remake_ddp(hooks_of(model).trainer())
 
 
-def _remake_ddp(state: TrainerState) -> None:
+def _remake_ddp(trainer: Trainer | None) -> None:
     """Let DDP forget the guides. Nothing happens on one process.
 
     DDP holds every parameter that it was made with, and waits for the gradients of those that had one, so it has to be
     made anew. But Trainer's running loop has the old wrapper in a local variable, which nobody can exchange. So the old
     object is emptied, and takes over the attributes of the new one: both are then the same wrapper.
     """
-    trainer = trainer_of(state)
     if trainer is None:
         return
     held, accelerator = trainer.model_wrapped, trainer.accelerator
