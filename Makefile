@@ -13,7 +13,7 @@ demo: .venv/demo.stamp  ## convert, fine-tune, export and reload the embedded mo
 	$(BIN)/lowrank-ft demo
 
 test: .venv/dev.stamp  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 test-lowest: .venv-lowest/dev.stamp  ## the tests with the oldest versions that pyproject.toml allows
 	.venv-lowest/bin/python -m pytest tests/unit tests/numerics tests/integration
