@@ -68,8 +68,9 @@ def run(options: argparse.Namespace) -> None:
     if ran:
         _require_runs(model)
     command = shown_command("lowrank-ft", sys.argv[1:])
+    origin = source.name if source.folder is None else source.folder.resolve().name
     details = record.to_dict(
-        plan, command=command, base_model=source.name, method=options.method,
+        plan, command=command, base_model=origin, method=options.method,
         allocation="by plan" if options.plan else allocation,
         calibration=calibration, seconds=time.monotonic() - start,
     )  # fmt: skip

@@ -29,8 +29,31 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shown_command(program: str, arguments: Sequence[str]) -> str:
-    """A command line to put on record: absolute paths lose their folders, which mean nothing elsewhere."""
-    return shlex.join([program, *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
+    """A command line to put on record and to publish.
+
+    Secrets are left out, with the options that hold them. Paths lose their folders, which mean nothing elsewhere, and
+    would tell whose machine it was.
+    """
+    shown: list[str] = []
+    left_out = False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--") and (left_out := flag.lower().endswith(_SECRETS)):
+            left_out = not equals  # then the secret is the next argument
+            continue
+        if left_out or (value or argument).startswith("hf_"):
+            left_out = False
+            continue
+        shown.append(f"{flag}={_public(value)}" if flag.startswith("--") and equals else _public(argument))
+    return shlex.join([program, *shown])
+
+
+_SECRETS = ("token", "secret", "password", "key")
+
+
+def _public(value: str) -> str:
+    outside = value.startswith(("/", "~", "../")) or Path(value).is_absolute()
+    return Path(value).name if outside else value
 
 
 def print_table(

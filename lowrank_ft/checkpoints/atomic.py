@@ -10,14 +10,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lowrank_ft.checkpoints.companions import COMPANION_FOLDERS, COMPANIONS
 from lowrank_ft.checkpoints.folders import check_folder
 from lowrank_ft.errors import OutputError
 
 # --overwrite replaces a folder only where each entry looks like a part of a checkpoint.
 _CHECKPOINT_PARTS = (
-    "*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt", "README.md",
-    "lowrank_plugin.py", "LICENSE*", "NOTICE*", "checkpoints", "metrics.jsonl", "training.png", "rank_map.png",
-    "report.html", "[0-9]_*", "additional_chat_templates",
+    *COMPANIONS, *COMPANION_FOLDERS,
+    "*.json", "*.safetensors", "README.md", "lowrank_plugin.py", "checkpoints", "metrics.jsonl", "training.png", "rank_map.png",
+    "report.html", "[0-9]_*",
 )  # fmt: skip
 
 

@@ -1,22 +1,30 @@
 """The files that belong to a model beside its weights: tokenizer, processor, chat template, licence."""
 
 import json
+import re
 import shutil
-from fnmatch import fnmatch
+import warnings
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
-from lowrank_ft.checkpoints.format import CONVERSION_FILE, RANK_MAP_FILE
 from lowrank_ft.checkpoints.source import RUN_FILE
 
-# Of a source folder, everything is taken along but its weights, what describes them, and what a run left there.
-_NOT_COMPANIONS = (
-    ".*", "config.json", "README.md", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt",
-    "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py", "metrics.jsonl", "training.png",
-    RUN_FILE, "trainer_state.json", "adapter_config.json", CONVERSION_FILE, RANK_MAP_FILE, "report.html",
+# What tokenizers, processors and generation configs write by their own save_pretrained, and licences. Nothing else of a
+# source folder is taken along: it may hold anything.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "vocab.bpe", "bpe.codes", "encoder.json", "normalizer.json", "entity_vocab.json", "*.model", "*.spm",
+    "*.tiktoken", "tekken.json", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "processor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
+    "feature_extractor_config.json", "generation_config.json", "modules.json", "sentence_*_config.json",
+    "config_sentence_transformers.json", "LICENSE", "LICENSE.*", "LICENCE", "LICENCE.*", "NOTICE", "NOTICE.*",
+    "USE_POLICY.*", "COPYING", "COPYING.*",
 )  # fmt: skip
-_COMPANION_FOLDERS = ("additional_chat_templates",)
+COMPANION_FOLDERS = ("additional_chat_templates",)
+_IN_FOLDERS = ("*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "*.model")
 
 
 def begin_run(output_dir: str | Path, source: Path, export_dtype: torch.dtype) -> None:
@@ -31,22 +39,55 @@ def begin_run(output_dir: str | Path, source: Path, export_dtype: torch.dtype) -
 def copy_companions(source: Path | None, target: Path) -> None:
     """Copy tokenizer, processor, generation and licence files that ``target`` does not have yet.
 
-    The folders that sentence-transformers names in ``modules.json`` come whole, small weights of theirs included.
+    The folders that sentence-transformers names in ``modules.json`` come, too, with small weights of theirs.
     """
-    if source is None:
-        return
-    for path in sorted(source.iterdir()):
-        wanted = path.is_file() and not any(fnmatch(path.name, p) for p in _NOT_COMPANIONS)
-        if wanted and not (target / path.name).exists():
-            shutil.copyfile(path, target / path.name)
-    for name in [*_COMPANION_FOLDERS, *_sentence_transformers_folders(source)]:
-        if (source / name).is_dir() and not (target / name).exists():
-            shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("*.bin", "*.py", ".*"))
+    for name in companions(source) if source is not None else ():
+        assert source is not None
+        if not (target / name).exists():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def companions(folder: Path, more: Sequence[str] = ()) -> list[str]:
+    """Names of the files in ``folder`` that belong to a model beside its weights, those in folders as ``folder/file``.
+
+    Args:
+        more: patterns of further files that count, in the folder itself.
+    """
+    wanted = (*COMPANIONS, *more)
+    names = [p.name for p in sorted(folder.iterdir()) if matches(p.name, wanted) and is_own_file(p, folder)]
+    for part in [*COMPANION_FOLDERS, *_sentence_transformers_folders(folder)]:
+        inner = folder / part
+        if inner.is_dir() and not inner.is_symlink():
+            found = (p for p in sorted(inner.iterdir()) if matches(p.name, _IN_FOLDERS) and is_own_file(p, folder))
+            names += [f"{part}/{p.name}" for p in found]
+    return names
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_own_file(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is a regular file of ``folder``. A link that leads out of it is not, and a warning names it.
+
+    A checkpoint of a stranger could link a tokenizer file to a private key of whoever converts and publishes it. The
+    links of the Hub's cache, from ``snapshots/COMMIT`` to ``blobs`` of the same repository, are its own.
+    """
+    if not path.is_file():
+        return False
+    homes = [folder.resolve()]
+    if homes[0].parent.name == "snapshots":
+        homes.append(homes[0].parent.parent / "blobs")
+    if any(path.resolve().is_relative_to(home) for home in homes):
+        return True
+    warnings.warn(f"{path} is a link that leads out of its folder; it is left out", stacklevel=2)
+    return False
 
 
 def _sentence_transformers_folders(source: Path) -> list[str]:
     try:
         modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-        return [m["path"] for m in modules if m.get("path") and "/" not in m["path"] and ".." not in m["path"]]
+        return [m["path"] for m in modules if re.fullmatch(r"\w[\w.-]*", m.get("path") or "")]
     except (OSError, ValueError, TypeError, AttributeError):
         return []

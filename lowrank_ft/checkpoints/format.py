@@ -15,6 +15,7 @@ Tensors are named ``<linear>.U.weight``, ``<linear>.V.weight``, ``<linear>.bias`
 one-element tripwire of :class:`~lowrank_ft.nn.LowRankLinear`.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -55,5 +56,8 @@ def describe_in_config(model: nn.Module, base_model: str | None = None) -> None:
         known, revision = old.get("base_model"), old.get("base_revision")
     if base_model is not None and base_model != known:
         known, revision = base_model, None
+    if known and Path(known).expanduser().is_dir():
+        # As it was typed it could be read as a name on the Hub, or mean another folder elsewhere. It is not published.
+        known = str(Path(known).expanduser().resolve())
     ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
     config.quantization_config = quantization_config(ranks, known, revision)

@@ -31,7 +31,7 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
     model, info = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise CheckpointError(f"{folder} lacks {sorted(info['missing_keys'])[0]}; it is not a whole checkpoint")
-    run = folder.resolve().parent.parent
+    run = _folder_of_run(folder)
     if (run / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(str(run))
     if (run / RUN_FILE).is_file():
@@ -39,9 +39,16 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
     return model, model.config.quantization_config.base_model, run
 
 
+def _folder_of_run(folder: Path) -> Path:
+    """The folder with tokenizer and dtype: the run's, two levels up, or the checkpoint's own where it was moved."""
+    run = folder.resolve().parent.parent
+    return run if (run / RUN_FILE).is_file() else folder
+
+
 def _adapter_scale(folder: Path) -> float:
     """``lora_alpha / lora_r`` of the run, where it trained adapters on the factors."""
-    run = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["must_match"]
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    run = state.get("must_match", {})  # transformers.Trainer writes a file of the same name
     return float(run["lora_alpha"] / run["lora_r"]) if run.get("trainable") == "lora" else 1.0
 
 
@@ -65,7 +72,8 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrai
         raise CheckpointNotFoundError(f"{folder}/adapter_config.json names no base model; add base_model_name_or_path")
     source = Source(name, entry.get("revision"), trust_remote_code)
     model: Any = PeftModel.from_pretrained(load_model(source), str(folder))
-    return model.base_model.compact_and_unload(), name, source.download()
+    own_tokenizer = (folder / "tokenizer_config.json").is_file()  # with a chat template of its own, perhaps
+    return model.base_model.compact_and_unload(), name, folder if own_tokenizer else source.download()
 
 
 def fold_adapters(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -1,19 +1,25 @@
 """Push a finished folder to the Hub."""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub_errors
 
-from lowrank_ft.checkpoints.format import CONVERSION_FILE, PLACEHOLDER
-from lowrank_ft.checkpoints.source import RUN_FILE, Source, is_hub_id
+from lowrank_ft.checkpoints.companions import companions
+from lowrank_ft.checkpoints.format import CONVERSION_FILE, PLACEHOLDER, RANK_MAP_FILE
+from lowrank_ft.checkpoints.source import Source, is_hub_id
+from lowrank_ft.console import human_bytes
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, OutputError, first_line
 
-_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-_NOT_FOR_THE_HUB = [*_UNSAFE, ".*", "*/.*"]
-_OF_THE_RUN = ("checkpoints", RUN_FILE, "metrics.jsonl")
+# Beside the companions, what this package and PEFT write. Whatever else lies in the folder stays there.
+_WRITTEN = (
+    "config.json", "README.md", CONVERSION_FILE, RANK_MAP_FILE, "training.png", "report.html", "lowrank_plugin.py",
+    "model*.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model*.safetensors",
+    "adapter_model.safetensors.index.json",
+)  # fmt: skip
 
 
 def push(
@@ -27,7 +33,8 @@ def push(
 ) -> str:
     """Create the repository if need be and upload the folder: safetensors, configs, tokenizer, loader, card.
 
-    Training checkpoints and pickles inside it stay here.
+    Anything else in it stays here: training checkpoints, pickles, and files that this package does not know. What is
+    uploaded is listed on stderr before.
 
     Returns:
         The address of the commit.
@@ -55,12 +62,12 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as staged:
             _stage(folder, Path(staged), repo_id)
+            _announce(folder, Path(staged), repo_id)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=staged,
                 revision=revision,
                 commit_message=commit_message or "Upload low-rank model",
-                ignore_patterns=_NOT_FOR_THE_HUB,
             )
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
         raise OutputError(
@@ -71,22 +78,48 @@ def push(
 
 def _stage(folder: Path, staged: Path, repo_id: str) -> None:
     """Links to what is to be published; config, card and record are rewritten for readers elsewhere."""
-    for path in folder.iterdir():
-        if path.name not in (*_OF_THE_RUN, "config.json", "README.md", CONVERSION_FILE):
-            (staged / path.name).symlink_to(path.resolve())
-    if (folder / "README.md").is_file():
+    names = companions(folder, _WRITTEN)
+    for name in names:
+        if name not in ("config.json", "README.md", "adapter_config.json", CONVERSION_FILE):
+            (staged / name).parent.mkdir(exist_ok=True)
+            (staged / name).symlink_to((folder / name).resolve())
+    local = _strip_adapter(folder, staged) if "adapter_config.json" in names else None
+    if "README.md" in names:
         card = (folder / "README.md").read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
-        (staged / "README.md").write_text(card, encoding="utf-8")
-    if (folder / "config.json").is_file():
+        lines = [line for line in card.splitlines(keepends=True) if local is None or local not in line]
+        (staged / "README.md").write_text("".join(lines), encoding="utf-8")
+    if "config.json" in names:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         entry = config.get("quantization_config")
         if isinstance(entry, dict) and not is_hub_id(entry.get("base_model")):
             entry.pop("base_model", None)
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if (folder / CONVERSION_FILE).is_file():
+    if CONVERSION_FILE in names:
         record = _public_record((folder / CONVERSION_FILE).read_text(encoding="utf-8"))
         if record is not None:
             (staged / CONVERSION_FILE).write_text(record, encoding="utf-8")
+
+
+def _strip_adapter(folder: Path, staged: Path) -> str | None:
+    """Write ``adapter_config.json`` without a base model that is a folder here; returns that folder's name."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    local = base if base and not is_hub_id(base) else None
+    if local is not None:
+        config["base_model_name_or_path"] = None
+    (staged / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return local
+
+
+def _announce(folder: Path, staged: Path, repo_id: str) -> None:
+    files = [p for p in sorted(staged.rglob("*")) if p.is_file()]
+    names = {p.relative_to(staged).as_posix() for p in files}
+    print(f"uploading to {repo_id}:", file=sys.stderr)
+    for path in files:
+        print(f"  {path.relative_to(staged).as_posix()}  {human_bytes(path.stat().st_size)}", file=sys.stderr)
+    left = sorted(p.name for p in folder.iterdir() if not any(n.split("/")[0] == p.name for n in names))
+    if left:
+        print(f"not uploaded: {', '.join(left)}", file=sys.stderr)
 
 
 def _public_record(text: str) -> str | None:

@@ -22,7 +22,10 @@ from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, NonFinit
 INDEX_FILE = "model.safetensors.index.json"
 RUN_FILE = "run.json"
 """Beside the records of a training run: what an export of one of its checkpoints has to know."""
-_DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_DATA_FILES = (
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "LICENCE*", "NOTICE*",
+    "USE_POLICY*", "COPYING*",
+)  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HOW_TO_CONVERT_PICKLE = (
     "load it once with AutoModel.from_pretrained(..., use_safetensors=False) in an environment that you trust, "
