@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lowrank_ft_cli.calibration import check_flags, is_wanted, read_calibration
-from lowrank_ft_cli.options import device_of, dtype_of, hub_target, shard_size, size_options, source_of
+from lowrank_ft_cli.options import device_of, dtype_of, hub_target, output_dir_of, shard_size, size_options, source_of
 from lowrank_ft_cli.plan import print_plan, refuse_compact
 from transformers import PreTrainedModel
 
@@ -25,6 +25,7 @@ from lowrank_ft.factorization.plan import Plan, make_plan
 
 def run(options: argparse.Namespace) -> None:
     source = source_of(options)
+    options.output_dir = output_dir_of(options, source.name)
     # Everything that can be wrong is looked at before weights are read.
     check_flags(options)
     shard_size(options)

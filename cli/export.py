@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lowrank_ft_cli.options import dtype_of, hub_target, shard_size
+from lowrank_ft_cli.options import dtype_of, hub_target, output_dir_of, shard_size
 
 from lowrank_ft.checkpoints.atomic import check_output_dir
 from lowrank_ft.checkpoints.from_training import load_adapter, load_training_checkpoint
@@ -16,6 +16,7 @@ from lowrank_ft.export import save_compact
 
 def run(options: argparse.Namespace) -> None:
     folder = Path(options.checkpoint)
+    options.output_dir = output_dir_of(options, options.checkpoint)
     shard_size(options)
     check_output_dir(options.output_dir, options.overwrite, keep=folder)
     repo_id = hub_target(options)

@@ -142,7 +142,7 @@ def build_parser() -> OneLineParser:
         "--activations-dir", metavar="DIR", help="keep hidden states in files there, where memory does not hold them"
     )
     _calibration(convert)
-    _output(convert)
+    _output(convert, "lowrank")
     _device(convert)
     _hub(convert)
 
@@ -234,13 +234,13 @@ def build_parser() -> OneLineParser:
     export = add("export", "write the compact checkpoint of a training checkpoint or of a PEFT adapter")
     export.add_argument("checkpoint", help="a run's checkpoints/step-N folder, or a folder with adapter_config.json")
     export.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
-    _output(export)
+    _output(export, "compact")
     _device(export, device=False)
     _hub(export)
 
     merge = add("merge", "multiply U V back into dense weights, for software that knows nothing else")
     _model(merge)
-    _output(merge)
+    _output(merge, "merged")
     _device(merge, device=False)
 
     push = add("push", "upload a finished checkpoint to the Hub")
@@ -333,8 +333,11 @@ def _calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="choice and order of the calibration data (default: 0)")
 
 
-def _output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output-dir", required=True, help="folder for the result; it appears whole or not at all")
+def _output(parser: argparse.ArgumentParser, suffix: str) -> None:
+    parser.add_argument(
+        "--output-dir", help=f"folder for the result; it appears whole or not at all (default: NAME-{suffix})"
+    )
+    parser.set_defaults(output_suffix=suffix)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint there")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lowrank_ft_cli.options import dtype_of, shard_size, source_of
+from lowrank_ft_cli.options import dtype_of, output_dir_of, shard_size, source_of
 
 import lowrank_ft
 from lowrank_ft.checkpoints.atomic import check_output_dir
@@ -14,6 +14,7 @@ from lowrank_ft.export import save_dense
 
 def run(options: argparse.Namespace) -> None:
     source = source_of(options)
+    options.output_dir = output_dir_of(options, source.name)
     shard_size(options)
     check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     if not is_compact(source.load_config()):

@@ -21,6 +21,16 @@ def source_of(options: argparse.Namespace, name: str | None = None) -> Source:
     return Source(options.model, options.revision, options.trust_remote_code, options.token)
 
 
+def output_dir_of(options: argparse.Namespace, name: str) -> str:
+    """Where the result goes: what was asked for, or a folder here that is called after the model.
+
+    ``meta-llama/Llama-3.2-1B`` becomes ``Llama-3.2-1B-lowrank``.
+    """
+    if options.output_dir is not None:
+        return str(Path(options.output_dir).expanduser())
+    return f"{Path(name).expanduser().resolve().name}-{options.output_suffix}"
+
+
 def size_options(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``make_plan`` that the command line gives."""
     return {

@@ -14,8 +14,15 @@ class OneLineParser(argparse.ArgumentParser):
     _given: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self._given = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args(args, namespace)
+        self._given = [self._spelled(a) for a in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(self._given, namespace)
+
+    def _spelled(self, argument: str) -> str:
+        """Flags have hyphens; ``--output_dir`` is understood, as the recipes spell it."""
+        flag, equals, value = argument.partition("=")
+        hyphens = flag.replace("_", "-")
+        known = flag.startswith("--") and flag not in self._option_string_actions
+        return f"{hyphens}{equals}{value}" if known and hyphens in self._option_string_actions else argument
 
     def error(self, message: str) -> NoReturn:
         # A misspelt option may also be why a required one is missing.

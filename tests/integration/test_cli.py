@@ -315,3 +315,17 @@ def test_every_command_explains_itself(name, capsys):
         main([name, "--help"])
     assert end.value.code == 0
     assert "--debug" in capsys.readouterr().out
+
+
+def test_the_output_has_a_name_where_none_is_given(command, tmp_path, monkeypatch):
+    """The sentence on the project's card: convert MODEL --rank N. Hyphens and underscores mean the same."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DEMO_MODEL, tmp_path / "models" / "tiny")
+    assert command("convert", "models/tiny", "--rank", "8", "--method", "svd").stdout.strip() == "tiny-lowrank"
+    assert command("merge", "tiny-lowrank").stdout.strip() == "tiny-lowrank-merged"
+    again = command("convert", "models/tiny", "--rank", "8", "--method", "svd")
+    assert "--output-dir tiny-lowrank is not empty" in again.stderr
+    assert (
+        command("convert", "models/tiny", "--param_ratio=0.5", "--method", "svd", "--output_dir", "b").returncode == 0
+    )
+    assert (tmp_path / "b" / "model.safetensors").is_file()

@@ -39,8 +39,8 @@ def test_contents(wheel):
         "lowrank_ft/py.typed",
         *(f"lowrank_ft/demo/model/{p.name}" for p in (ROOT / "lowrank_ft/demo/model").iterdir()),
         *(
-            f"lowrank_ft/tasks/{p.name}"
-            for p in (ROOT / "lowrank_ft/tasks").iterdir()
+            f"lowrank_ft/evaluation/tasks/{p.name}"
+            for p in (ROOT / "lowrank_ft/evaluation/tasks").iterdir()
             if p.suffix in (".yaml", ".jsonl")
         ),
         *(f"lowrank_ft_recipes/configs/{p.name}" for p in (ROOT / "recipes/configs").glob("*.yaml")),
@@ -50,7 +50,7 @@ def test_contents(wheel):
     assert "Requires-Python: >=3.10" in metadata
     for requirement in ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub"):
         assert f"Requires-Dist: {requirement}>=" in metadata
-    for extra in ("eval", "plot", "quantized", "trl", "vllm", "dev"):
+    for extra in ("eval", "plot", "quantized", "trl", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
 
 
