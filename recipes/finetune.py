@@ -54,7 +54,7 @@ def main() -> None:
     data_args.block_size = context_length(data_args.block_size, positions, source.name)
     accelerator = make_accelerator(train_args)
     check_guide_bits(model_args.guide_at(1.0), model_args.guide_bits, accelerator.device)
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
         distill_data = load_distill_data(data_args, tokenizer)
     check_embeddings(config.get_text_config().vocab_size, train_data, eval_data, distill_data)

@@ -58,7 +58,7 @@ def main() -> None:
     positions = getattr(config, "max_position_embeddings", None)
     data_args.block_size = context_length(data_args.block_size, positions, "the model")
     accelerator = make_accelerator(train_args)
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
     check_embeddings(config.vocab_size, train_data, eval_data)
 

@@ -33,35 +33,42 @@ def text_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     return begin, end
 
 
-def encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def encode_chat(
+    messages: list[dict[str, Any]], tokenizer: Any, tools: list[Any] | None = None
+) -> tuple[list[int], list[bool]]:
     """Token ids of a chat in the tokenizer's own template, and which of them belong to the assistant's replies.
 
     A template that marks replies itself (``{% generation %}``) is believed. Otherwise a reply is the text that the
     template adds to the chat before it with its generation prompt: what the model will have to write when it serves.
+    Some templates rewrite an earlier reply when a later turn is added (Qwen3 takes its reasoning out): such a reply is
+    not what the model will write, and does not count.
+
+    Args:
+        tools: handed to the template.
 
     Raises:
-        DataError: the template is missing, or rewrites earlier turns when a later one is added.
+        DataError: the template is missing, or no reply of the chat can be told apart.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("the tokenizer has no chat template; use one that has, or train on --text-column")
     if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
         encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    turns = [turn for turn, message in enumerate(messages) if turn > 0 and message.get("role") == "assistant"]
     replies = []
-    for turn, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
-        if not text.startswith(after) or not after.startswith(before):
-            raise DataError(
-                "the chat template rewrites earlier turns, so replies cannot be told apart; "
-                "use a template with {% generation %} marks"
-            )
-        replies.append((len(before), len(after)))
+    for turn in turns:
+        before = tokenizer.apply_chat_template(messages[:turn], tools=tools, tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: turn + 1], tools=tools, tokenize=False)
+        if text.startswith(after) and after.startswith(before):
+            replies.append((len(before), len(after)))
+    if turns and not replies:
+        raise DataError(
+            "the chat template rewrites earlier turns, so replies cannot be told apart; "
+            "use a template with {% generation %} marks"
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
     counted = [any(first <= start < last for first, last in replies) for start, _ in offsets]

@@ -1,5 +1,6 @@
 """Rows of text from a name on the Hub or from a local file: ``datasets`` reads them all."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,14 +29,50 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
                 raise DataError(f"{path} has the ending {path.suffix!r}; the endings read are {', '.join(BUILDERS)}")
             if path.stat().st_size == 0:
                 raise DataError(f"{path} is empty")
+            if builder != "parquet":
+                _require_utf8(path)
             whole = _WHOLE if builder == "text" else {}
-            return load_dataset(builder, data_files=str(path), split="train", **whole)
+            try:
+                return load_dataset(builder, data_files=str(path), split="train", **whole)
+            except Exception:  # pyarrow wants every row of one shape
+                if path.suffix.lower() != ".jsonl":
+                    raise
+                return _read_lines(path) or load_dataset(builder, data_files=str(path), split="train")
         if path.is_dir():
             found = load_dataset_builder(str(path), config)
             return load_dataset(str(path), config, split=split, **(_WHOLE if found.name == "text" else {}))
         if path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~")):
             raise DataError(f"there is no file {path}; check the path")
         return load_dataset(name, config, split=split)
+
+
+def _require_utf8(path: Path) -> None:
+    """pyarrow reads other bytes, too, and fails much later."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                raise DataError(
+                    f"{path}, line {number}, is not UTF-8; convert the file, with iconv for instance"
+                ) from None
+
+
+def _read_lines(path: Path) -> Dataset | None:
+    """JSON lines of different shapes: what is no string is kept as JSON, and a broken line is a row of nulls.
+
+    None where not one line is an object.
+    """
+    rows: list[dict[str, str | None]] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(text)
+        except ValueError:
+            row = None
+        row = row if isinstance(row, dict) else {}
+        rows.append({k: v if isinstance(v, str) or v is None else json.dumps(v) for k, v in row.items()})
+    columns = {k: None for row in rows for k in row}
+    return Dataset.from_list([{**columns, **row} for row in rows]) if columns else None
 
 
 def require_column(name: str, wanted: Sequence[str], found: Iterable[str] | None, fix: str) -> None:

@@ -3,16 +3,13 @@
 A text too large for memory is tokenized once by ``lowrank-ft tokenize``; the folder that it wrote is a source, too.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lowrank_ft.data.encoding import encode_chat, token_ids
 from lowrank_ft.data.examples import DEFAULT_BLOCK_SIZE, TokenizedData, pack
 from lowrank_ft.data.sources import read_rows, require_column
 from lowrank_ft.data.token_format import is_token_folder, read_index
+from lowrank_ft.data.tokenize_rows import SHAREGPT_COLUMN, tokenize_chats, tokenize_texts
 from lowrank_ft.data.tokens import TokenFiles
 from lowrank_ft.errors import DataError
 from lowrank_ft.training.options import DataArguments
@@ -70,29 +67,13 @@ def _tokenized(
         data.check_tokenizer(tokenizer)
         return data
     rows = read_rows(name, split, config)
-    wanted = (args.text_column, args.messages_column)
-    require_column(name, wanted, rows.column_names, "choose with --text-column or --messages-column")
-    if args.messages_column in rows.column_names:
-        return _tokenized_chats(rows[args.messages_column], name, tokenizer, _block_size(args))
-    texts = (text for text in rows[args.text_column] if text)
-    return pack(token_ids(texts, tokenizer), _block_size(args), name)
-
-
-def _tokenized_chats(chats: Iterable[Any], name: str, tokenizer: Any, most_tokens: int) -> TokenizedData:
-    ids: list[np.ndarray] = []
-    counted: list[np.ndarray] = []
-    without_reply = 0
-    for messages in chats:
-        tokens, mask = encode_chat(list(messages), tokenizer)
-        if not any(mask[1:most_tokens]):
-            without_reply += 1
-            continue
-        ids.append(np.array(tokens[:most_tokens], dtype=np.int32))
-        counted.append(np.array(mask[:most_tokens], dtype=bool))
-    if not ids:
-        raise DataError(
-            f"none of the {without_reply} chats of {name} has an assistant's reply within {most_tokens} tokens; "
-            "raise --block-size, or check the roles"
-        )
-    starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
-    return TokenizedData(np.concatenate(ids), starts, np.concatenate(counted))
+    if SHAREGPT_COLUMN not in rows.column_names:
+        wanted = (args.text_column, args.messages_column)
+        require_column(name, wanted, rows.column_names, "choose with --text-column or --messages-column")
+    for column in (args.messages_column, SHAREGPT_COLUMN):
+        if column in rows.column_names:
+            return tokenize_chats(
+                rows, column, name, tokenizer, _block_size(args), args.strict_data, args.dataset_num_proc
+            )
+    ids = tokenize_texts(rows, args.text_column, name, tokenizer, args.strict_data, args.dataset_num_proc)
+    return pack(ids, _block_size(args), name)

@@ -99,9 +99,15 @@ class DataArguments:
     block_size: int | None = option(
         None, "tokens per packed block or at most per chat; default: 1024 or what the model has"
     )
+    strict_data: bool = option(False, "stop at the first row that cannot be used, instead of leaving it out")
+    dataset_num_proc: int | None = option(
+        None, "processes that tokenize, on each node; default: one, or all cores up to 8 for 10,000 rows and more"
+    )
 
     def __post_init__(self) -> None:
         _require_range("eval_ratio", self.eval_ratio, 0, 0.9)
+        if self.dataset_num_proc is not None:
+            _require_range("dataset_num_proc", self.dataset_num_proc, 1)
         if self.block_size is not None:
             _require_range("block_size", self.block_size, 2)
 

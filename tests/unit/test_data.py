@@ -207,3 +207,98 @@ def test_ids_in_memory_that_a_model_does_not_have(tokenizer, tmp_path):
     check_embeddings(largest + 1, train, held_out)
     with pytest.raises(DataError, match=f"ids up to {largest}, and the model has {largest} embeddings"):
         check_embeddings(largest, train, held_out)
+
+
+ODD = [
+    ({"messages": CHAT}, None),
+    ({"messages": None}, "it has no messages"),
+    ({"messages": []}, "it has no messages"),
+    ({"messages": [{"role": "user", "content": None}, CHAT[1]]}, "the content of a message is null"),
+    ({"messages": json.dumps(CHAT)}, None),
+    ({"messages": "no JSON"}, "it is a string, and no JSON"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[1]]}, None),
+    ({"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, None),
+    ({"messages": [{"content": "who?"}]}, "a message has no role"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
+        "a content has parts that are no text",
+    ),
+    ({"messages": [CHAT[1]]}, "it has no assistant's reply"),  # there is nothing that it replies to
+    ({"messages": [{"role": "user", "content": "RAISE"}, CHAT[1]]}, "the chat template refuses it"),
+    ({"messages": [{"role": "user", "content": "long " * 200}, CHAT[1]]}, "its reply begins after 64 tokens"),
+]
+
+
+def test_odd_chats_are_read_or_left_out_counted_and_named(tokenizer, tmp_path, capsys):
+    tokenizer.chat_template = PLAIN.replace(
+        "<{{ m.role", "{% if m.content == 'RAISE' %}{{ raise_exception('no') }}{% endif %}<{{ m.role"
+    )
+    path = write(tmp_path / "odd.jsonl", [row for row, _ in ODD])
+    args = DataArguments(dataset=path, block_size=64, eval_ratio=0)
+    with pytest.warns(
+        UserWarning, match=r"69% of the chats of .*odd.jsonl are left out or cut; raise --block-size above 64"
+    ):
+        train, _ = load_data(args, tokenizer)
+    assert len(train) == sum(reason is None for _, reason in ODD)
+    said = capsys.readouterr().err
+    assert f"9 of {len(ODD)} chats of {path} are left out" in said
+    for number, (_, reason) in enumerate(ODD, start=1):
+        assert reason is None or any(reason in line and str(number) in line for line in said.splitlines()), reason
+    learned = tokenizer.decode([t for t in train[3]["labels"].tolist() if t != IGNORED])
+    assert learned.split() == ["Ho"]
+    with pytest.raises(DataError, match=r"odd.jsonl, row 2: it has no messages; mend it, or leave --strict-data out"):
+        load_data(DataArguments(dataset=path, block_size=64, eval_ratio=0, strict_data=True), tokenizer)
+
+
+def test_a_broken_line_and_null_texts_are_counted(tokenizer, tmp_path, capsys):
+    good = {"text": "the quick brown fox jumps over the lazy dog. " * 40}
+    (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n{broken\n" + json.dumps({"text": None}) + "\n")
+    with pytest.warns(UserWarning, match="67% of the texts"):
+        train, _ = load_data(DataArguments(dataset=str(tmp_path / "a.jsonl"), block_size=32, eval_ratio=0), tokenizer)
+    assert train.ids.tolist() == pack(token_ids([good["text"]], tokenizer), 32).ids.tolist()
+    assert "2 x it is null (row 2, 3)" in capsys.readouterr().err
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match="latin.jsonl, line 2, is not UTF-8"):
+        load_data(DataArguments(dataset=str(tmp_path / "latin.jsonl")), tokenizer)
+
+
+def test_sharegpt_columns_and_tools(tokenizer, tmp_path):
+    tokenizer.chat_template = "{% if tools %}[{{ tools[0].name }}]{% endif %}" + PLAIN
+    tools = [{"name": "clock", "parameters": {"zone": "text"}}]
+    rows = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "tools": tools}] * 3
+    train, _ = load_data(
+        DataArguments(dataset=write(tmp_path / "c.jsonl", rows), block_size=64, eval_ratio=0), tokenizer
+    )
+    assert tokenizer.decode(train[0]["input_ids"]).startswith("[clock]<user>Hi")
+    rows = [{**rows[0], "tools": json.dumps(tools)}]
+    train, _ = load_data(
+        DataArguments(dataset=write(tmp_path / "d.jsonl", rows), block_size=64, eval_ratio=0), tokenizer
+    )
+    assert tokenizer.decode(train[0]["input_ids"]).startswith("[clock]<user>Hi")
+
+
+def test_a_reply_that_later_turns_rewrite_does_not_count_and_the_last_does(tokenizer):
+    """Qwen3 takes the reasoning out of earlier replies."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = [{**m, "content": f"<think>hm</think>{m['content']}"} if m["role"] == "assistant" else m for m in CHAT]
+    tokens, counted = encode_chat(chat, tokenizer)
+    learned = tokenizer.decode([t for t, c in zip(tokens, counted, strict=True) if c])
+    assert learned.strip() == "<think>hm</think>Seven."
+
+
+def test_tokenized_on_several_processes_it_is_the_same(tokenizer, tmp_path):
+    tokenizer.chat_template = PLAIN
+    rows = [{"messages": [{"role": "user", "content": f"What is {i}?"}, CHAT[1]]} for i in range(40)]
+    path = write(tmp_path / "chat.jsonl", rows)
+    one, two = (
+        load_data(DataArguments(dataset=path, block_size=64, eval_ratio=0, dataset_num_proc=n), tokenizer)[0]
+        for n in (1, 2)
+    )
+    assert one.fingerprint() == two.fingerprint()
+    expected = [encode_chat(row["messages"], tokenizer) for row in rows]
+    assert one.ids.tolist() == [t for ids, _ in expected for t in ids]
+    assert one.counted.tolist() == [c for _, counted in expected for c in counted]
