@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lowrank_ft_cli.calibration import check_flags, is_wanted, read_calibration
 from lowrank_ft_cli.options import device_of, dtype_of, hub_target, output_dir_of, shard_size, size_options, source_of
-from lowrank_ft_cli.plan import print_plan, refuse_compact
+from lowrank_ft_cli.plan import print_plan, print_remainder, refuse_compact
 from transformers import PreTrainedModel
 
 from lowrank_ft.checkpoints.atomic import check_output_dir
@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
     allocation = options.allocation or default_allocation(options.param_ratio, calibration)
     plan = allocate(model, plan, allocation, calibration, progress=True)
     print_plan(plan, to_stderr=True)
+    print_remainder(model, plan, to_stderr=True)
     if not plan.ranks:
         raise RankError(f"every one of the {len(plan.linears)} targeted linears stays dense; lower the rank")
     record = ConversionRecord()

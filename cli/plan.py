@@ -12,6 +12,7 @@ from lowrank_ft_cli.calibration import read_calibration
 from lowrank_ft_cli.memory import memory_of, print_memory
 from lowrank_ft_cli.options import device_of, dtype_of, size_options, source_of
 from lowrank_ft_cli.preset import print_training_cost, run_preset, sequence_length_of
+from torch import nn
 
 from lowrank_ft.checkpoints.source import Source, TensorInfo, is_compact, load_model, skeleton
 from lowrank_ft.console import human_bytes, human_count, print_table
@@ -19,7 +20,7 @@ from lowrank_ft.conversion.convert import allocate, spectrum_of
 from lowrank_ft.costs.flops import training_cost
 from lowrank_ft.errors import CheckpointError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
-from lowrank_ft.factorization.plan import LinearPlan, Plan, make_plan
+from lowrank_ft.factorization.plan import LinearPlan, Plan, dense_remainder, make_plan
 from lowrank_ft.factorization.ranks import break_even_rank
 from lowrank_ft.factorization.targets import kind_of
 from lowrank_ft.report.plots import check_picture_path, require_plotting, save_rank_map
@@ -56,10 +57,15 @@ def run(options: argparse.Namespace) -> None:
     if picture is not None:
         save_rank_map(plan.linears, picture)
     if options.json:
-        extra = {"training": None if cost is None else asdict(cost), "memory": memory}
+        extra = {
+            "stays_dense": dense_remainder(model, plan) or None,
+            "training": None if cost is None else asdict(cost),
+            "memory": memory,
+        }
         print(json.dumps(plan.to_dict() | {k: v for k, v in extra.items() if v is not None}, indent=2))
         return
     print_plan(plan)
+    print_remainder(model, plan)
     if cost is not None and length is not None:
         print_training_cost(cost, options.tokens, length)
     if memory is not None:
@@ -84,8 +90,24 @@ def print_stored(plan: Plan, tensors: dict[str, TensorInfo]) -> None:
     print(f"on disk   {human_bytes(stored)} -> about {human_bytes(stored - saved)}")
 
 
+def print_remainder(model: nn.Module, plan: Plan, to_stderr: bool = False) -> None:
+    """Say what is large and stays dense, such as experts."""
+    for kind, count in dense_remainder(model, plan).items():
+        share = count / plan.model_parameters
+        print(
+            f"note      {kind} stays dense: {share:.0%} of the parameters", file=sys.stderr if to_stderr else sys.stdout
+        )
+
+
 def refuse_compact(config: object, source: Source) -> None:
-    """Raise a CheckpointError where the model is factored already."""
+    """Raise a CheckpointError where the model is factored or quantized already."""
+    entry = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    if method is not None and not is_compact(config):
+        raise CheckpointError(
+            f"{source.name} is quantized ({getattr(method, 'value', method)}), and its weights are no matrices to factorize; "
+            "name the model that it was quantized from, or dequantize it first"
+        )
     if is_compact(config):
         raise CheckpointError(
             f"{source.name} is compact already; convert the dense model that it came from, "

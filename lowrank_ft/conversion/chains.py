@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.errors import DataError
+from lowrank_ft.nn.modes import without_cache
 
 Batch = Mapping[str, Tensor]
 """Arguments of the model's forward, such as ``input_ids`` and ``attention_mask``, each ``(batch, ...)``."""
@@ -141,8 +142,7 @@ def token_mask(batch: Batch, x: Tensor, decoder: bool = False) -> Tensor | None:
 def run(model: Any, batch: Batch) -> Any:
     """One forward pass, on the model's device, without a cache."""
     device = next(model.parameters()).device
-    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    return model(**{k: v.to(device) for k, v in batch.items()}, **extra)
+    return model(**{k: v.to(device) for k, v in batch.items()}, **without_cache(model))
 
 
 def answer_of(output: Any) -> tuple[Tensor, bool]:

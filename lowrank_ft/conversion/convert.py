@@ -111,8 +111,11 @@ def convert(
         _truncate(model, plan, record, progress)
     else:
         _fit(model, plan, method, calibration, record, progress)
-    for name, weight in weights.items():
+    for name in list(weights):
         layer: Any = model.get_submodule(name)
+        weight = weights.pop(
+            name
+        )  # the guide is a tensor of its own: with it, one linear is in memory twice and not all
         swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide), guide_bits))
     describe_in_config(model)
     return plan
@@ -139,7 +142,16 @@ def allocate(
         raise ConfigError(f"allocation {allocation} needs calibration data; give some, or use allocation uniform")
     names = [p.name for p in plan.linears]
     with evaluating(model):
-        return reallocate(plan, squared_spectra(model, names, calibration, allocation, progress))
+        spectra = squared_spectra(model, names, calibration, allocation, progress)
+    unreached = [name for name in names if name not in spectra]
+    if unreached:
+        warnings.warn(
+            f"the calibration data do not reach {len(unreached)} of {len(names)} linears (the first is {unreached[0]}), so "
+            "that nothing tells what they are worth; they keep the ranks that their shapes give, and are factorized "
+            "by their weights alone. Give data that reach them, or leave them dense with --exclude-modules",
+            stacklevel=2,
+        )
+    return reallocate(plan, spectra)
 
 
 def _truncate(model: nn.Module, plan: Plan, record: ConversionRecord | None, progress: bool) -> None:

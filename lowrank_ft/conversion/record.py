@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.conversion.calibration import Calibration, default_method
 from lowrank_ft.factorization.plan import Plan
-from lowrank_ft.factorization.solvers import singular_values
+from lowrank_ft.factorization.solvers import gram_singular_values
 
 CONVERSION_VERSION = 1
 
@@ -74,7 +74,7 @@ class ConversionRecord:
 
 def thinned_spectrum(weight: Tensor, name: str) -> tuple[list[float], list[int]]:
     """Singular values of ``weight (out, in)``, descending, evenly thinned to 256, and their places, from 1."""
-    values = singular_values(weight, name)
+    values = gram_singular_values(weight, name)
     index = torch.linspace(0, len(values) - 1, min(_MOST_VALUES, len(values))).round().long()
     return values[index].tolist(), (index + 1).tolist()
 

@@ -27,6 +27,7 @@ from lowrank_ft.errors import require_choice
 from lowrank_ft.factorization.solvers import singular_values, whitening, working_dtype
 from lowrank_ft.nn.replace import dense_weight
 
+_NOTHING = torch.zeros(1)
 SENSITIVITY_TOKENS = 16_384
 """Tokens of the gradients and moments that only weigh linears against each other."""
 
@@ -35,6 +36,9 @@ def squared_spectra(
     model: nn.Module, names: Sequence[str], calibration: Calibration, allocation: str, progress: bool = False
 ) -> dict[str, Tensor]:
     """``s_i^2 (min(out, in),)`` of each named linear of the dense ``model``, descending, float64 on the CPU.
+
+    A linear that the data do not reach is left out: an image encoder where there is text alone, an expert that gets no
+    token. Nothing was measured of it, which is not the same as that it is worth nothing.
 
     Memory: moments of one block's linears at a time; for ``loss`` also the activations of one forward pass.
 
@@ -49,20 +53,18 @@ def squared_spectra(
     for group in _by_block(model, names):
         moments = dense_moments(model, group, batches)
         for name in group:
+            bar.update()
             matrix, found = dense_weight(model.get_submodule(name)), moments[name]
-            if found.inputs is not None:
-                root = whitening(found.inputs / found.tokens)[1]
-                matrix = matrix.to(root) @ root
+            if found.inputs is None or (allocation == "loss" and not weights.get(name, _NOTHING).any()):
+                continue
+            root = whitening(found.inputs / found.tokens)[1]
+            matrix = matrix.to(root) @ root
             if name in weights:
                 matrix = weights[name].mean().sqrt().to(matrix) * matrix
             squares = singular_values(matrix, name).square()
             total = squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
             spectra[name] = squares if name in weights else squares / total
-            bar.update()
     bar.close()
-    if weights:  # what no token reached counts as much as the least of the others
-        least = min(spectra[n].sum() for n in weights)
-        spectra |= {n: s * least for n, s in spectra.items() if n not in weights}
     return spectra
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError, DataError
-from lowrank_ft.nn.modes import evaluating
+from lowrank_ft.nn.modes import evaluating, without_cache
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def evaluate_blocks(
     with evaluating(model):
         for batch, wanted in _batches(blocks, labels, batch_size, "evaluate" if progress else None):
             wanted = wanted.to(device)
-            total += summed_loss(model(input_ids=batch.to(device)).logits, wanted).item()
+            total += summed_loss(model(input_ids=batch.to(device), **without_cache(model)).logits, wanted).item()
             tokens += predicted_tokens(wanted)
     seconds = time.perf_counter() - start
     return Evaluation(total / tokens, tokens, tokens / seconds)
@@ -149,7 +149,7 @@ def agreement(
     kl, same, tokens = 0.0, 0, 0
     with evaluating(model), evaluating(baseline):
         for batch, wanted in _batches(blocks, labels, batch_size, "agreement" if progress else None):
-            logits = model(input_ids=batch.to(device)).logits
+            logits = model(input_ids=batch.to(device), **without_cache(model)).logits
             reference = baseline(input_ids=batch.to(other)).logits.to(device)
             if logits.shape[-1] != reference.shape[-1]:
                 raise ConfigError(

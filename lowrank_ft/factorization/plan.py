@@ -25,7 +25,7 @@ from lowrank_ft.factorization.ranks import (
     ranks_for_param_ratio,
     resolve_rank,
 )
-from lowrank_ft.factorization.targets import LinearSpec, Patterns, pattern_value, select_targets
+from lowrank_ft.factorization.targets import LinearSpec, Patterns, kind_of, pattern_value, select_targets
 
 PLAN_VERSION = 1
 
@@ -120,6 +120,8 @@ class Plan:
             plan = cls(linears, int(data["model_parameters"]), dict(data.get("rank_pattern", {})))
         except (KeyError, IndexError, TypeError) as error:
             raise PlanError(f"the plan lacks or garbles {error}; make it anew with lowrank-ft plan --json") from None
+        if not plan.linears:
+            raise PlanError("the plan names no linears; make it anew with lowrank-ft plan --json")
         for p in plan.linears:
             if p.rank is not None and not isinstance(p.rank, int):
                 raise PlanError(
@@ -201,7 +203,7 @@ def make_plan(
 def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
     """Spend the parameters of ``plan`` anew, where they lose the least (see :func:`allocate_ranks`).
 
-    Linears that a ``rank_pattern`` named keep their rank, and do not count in the budget.
+    Linears that a ``rank_pattern`` named, or that have no spectrum, keep their rank, and do not count in the budget.
 
     Args:
         squared_spectra: ``s_i^2 (min(out, in),)`` by name, descending, in units of loss.
@@ -209,7 +211,7 @@ def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
     Raises:
         RankError: the budget is below what the smallest ranks need.
     """
-    free = [p for p in plan.linears if pattern_value(p.name, plan.rank_pattern) is None]
+    free = [p for p in plan.linears if p.name in squared_spectra and pattern_value(p.name, plan.rank_pattern) is None]
     if not free:
         return plan
     budget = sum(p.parameters for p in free)
@@ -226,6 +228,28 @@ def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
         for p in plan.linears
     )
     return Plan(linears, plan.model_parameters, plan.rank_pattern)
+
+
+def dense_remainder(model: nn.Module, plan: Plan, least: float = 0.05) -> dict[str, int]:
+    """What stays dense, though it is no embedding: parameters by kind, those with a share of the model above ``least``.
+
+    Such as the experts of a mixture, which are stored as three-dimensional parameters and are no linears.
+    """
+    planned = {f"{p.name}.weight" for p in plan.linears if p.rank is not None}
+    outer = {id(m.weight) for get in ("get_input_embeddings", "get_output_embeddings")
+             if (m := _embedding(model, get)) is not None}  # fmt: skip
+    kinds: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and name not in planned and id(parameter) not in outer:
+            kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + parameter.numel()
+    return {kind: count for kind, count in kinds.items() if count > least * plan.model_parameters}
+
+
+def _embedding(model: nn.Module, get: str) -> Any:
+    try:
+        return getattr(model, get)()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def count_parameters(model: nn.Module) -> int:

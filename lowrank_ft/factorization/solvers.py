@@ -133,6 +133,14 @@ def singular_values(weight: Tensor, name: str = "weight") -> Tensor:
     return torch.linalg.svdvals(_working_copy(weight, name)).double().cpu()
 
 
+def gram_singular_values(weight: Tensor, name: str = "weight") -> Tensor:
+    """As :func:`singular_values`, several times faster; those below 1e-7 of the largest have few or no right digits."""
+    matrix = _working_copy(weight, name)
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    return torch.linalg.eigvalsh(matrix @ matrix.T).flip(-1).clamp_min(0).sqrt().double().cpu()
+
+
 def retained_energy(values: Tensor, rank: int) -> float:
     """``sum(kept s^2) / sum(s^2)``; 1.0 for an all-zero spectrum, of which nothing can be lost."""
     squares = values.double().square()

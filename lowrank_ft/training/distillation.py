@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lowrank_ft.data.examples import IGNORED, TokenizedData
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.nn.modes import without_cache
 from lowrank_ft.training.options import TrainArguments
 
 _POSITIONS_AT_ONCE = 512
@@ -90,7 +91,7 @@ class Teacher:
         # Autocast keeps a converted copy of every weight that could get a gradient; a frozen one is not kept.
         self.model = model.eval().requires_grad_(False).to(accelerator.device)
         self._autocast = accelerator.autocast
-        self._options = forward_options(model)
+        self._options = without_cache(model)
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Any]) -> Tensor:
@@ -130,11 +131,6 @@ def make_teacher(
             "teacher, or set distill_weight 0"
         )
     return Teacher(model, student, accelerator)
-
-
-def forward_options(model: nn.Module) -> dict[str, Any]:
-    """For a forward pass over whole sequences, which needs no cache of keys and values."""
-    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
 
 def vocabulary(model: nn.Module) -> int | None:

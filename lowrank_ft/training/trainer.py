@@ -35,9 +35,10 @@ from lowrank_ft.data.examples import StepBatches, TokenizedData, collate
 from lowrank_ft.errors import ConfigError, DivergedError, TrainingStateError
 from lowrank_ft.evaluation.perplexity import Evaluation, predicted_tokens, summed_loss
 from lowrank_ft.nn import end_guidance, guide_label, guided_layers, set_alpha, set_gates
+from lowrank_ft.nn.modes import without_cache
 from lowrank_ft.schedule import alpha_at, lr_factor_at
 from lowrank_ft.training import fsdp, resume
-from lowrank_ft.training.distillation import Term, forward_options, make_teacher, summed_kl, terms_of_loss
+from lowrank_ft.training.distillation import Term, make_teacher, summed_kl, terms_of_loss
 from lowrank_ft.training.evaluating import evaluate_compact
 from lowrank_ft.training.length import run_length
 from lowrank_ft.training.metrics import MetricsLog, Window, plot_run
@@ -113,7 +114,7 @@ class Trainer:
         first = next(model.parameters(), torch.empty(0))
         self._dtype = str(first.dtype)  # now, as FSDP2 makes them float32 under mixed precision
         self._blocks = fsdp.block_classes(model, self.accelerator) if self._sharded else set()
-        self._forward_options = forward_options(model)
+        self._forward_options = without_cache(model)
         self._ddp_handler = self.accelerator.ddp_handler
         check_compiler(args, self.accelerator.device, self._sharded)
         self._guide_kinds = sorted({guide_label(layer) for _, layer in guided_layers(model)})

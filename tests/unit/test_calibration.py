@@ -704,14 +704,54 @@ def test_tokens_that_a_router_chose_are_not_crossed_with_others():
     assert not torch.allclose(everyone.cross, everyone.inputs)
 
 
-def test_loss_gives_unreached_experts_no_more_than_others():
+@pytest.mark.parametrize("allocation", ["energy", "loss"])
+def test_experts_that_no_token_reached_keep_the_rank_of_their_shape(allocation):
     model, batches = build("experts")
-    names = list(make_plan(model, rank=5).ranks)
-    spectra = squared_spectra(model, names, settings(batches), "loss")
-    reached = [spectra[n].sum() for n in names if "experts.3" not in n]
-    for name in names:
-        if "experts.3" in name:
-            assert spectra[name].sum() <= min(reached) * 1.0001
+    plan = make_plan(model, param_ratio=0.6)
+    assert not [n for n in squared_spectra(model, list(plan.ranks), settings(batches), allocation) if "experts.3" in n]
+    with pytest.warns(UserWarning, match=r"do not reach \d+ of \d+ linears \(the first is layers.\d.experts.3.up\)"):
+        allocated = allocate(model, plan, allocation, settings(batches))
+    unreached = [n for n in plan.ranks if "experts.3" in n]
+    assert unreached
+    assert all(allocated.ranks[n] == plan.ranks[n] for n in unreached)
+    assert allocated.factored_parameters <= plan.factored_parameters
+
+
+def tiny_llava():
+    vision = tf.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                 image_size=16, patch_size=8)  # fmt: skip
+    text = tf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, vocab_size=50)  # fmt: skip
+    torch.manual_seed(0)
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=49)
+    ).eval()
+
+
+def test_text_alone_neither_ruins_an_image_encoder_nor_fills_a_cache(monkeypatch):
+    model = tiny_llava()
+    assert not hasattr(model.config, "use_cache")
+    batches = [{"input_ids": torch.randint(0, 48, (4, 24))} for _ in range(2)]
+    caches = []
+    stock = tf.LlamaModel.forward
+
+    def watch(self, *arguments, **kwargs):
+        output = stock(self, *arguments, **kwargs)
+        caches.append(output.past_key_values)
+        return output
+
+    monkeypatch.setattr(tf.LlamaModel, "forward", watch)
+    plan = make_plan(model, param_ratio=0.6)
+    with pytest.warns(UserWarning, match=r"do not reach \d+ of \d+ linears .*vision"):
+        allocated = allocate(model, plan, "loss", settings(batches))
+    seen = [n for n in plan.ranks if "vision" in n]
+    assert seen
+    assert {n: allocated.ranks.get(n) for n in seen} == {n: plan.ranks[n] for n in seen}
+    record = ConversionRecord()
+    convert(model, allocated, calibration=settings(batches), record=record)
+    assert caches
+    assert not any(caches)
+    assert max(record.linears[n]["weight_error"] for n in seen) < 0.8
 
 
 # --- sensitivities

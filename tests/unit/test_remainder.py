@@ -1,0 +1,93 @@
+"""What stays dense is said, and what cannot be planned is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import lowrank_ft
+from lowrank_ft.errors import PlanError
+from lowrank_ft.factorization.plan import Plan, dense_remainder, make_plan
+from lowrank_ft.factorization.solvers import gram_singular_values, singular_values
+from tests.conftest import DEMO_MODEL, tiny_llama
+
+
+def mixtral():
+    return MixtralForCausalLM(
+        MixtralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                      num_key_value_heads=1, num_local_experts=4, vocab_size=50)
+    )  # fmt: skip
+
+
+def test_experts_that_stay_dense_are_said(command, tmp_path):
+    model = mixtral()
+    left = dense_remainder(model, make_plan(model, rank=4))
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert sum(left.values()) == experts
+    model.save_pretrained(tmp_path / "moe")
+    done = command("plan", tmp_path / "moe", "--rank", "4")
+    share = f"{left['model.layers.*.mlp.experts.gate_up_proj'] / model.num_parameters():.0%}"
+    assert f"model.layers.*.mlp.experts.gate_up_proj stays dense: {share} of the parameters" in done.stdout
+    assert json.loads(command("plan", tmp_path / "moe", "--rank", "4", "--json").stdout)["stays_dense"] == left
+    done = command("convert", tmp_path / "moe", "--rank", "4", "--method", "svd", "--output-dir", tmp_path / "out")
+    assert f"stays dense: {share} of the parameters" in done.stderr
+    assert dense_remainder(tiny_llama(), make_plan(tiny_llama(), rank=4)) == {}
+
+
+def test_quantized_sources_are_refused_by_name(command, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    model.save_pretrained(tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    for arguments in (["plan"], ["convert", "--output-dir", tmp_path / "out"]):
+        done = command(arguments[0], tmp_path / "q", "--rank", "8", *arguments[1:])
+        assert done.returncode == 1
+        assert (
+            "is quantized (bitsandbytes), and its weights are no matrices to factorize; name the model" in done.stderr
+        )
+
+
+def test_a_plan_without_linears_is_refused():
+    data = make_plan(tiny_llama(), rank=4).to_dict() | {"linears": []}
+    with pytest.raises(PlanError, match="the plan names no linears"):
+        Plan.from_dict(data)
+
+
+def test_singular_values_of_the_record_are_those_of_an_svd():
+    torch.manual_seed(0)
+    for shape in ((40, 24), (24, 40), (24, 24)):
+        weight = torch.randn(shape) * torch.logspace(0, -3, shape[1])
+        torch.testing.assert_close(gram_singular_values(weight), singular_values(weight), rtol=1e-6, atol=1e-10)
+
+
+def test_a_record_takes_no_svd(monkeypatch):
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda *_: pytest.fail("an SVD for the report alone"))
+    record = lowrank_ft.conversion.ConversionRecord()
+    lowrank_ft.convert(tiny_llama(), rank=4, record=record)
+    assert all(entry["spectrum"] for entry in record.linears.values())
+
+
+def test_guides_are_made_as_their_dense_weights_go(monkeypatch):
+    """The dense weights of linears whose guide is made already must not be alive beside it."""
+    import gc
+
+    from lowrank_ft.nn import GuidedLowRankLinear
+
+    model = tiny_llama()
+    originals = [m.weight.detach().clone() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    ours = {id(w) for w in originals}
+    alive = []
+    stock = GuidedLowRankLinear.from_lowrank
+
+    def watch(*arguments):
+        gc.collect()
+        held = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and id(t) not in ours]
+        alive.append(sum(any(t.shape == w.shape and torch.equal(t, w) for t in held) for w in originals))
+        return stock(*arguments)
+
+    monkeypatch.setattr(GuidedLowRankLinear, "from_lowrank", watch)
+    lowrank_ft.convert(model, rank=4, guide="residual")
+    assert len(alive) == len(originals)
+    assert alive == list(range(len(originals), 0, -1))
