@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -12,6 +14,11 @@ from lowrank_ft.checkpoints import sharded as tensor_files
 from lowrank_ft.checkpoints.source import RUN_FILE, Source, load_model, model_class
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
 
+_HEADS = {  # of PEFT's task types: the class, and how the weight is called whose rows are the labels
+    "SEQ_CLS": ("AutoModelForSequenceClassification", ("score.weight", "classifier.weight", "out_proj.weight")),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", ("score.weight", "classifier.weight")),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", ("qa_outputs.weight",)),
+}
 _GUIDE = (".guide.weight", ".guide.absmax")
 
 
@@ -52,6 +59,21 @@ def _adapter_scale(folder: Path) -> float:
     return float(run["lora_alpha"] / run["lora_r"]) if run.get("trainable") == "lora" else 1.0
 
 
+def _base_of_adapter(source: Source, task: str | None, folder: Path) -> PreTrainedModel:
+    """The base model with the head of the task, whose weights the adapter brings."""
+    if task not in _HEADS:
+        return load_model(source)
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = [n for n in file.keys() if n.endswith(_HEADS[task][1])]  # noqa: SIM118 (safe_open is no mapping)
+        labels = file.get_slice(names[0]).get_shape()[0] if names else None
+    if labels is None:
+        raise CheckpointError(
+            f"{folder} is an adapter for {task} and holds no trained head ({' or '.join(_HEADS[task][1])}); "
+            "train it with modules_to_save, which get_peft_model sets by itself for this task"
+        )
+    return load_model(source, auto_class=getattr(transformers, _HEADS[task][0]), num_labels=labels)
+
+
 def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, str, Path]:
     """The compact model of a PEFT adapter of type LOWRANK, its base model's name, and that model's folder.
 
@@ -71,7 +93,7 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrai
     if not name:
         raise CheckpointNotFoundError(f"{folder}/adapter_config.json names no base model; add base_model_name_or_path")
     source = Source(name, entry.get("revision"), trust_remote_code)
-    model: Any = PeftModel.from_pretrained(load_model(source), str(folder))
+    model: Any = PeftModel.from_pretrained(_base_of_adapter(source, entry.get("task_type"), folder), str(folder))
     own_tokenizer = (folder / "tokenizer_config.json").is_file()  # with a chat template of its own, perhaps
     return model.base_model.compact_and_unload(), name, folder if own_tokenizer else source.download()
 

@@ -289,8 +289,19 @@ def skeleton(config: Any, name: str, trust_remote_code: bool = False) -> PreTrai
         return cls(config)
 
 
-def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str | None = None) -> PreTrainedModel:
+def load_model(
+    source: Source,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    auto_class: Any = None,
+    num_labels: int | None = None,
+) -> PreTrainedModel:
     """Load a dense or compact checkpoint with all its weights, in evaluation mode.
+
+    Args:
+        auto_class: one of transformers' classes with a head that the checkpoint lacks; the caller fills it. By default
+            the class is that of the checkpoint, and nothing may be missing.
+        num_labels: outputs of that head.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: as :class:`Source`; or weights are missing from the checkpoint.
@@ -298,7 +309,9 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str | 
     config = source.load_config()
     folder = source.download()
     Source(str(folder)).tensors()
-    cls = model_class(config, source.name, source.trust_remote_code)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    cls = auto_class or model_class(config, source.name, source.trust_remote_code)
     extra = {"trust_remote_code": True} if hasattr(cls, "_model_mapping") and source.trust_remote_code else {}
     try:
         model, info = cls.from_pretrained(
@@ -307,6 +320,8 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str | 
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{source.name} does not load: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
+    if auto_class is not None:  # of the body, though, nothing may be missing
+        missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     if missing:
         raise CheckpointError(
             f"{source.name} lacks {len(missing)} weights of {type(model).__name__}, the first being {missing[0]}; "

@@ -8,9 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForPreTraining,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import lowrank_ft
 from lowrank_ft import LowRankConfig
@@ -20,6 +29,9 @@ from tests.conftest import DEMO_MODEL
 from tests.fake_hub import FakeHub
 
 TOKEN = "hf_test"
+SMALL = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=100, pad_token_id=0
+)
 STRAY = ("passwords.txt", "letter.docx", "train.jsonl", "notes.json", "vocab_extra.txt")
 
 
@@ -160,3 +172,34 @@ def test_a_checkpoint_of_transformers_trainer_exports(tmp_path):
 )
 def test_a_recorded_command_holds_no_secret_and_no_folder(arguments, shown):
     assert shown_command("p", arguments) == shown
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_an_adapter_for_classification_is_exported_with_its_head_and_its_tokenizer(kind, tmp_path):
+    base = tmp_path / "base"
+    make = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1)),
+        "bert": lambda: BertForPreTraining(BertConfig(**SMALL)),
+    }[kind]
+    make().save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.save_pretrained(base)
+    dense = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    dense.config.pad_token_id = 0
+    adapted = get_peft_model(dense, LowRankConfig(r=8, task_type="SEQ_CLS"))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    ids = torch.randint(1, 90, (2, 7))
+    with torch.no_grad():
+        wanted = adapted.eval()(input_ids=ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.chat_template = "mine"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    run("export", tmp_path / "adapter", "--output-dir", tmp_path / "out", home=tmp_path, cwd=tmp_path)
+    compact = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    compact.config.pad_token_id = 0
+    with torch.no_grad():
+        torch.testing.assert_close(compact.eval()(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "mine"
