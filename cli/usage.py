@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -15,7 +16,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._given = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args(args, namespace)
+        options, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(options).items():  # --output-dir=~/x reaches us as it is written
+            setattr(options, name, [_at_home(v) for v in value] if isinstance(value, list) else _at_home(value))
+        return options, rest
 
     def error(self, message: str) -> NoReturn:
         # A misspelt option may also be why a required one is missing.
@@ -29,3 +33,8 @@ class OneLineParser(argparse.ArgumentParser):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
                 yield f"there is no option {name}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def _at_home(value: Any) -> Any:
+    """A path below the home folder in full; or there would be a folder called ``~``."""
+    return os.path.expanduser(value) if isinstance(value, str) and (value == "~" or value.startswith("~/")) else value

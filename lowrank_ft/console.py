@@ -8,24 +8,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_ft.errors import LowRankError
+from lowrank_ft.errors import LowRankError, first_line
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a :class:`LowRankError` into one line on stderr and exit code 1; ``LOWRANK_FT_DEBUG=1`` keeps tracebacks."""
+    """Turn an error into one line on stderr and exit code 1; ``LOWRANK_FT_DEBUG=1`` keeps tracebacks.
+
+    A :class:`LowRankError` is the same in all processes of a run, so the first one prints it; any other may be that
+    of one process only, which then says so.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return main(*args, **kwargs)
-        except LowRankError as error:
+        except Exception as error:
             if os.environ.get("LOWRANK_FT_DEBUG"):
                 raise
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            if rank == "0":
+                print(f"error: {one_line(error)}", file=sys.stderr)
+            elif not isinstance(error, LowRankError):
+                print(f"error: process {rank}: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
 
     return wrapped
+
+
+def one_line(error: BaseException) -> str:
+    """An error for people: ours are sentences; of any other, its type and the first line."""
+    if isinstance(error, LowRankError):
+        return " ".join(str(error).split())
+    return f"{type(error).__name__}: {first_line(error)} (LOWRANK_FT_DEBUG=1 shows the traceback)"
 
 
 def shown_command(program: str, arguments: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 Safetensors only. Remote code only where the caller says so.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,10 @@ class Source:
         where = self.name if self.folder is None else path
         try:
             return AutoConfig.from_pretrained(
-                self.name, revision=self.revision, token=self.token, trust_remote_code=self.trust_remote_code
+                os.path.expanduser(self.name),
+                revision=self.revision,
+                token=self.token,
+                trust_remote_code=self.trust_remote_code,
             )
         except Exception as error:  # each class of transformers checks in its own way, or not at all
             if fields.get("model_type") not in CONFIG_MAPPING:
