@@ -97,12 +97,3 @@ def test_paths_of_every_command_begin_at_home():
     assert (options.model, options.output_dir) == (os.path.expanduser("~/model"), os.path.expanduser("~/x"))
     options = build_parser().parse_args(["tokenize", "~/a", "b", "--tokenizer", "t", "--output-dir", "c"])
     assert options.dataset == [os.path.expanduser("~/a"), "b"]
-
-
-def test_an_error_of_others_is_one_line_and_the_traceback_on_demand(python):
-    code = "from lowrank_ft.console import one_line_errors\n@one_line_errors\ndef main(): {}['x']\nmain()"
-    done = python("-c", code, check=False)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.endswith("error: KeyError: 'x' (LOWRANK_FT_DEBUG=1 shows the traceback)\n")
-    assert "Traceback" in python("-c", code, check=False, LOWRANK_FT_DEBUG="1").stderr
