@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_ft.data.encoding import encode_chat, token_ids
 from lowrank_ft.data.examples import DEFAULT_BLOCK_SIZE, TokenizedData, pack
-from lowrank_ft.data.sources import read_rows, require_column
+from lowrank_ft.data.sources import read_rows, require_column, texts
 from lowrank_ft.data.token_format import is_token_folder, read_index
 from lowrank_ft.data.tokens import TokenFiles
 from lowrank_ft.errors import DataError
@@ -74,8 +74,8 @@ def _tokenized(
     require_column(name, wanted, rows.column_names, "choose with --text-column or --messages-column")
     if args.messages_column in rows.column_names:
         return _tokenized_chats(rows[args.messages_column], name, tokenizer, _block_size(args))
-    texts = (text for text in rows[args.text_column] if text)
-    return pack(token_ids(texts, tokenizer), _block_size(args), name)
+    read = (text for text in texts(rows, args.text_column, name, skip_null=True) if text)
+    return pack(token_ids(read, tokenizer), _block_size(args), name)
 
 
 def _tokenized_chats(chats: Iterable[Any], name: str, tokenizer: Any, most_tokens: int) -> TokenizedData:
