@@ -118,6 +118,10 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
         for name, rank in ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool):
                 raise wrong(f"quantization_config.ranks[{name!r}]", rank, "a whole number")
+            if not 1 <= rank < 2**31:
+                raise CheckpointError(
+                    f"{path}: quantization_config.ranks[{name!r}] is {rank:.6g}; it is not positive, or no rank"
+                )
 
 
 def _whole_numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -134,7 +134,10 @@ class Source:
                 return AutoTokenizer.from_pretrained(
                     self.name, revision=self.revision, token=self.token, trust_remote_code=self.trust_remote_code
                 )
-            return AutoTokenizer.from_pretrained(str(self.download()), trust_remote_code=self.trust_remote_code)
+            folder = self.download()
+            if (folder / "config.json").is_file():  # transformers looks into it, too
+                read_config_file(folder / "config.json", self._shapes)
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code)
         except LowRankError:
             raise
         except Exception as error:  # whatever its class raises
@@ -343,6 +346,7 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str | 
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever its class raises
+        skeleton(source.load_config(), source.name, source.trust_remote_code)  # names a field of the config if it can
         raise CheckpointError(f"{source.name} does not load ({type(error).__name__}: {in_one_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:

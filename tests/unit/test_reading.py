@@ -119,6 +119,29 @@ def test_an_index_without_a_table(copy, table):
         safetensors_files(copy)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "nope"}, "hidden_act is 'nope'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": [1]}}, "rope_parameters is {"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads is -1"),
+        ({"quantization_config": {**COMPACT, "ranks": {"a": 10**30}}}, "quantization_config.ranks['a'] is 1e+30"),
+    ],
+)
+def test_loading_names_the_field_that_planning_would(copy, fields, message):
+    change_config(copy, **fields)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(Source(str(copy)))
+    assert message in str(caught.value)
+    assert "config.json" in str(caught.value)
+
+
+def test_a_tokenizer_beside_a_damaged_config(copy):
+    change_config(copy, model_type={})
+    with pytest.raises(CheckpointError, match=r"config\.json: model_type is an object; it must be a text"):
+        Source(str(copy)).load_tokenizer()
+
+
 def test_a_truncated_header_and_a_shape_that_does_not_fit(copy):
     file = copy / "model.safetensors"
     tensors = load_file(file)
