@@ -140,7 +140,9 @@ class Source:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code)
         except LowRankError:
             raise
-        except Exception as error:  # whatever its class raises
+        except BaseException as error:  # whatever its class raises; a panic in Rust is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise CheckpointError(
                 f"{self.name} has no tokenizer that loads ({first_line(error)}); copy tokenizer.json and "
                 "tokenizer_config.json of its base model into the folder"

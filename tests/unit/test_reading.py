@@ -10,7 +10,7 @@ from lowrank_ft.checkpoints.source import INDEX_FILE, Source, load_model, safete
 from lowrank_ft.errors import CheckpointError, LowRankError, PlanError
 from lowrank_ft.factorization.plan import Plan, make_plan
 from lowrank_ft.report.records import read_conversion
-from tests.conftest import tiny_llama
+from tests.conftest import DEMO_MODEL, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,16 @@ def test_a_tokenizer_beside_a_damaged_config(copy):
     change_config(copy, model_type={})
     with pytest.raises(CheckpointError, match=r"config\.json: model_type is an object; it must be a text"):
         Source(str(copy)).load_tokenizer()
+
+
+def test_a_tokenizer_over_which_its_library_panics(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["model"]["continuing_subword_prefix"] = "32"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="has no tokenizer that loads"):
+        Source(str(tmp_path)).load_tokenizer()
 
 
 def test_a_truncated_header_and_a_shape_that_does_not_fit(copy):
