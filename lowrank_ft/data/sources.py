@@ -1,5 +1,6 @@
 """Rows of text from a name on the Hub or from a local file: ``datasets`` reads them all."""
 
+import glob
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
             if builder != "parquet" and (bad := _first_bad_line(path)):  # json reads something all the same
                 raise DataError(f"{path} is not UTF-8 text{bad}; save it as UTF-8")
             whole = _WHOLE if builder == "text" else {}
-            return load_dataset(builder, data_files=str(path), split="train", **whole)
+            return load_dataset(builder, data_files=glob.escape(str(path)), split="train", **whole)
         if path.is_dir():
             found = load_dataset_builder(str(path), config)
             return load_dataset(str(path), config, split=split, **(_WHOLE if found.name == "text" else {}))

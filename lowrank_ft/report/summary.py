@@ -51,7 +51,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is no readable JSON ({' '.join(str(error).split())}); lowrank-ft eval --json writes it"
         ) from None

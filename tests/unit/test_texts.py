@@ -11,6 +11,7 @@ from lowrank_ft_cli.finetune import exit_code
 from lowrank_ft_cli.main import build_parser
 from lowrank_ft_recipes.finetune import load_dense
 
+from lowrank_ft.data.documents import Corpus
 from lowrank_ft.data.sources import read_rows
 from lowrank_ft.errors import ConfigError, DataError
 from lowrank_ft.training import ModelArguments
@@ -30,6 +31,15 @@ def test_a_row_that_is_no_text_is_named(tmp_path, value):
         evaluated(path)
     assert f"{path}: row {len(rows)} has" in str(caught.value)
     assert "column 'text'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["text[1].txt", "[v2].jsonl", "a*?.jsonl"])
+def test_a_name_with_brackets_is_no_pattern(tmp_path, name):
+    path = tmp_path / "[x]" / name
+    path.parent.mkdir()
+    path.write_text('{"text": "a"}\n')
+    assert len(evaluated(path)) == 1
+    assert [piece.text.strip() for piece in Corpus([str(path)]).pieces()] == [evaluated(path)[0].strip()]
 
 
 def test_a_row_that_is_no_json_is_named(tmp_path):
