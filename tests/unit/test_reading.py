@@ -6,8 +6,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lowrank_ft.checkpoints.from_training import _adapter_scale, _dtype, load_adapter
 from lowrank_ft.checkpoints.source import INDEX_FILE, Source, load_model, safetensors_files, skeleton
-from lowrank_ft.errors import CheckpointError, LowRankError, PlanError
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError, PlanError
 from lowrank_ft.factorization.plan import Plan, make_plan
 from lowrank_ft.report.records import read_conversion
 from tests.conftest import DEMO_MODEL, tiny_llama
@@ -150,6 +151,35 @@ def test_a_tokenizer_over_which_its_library_panics(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(CheckpointError, match="has no tokenizer that loads"):
         Source(str(tmp_path)).load_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "content", "message"),
+    [
+        (_dtype, "run.json", '{"export_dtype": "load"}', "run.json: export_dtype is 'load'; it must be a dtype"),
+        (_dtype, "run.json", "[]", "run.json holds a list; it must be an object"),
+        (_adapter_scale, "trainer_state.json", "{}", "trainer_state.json: must_match is null"),
+        (
+            _adapter_scale,
+            "trainer_state.json",
+            '{"must_match": {"trainable": "lora", "lora_r": 0}}',
+            "lora_r 0; both must",
+        ),
+        (load_adapter, "adapter_config.json", "[1]", "adapter_config.json holds a list; it must be an object"),
+        (
+            load_adapter,
+            "adapter_config.json",
+            '{"peft_type": "LOWRANK", "base_model_name_or_path": 3}',
+            "names no base model",
+        ),
+    ],
+)
+def test_files_of_training_name_themselves(tmp_path, read, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises((CheckpointError, CheckpointNotFoundError)) as caught:
+        read(tmp_path / name if read is _dtype else tmp_path)
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_a_truncated_header_and_a_shape_that_does_not_fit(copy):
