@@ -14,7 +14,7 @@ from lowrank_ft.checkpoints.source import Source, check_causal_lm, load_model
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.examples import context_length
-from lowrank_ft.data.sources import read_rows, require_column
+from lowrank_ft.data.sources import read_rows, require_column, texts
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
 from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, to_blocks, windows
@@ -38,10 +38,10 @@ def run(options: argparse.Namespace) -> None:
         block_size = min(context_length(options.block_size, positions, name) for positions, name in sizes)
         if options.stride is not None and options.stride > block_size:
             raise ConfigError(f"--stride {options.stride} exceeds the block size {block_size}; lower it")
-    texts = read_texts(options) if options.data else None
+    read = read_texts(options) if options.data else None
     tasks = load_tasks(options.tasks) if options.tasks else None
 
-    measured = [measure(source, texts, tasks, block_size, options, device) for source in sources]
+    measured = [measure(source, read, tasks, block_size, options, device) for source in sources]
     results: dict[str, Any] = {"model": measured[0].numbers}
     if len(measured) == 2:
         results["baseline"] = measured[1].numbers
@@ -73,7 +73,7 @@ def check(options: argparse.Namespace) -> None:
 def read_texts(options: argparse.Namespace) -> Any:
     rows = read_rows(options.data, options.data_split, options.data_config)
     require_column(options.data, [options.text_column], rows.column_names, "choose with --text-column")
-    return rows[options.text_column]
+    return list(texts(rows, options.text_column, options.data))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Compared:
 
 def measure(
     source: Source,
-    texts: Any,
+    read: Any,
     tasks: dict[str, Any] | None,
     block_size: int | None,
     options: argparse.Namespace,
@@ -113,7 +113,7 @@ def measure(
     }
     compared = None
     if block_size is not None:
-        ids = torch.from_numpy(token_ids(texts, tokenizer)[: options.max_tokens]).long()
+        ids = torch.from_numpy(token_ids(read, tokenizer)[: options.max_tokens]).long()
         blocks, labels = to_blocks(ids, block_size), None
         if options.stride is not None:
             blocks, labels = windows(ids, block_size, options.stride)

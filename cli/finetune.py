@@ -32,7 +32,7 @@ def _run_group(command: list[str]) -> int:
     """Run to the end; an interrupt reaches every process that the launcher started, and none is left behind."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
-        return min(2, abs(process.wait()))
+        return exit_code(process.wait())
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -41,6 +41,26 @@ def _run_group(command: list[str]) -> int:
             os.killpg(process.pid, signal.SIGKILL)
         print("error: interrupted; if it had --save_steps, go on with --resume_from_checkpoint auto", file=sys.stderr)
         return 1
+
+
+def exit_code(code: int) -> int:
+    """Our exit code for the launcher's: 1 where a signal ended the training, for 2 means wrong usage.
+
+    The launcher passes a death by signal N on as -N, which a process can only say as 256 - N; a shell says 128 + N.
+    """
+    if 0 <= code <= 2:
+        return code
+    number = -code if code < 0 else 256 - code if code > 192 else code - 128
+    if number == signal.SIGKILL:
+        print(
+            "error: the training was killed, probably because memory ran out; lower --per_device_train_batch_size or "
+            "--block_size, or add --gradient_checkpointing true",
+            file=sys.stderr,
+        )
+    elif number > 0:
+        with suppress(ValueError):
+            print(f"error: the training was ended by {signal.Signals(number).name}", file=sys.stderr)
+    return 1
 
 
 def _recipe(name: str) -> str:

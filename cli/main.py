@@ -57,14 +57,20 @@ def main(argv: list[str] | None = None) -> int:
         command = importlib.import_module(f"lowrank_ft_cli.{options.module}")
         if options.command in _RECIPES:
             return int(command.run(options, arguments[arguments.index(options.command) + 1 :]))
-        return int(command.run(options) or 0)
+        code = int(command.run(options) or 0)
+        sys.stdout.flush()  # a reader that is gone is found out here, and not at exit
+        return code
     except KeyboardInterrupt:
         print("error: interrupted; nothing was left behind", file=sys.stderr)
         return 1
     except Exception as error:
+        from lowrank_ft.console import printable, reader_is_gone  # it is imported by now, or quick to
+
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return 1
         if options.debug:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {printable(_one_line(error))}", file=sys.stderr)
         return 1
     finally:
         warnings.formatwarning = formatwarning

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -15,7 +16,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._given = [self._spelled(a) for a in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(self._given, namespace)
+        options, rest = super().parse_known_args(self._given, namespace)
+        for name, value in vars(options).items():  # --output-dir=~/x reaches us as it is written
+            setattr(options, name, [_at_home(v) for v in value] if isinstance(value, list) else _at_home(value))
+        return options, rest
 
     def _spelled(self, argument: str) -> str:
         """Flags have hyphens; ``--output_dir`` is understood, as the recipes spell it."""
@@ -36,3 +40,8 @@ class OneLineParser(argparse.ArgumentParser):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
                 yield f"there is no option {name}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def _at_home(value: Any) -> Any:
+    """A path below the home folder in full; or there would be a folder called ``~``."""
+    return os.path.expanduser(value) if isinstance(value, str) and (value == "~" or value.startswith("~/")) else value

@@ -2,30 +2,51 @@
 
 import functools
 import os
+import select
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_ft.errors import LowRankError
+from lowrank_ft.errors import LowRankError, first_line
+
+_NO_END = 1_000_000
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a :class:`LowRankError` into one line on stderr and exit code 1; ``LOWRANK_FT_DEBUG=1`` keeps tracebacks."""
+    """Turn an error into one line on stderr and exit code 1; ``LOWRANK_FT_DEBUG=1`` keeps tracebacks.
+
+    A :class:`LowRankError` is the same in all processes of a run, so the first one prints it; any other may be that
+    of one process only, which then says so.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return main(*args, **kwargs)
-        except LowRankError as error:
+            result = main(*args, **kwargs)
+            sys.stdout.flush()  # here, where a closed pipe is expected
+            return result
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and reader_is_gone():
+                sys.exit(1)
             if os.environ.get("LOWRANK_FT_DEBUG"):
                 raise
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            if rank == "0":
+                print(f"error: {one_line(error)}", file=sys.stderr)
+            elif not isinstance(error, LowRankError):
+                print(f"error: process {rank}: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
 
     return wrapped
+
+
+def one_line(error: BaseException) -> str:
+    """An error for people: ours are sentences; of any other, its type and the first line."""
+    if isinstance(error, LowRankError):
+        return printable(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {printable(first_line(error))} (LOWRANK_FT_DEBUG=1 shows the traceback)"
 
 
 def shown_command(program: str, arguments: Sequence[str]) -> str:
@@ -63,30 +84,56 @@ def print_table(
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
     console = Console(stderr=to_stderr)
-    if not console.is_terminal:
-        console = Console(stderr=to_stderr, width=120)
+    if not console.is_terminal:  # a file has no width; a path that is cut in two cannot be searched for
+        console = Console(stderr=to_stderr, width=_NO_END)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(Text(printable(column)), justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    if title:
+        console.print(Text(printable(title), style="italic"), soft_wrap=True)
     console.print(table)
+
+
+def printable(text: str) -> str:
+    """What comes from outside, without characters that move the cursor, colour the terminal or have no form."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def reader_is_gone() -> bool:
+    """Whether whoever read our output, such as ``head``, has closed it; then nothing more is written, nor complained."""
+    try:
+        sys.stdout.flush()
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in watch.poll(0)):
+            return False
+    except BrokenPipeError:
+        pass
+    except (OSError, ValueError, AttributeError):  # no file, or a system without poll
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
+    return True
 
 
 def human_bytes(size: float) -> str:
     """``5.66 MB``: decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError
+    return _in_units(size, ("B", "kB", "MB", "GB", "TB", "PB"))
 
 
 def human_count(count: float) -> str:
     """``1.24 B``, ``2.83 M``: three digits."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f}"
+    return _in_units(count, ("", "k", "M", "B", "T")).rstrip()
+
+
+def _in_units(number: float, units: Sequence[str]) -> str:
+    """Three digits and the unit; what rounds to 1000 is 1 of the next one."""
+    for unit in units[:-1]:
+        if number < 999.5:
+            return f"{number:.0f} {unit}" if unit == units[0] else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} {units[-1]}" if number < 999.5 else f"{number:,.0f} {units[-1]}"

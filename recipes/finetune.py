@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
 from lowrank_ft.checkpoints.companions import begin_run
@@ -24,7 +24,7 @@ from lowrank_ft.conversion.convert import default_allocation
 from lowrank_ft.costs.flops import compare
 from lowrank_ft.data.examples import TokenizedData, context_length
 from lowrank_ft.data.tokens import check_embeddings
-from lowrank_ft.errors import ConfigError
+from lowrank_ft.errors import CheckpointError, ConfigError
 from lowrank_ft.factorization.targets import as_patterns
 from lowrank_ft.nn import check_guide_bits, guided_layers
 from lowrank_ft.training import (
@@ -163,9 +163,18 @@ def load_dense(args: ModelArguments, name: str, revision: str | None, teaches: b
     """The dense model of the guide, and of distillation where it ``teaches``: a guide needs no head, a teacher does."""
     # A checkpoint may name any repository as its origin; code from there runs only if the user named it.
     source = Source(name, revision, args.trust_remote_code and args.guide_model is not None)
-    if teaches:
-        check_causal_lm(source.load_config(), source)
-    return load_model(source, getattr(torch, args.dtype))
+    try:
+        if teaches:
+            check_causal_lm(source.load_config(), source)
+        return load_model(source, getattr(torch, args.dtype))
+    except CheckpointError as error:
+        withheld = args.trust_remote_code and not source.trust_remote_code
+        if withheld and PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("auto_map"):
+            raise ConfigError(
+                f"{name}, from which {args.model} says that it came, needs its own Python code; if you trust its "
+                f"author, name it yourself: --guide_model {name}"
+            ) from error
+        raise
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
 from lowrank_ft.checkpoints.companions import begin_run
@@ -107,15 +107,14 @@ def build_config(args: ScratchArguments, vocab_size: int) -> PreTrainedConfig:
     """The config of the model, with as many embeddings as the tokenizer needs unless an override says otherwise.
 
     Raises:
-        ConfigError, RankError: no such preset, config or value; or values that contradict one another.
+        ConfigError, RankError: no such preset or value; or values that contradict one another.
+        CheckpointNotFoundError, CheckpointError: no such config, or one that cannot be.
     """
     overrides: dict[str, Any] = {"vocab_size": vocab_size, **dict(args.config_overrides or {})}
     if args.preset is not None:
         return lowrank_ft.preset_config(chosen_preset(args, **overrides))
-    try:
-        config = AutoConfig.from_pretrained(args.config_name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the config of {args.config_name}: {str(error).splitlines()[0]}") from error
+    assert args.config_name is not None
+    config = Source(args.config_name, trust_remote_code=args.trust_remote_code).load_config()
     return config_with(config, overrides)
 
 

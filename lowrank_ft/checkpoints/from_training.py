@@ -1,6 +1,5 @@
 """Load what training left behind, ready to export: a checkpoint of our trainer, or a PEFT adapter."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lowrank_ft.checkpoints import sharded as tensor_files
 from lowrank_ft.checkpoints.source import RUN_FILE, Source, load_model, model_class
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
+from lowrank_ft.reading import kind_of, read_object
 
 _HEADS = {  # of PEFT's task types: the class, and how the weight is called whose rows are the labels
     "SEQ_CLS": ("AutoModelForSequenceClassification", ("score.weight", "classifier.weight", "out_proj.weight")),
@@ -42,7 +42,7 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
     if (run / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(str(run))
     if (run / RUN_FILE).is_file():
-        model.to(getattr(torch, json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["export_dtype"]))
+        model.to(_dtype(run / RUN_FILE))
     return model, model.config.quantization_config.base_model, run
 
 
@@ -52,11 +52,29 @@ def _folder_of_run(folder: Path) -> Path:
     return run if (run / RUN_FILE).is_file() else folder
 
 
+def _dtype(path: Path) -> torch.dtype:
+    name = read_object(path, CheckpointError).get("export_dtype")
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"{path}: export_dtype is {name!r:.60}; it must be a dtype of torch, such as bfloat16")
+    return found
+
+
 def _adapter_scale(folder: Path) -> float:
     """``lora_alpha / lora_r`` of the run, where it trained adapters on the factors."""
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    run = state.get("must_match", {})  # transformers.Trainer writes a file of the same name
-    return float(run["lora_alpha"] / run["lora_r"]) if run.get("trainable") == "lora" else 1.0
+    path = folder / "trainer_state.json"
+    # transformers.Trainer writes a file of the same name.
+    run = read_object(path, CheckpointError, nan=True).get("must_match", {})
+    if not isinstance(run, dict):
+        raise CheckpointError(f"{path}: must_match is {kind_of(run)}; it must be an object")
+    if run.get("trainable") != "lora":
+        return 1.0
+    alpha, rank = run.get("lora_alpha"), run.get("lora_r")
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
+        raise CheckpointError(
+            f"{path}: lora_alpha is {alpha!r:.60} and lora_r {rank!r:.60}; both must be positive numbers"
+        )
+    return float(alpha / rank)
 
 
 def _base_of_adapter(source: Source, task: str | None, folder: Path) -> PreTrainedModel:
@@ -83,14 +101,14 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrai
     """
     from peft import PeftModel
 
-    entry = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    entry = read_object(folder / "adapter_config.json", CheckpointError)
     if entry.get("peft_type") != "LOWRANK":
         raise CheckpointError(
             f"{folder} is a {entry.get('peft_type')} adapter; export takes LOWRANK ones "
             "(merge the other into its base model, then convert that)"
         )
     name = entry.get("base_model_name_or_path")
-    if not name:
+    if not isinstance(name, str) or not name:
         raise CheckpointNotFoundError(f"{folder}/adapter_config.json names no base model; add base_model_name_or_path")
     source = Source(name, entry.get("revision"), trust_remote_code)
     model: Any = PeftModel.from_pretrained(_base_of_adapter(source, entry.get("task_type"), folder), str(folder))

@@ -3,7 +3,7 @@
 Safetensors only. Remote code only where the caller says so.
 """
 
-import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,13 @@ import torch
 import transformers
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from lowrank_ft.checkpoints.configs import in_one_line, read_config_file, refused
 from lowrank_ft.checkpoints.format import QUANT_METHOD
-from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, NonFiniteError, first_line
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError, NonFiniteError, first_line
+from lowrank_ft.reading import kind_of, read_object
 
 INDEX_FILE = "model.safetensors.index.json"
 RUN_FILE = "run.json"
@@ -62,13 +64,21 @@ class Source:
             CheckpointNotFoundError: no such folder or repository, or it has no ``config.json``.
             CheckpointError: ``config.json`` is not readable, or of an unknown model type.
         """
-        self._require_config_file()
+        path = self._require_config_file()
+        fields = read_config_file(path, self._shapes)
+        where = self.name if self.folder is None else path
         try:
             return AutoConfig.from_pretrained(
-                self.name, revision=self.revision, token=self.token, trust_remote_code=self.trust_remote_code
+                os.path.expanduser(self.name),
+                revision=self.revision,
+                token=self.token,
+                trust_remote_code=self.trust_remote_code,
             )
-        except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"{self.name}: {first_line(error)}") from error
+        except Exception as error:  # each class of transformers checks in its own way, or not at all
+            if fields.get("model_type") not in CONFIG_MAPPING:
+                raise CheckpointError(f"{where}: {first_line(error)}") from error
+            kind = CONFIG_MAPPING[fields["model_type"]]
+            raise CheckpointError(refused(where, fields, lambda some: kind.from_dict(dict(some)), error)) from error
 
     def tensors(self) -> dict[str, "TensorInfo"]:
         """Name, dtype and shape of every tensor, read from the safetensors headers alone.
@@ -86,9 +96,9 @@ class Source:
                     for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                         view = handle.get_slice(name)
                         tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()))
-            except SafetensorError as error:
+            except Exception as error:  # safetensors' own, or of a type of numbers that torch does not know
                 raise CheckpointError(
-                    f"{file} is truncated or corrupt ({error}); download it again or restore it from a backup"
+                    f"{file} is truncated or corrupt ({first_line(error)}); download it again or restore it from a backup"
                 ) from error
         return tensors
 
@@ -127,8 +137,15 @@ class Source:
                 return AutoTokenizer.from_pretrained(
                     self.name, revision=self.revision, token=self.token, trust_remote_code=self.trust_remote_code
                 )
-            return AutoTokenizer.from_pretrained(str(self.download()), trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, TypeError, KeyError) as error:
+            folder = self.download()
+            if (folder / "config.json").is_file():  # transformers looks into it, too
+                read_config_file(folder / "config.json", self._shapes)
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=self.trust_remote_code)
+        except LowRankError:
+            raise
+        except BaseException as error:  # whatever its class raises; a panic in Rust is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise CheckpointError(
                 f"{self.name} has no tokenizer that loads ({first_line(error)}); copy tokenizer.json and "
                 "tokenizer_config.json of its base model into the folder"
@@ -144,20 +161,24 @@ class Source:
             return self.load_tokenizer()
         try:
             return AutoImageProcessor.from_pretrained(str(self.download()), trust_remote_code=self.trust_remote_code)
-        except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
+        except Exception as error:  # whatever its class raises
             raise CheckpointError(f"{self.name} has no image processor that loads ({first_line(error)})") from error
 
-    def _require_config_file(self) -> None:
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of the tensors, to compare a config with; none where there are no weights."""
+        try:
+            return [info.shape for info in self.tensors().values()]
+        except LowRankError:
+            return []
+
+    def _require_config_file(self) -> Path:
+        """The local path of ``config.json``; that of a model on the Hub is downloaded."""
         if self.folder is not None:
             path = self.folder / "config.json"
             if not path.is_file():
                 found = ", ".join(sorted(p.name for p in self.folder.iterdir())[:5]) or "nothing"
                 raise CheckpointNotFoundError(f"{self.folder} has no config.json (found {found}); name a model folder")
-            try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"{path} is no valid JSON: {error}") from error
-            return
+            return path
         path = Path(self.name).expanduser()
         if path.is_file():
             raise CheckpointNotFoundError(f"{path} is a file; name the folder of the model, or its Hub id")
@@ -165,7 +186,9 @@ class Source:
         looks_local = self.name.startswith((".", "/", "~")) or len(path.parts) > 2
         if looks_local or (len(path.parts) == 2 and path.parent.is_dir()):
             raise CheckpointNotFoundError(f"there is no folder {path}; check the path, or give a Hub id (name/model)")
-        self._remote(lambda: hf_hub_download(self.name, "config.json", revision=self.revision, token=self.token))
+        return Path(
+            self._remote(lambda: hf_hub_download(self.name, "config.json", revision=self.revision, token=self.token))
+        )
 
     def _remote_tensors(self) -> dict[str, "TensorInfo"]:
         api = HfApi(token=self.token)
@@ -227,10 +250,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     """
     index, single = folder / INDEX_FILE, folder / "model.safetensors"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a valid safetensors index: {error}") from error
+        names = _indexed_files(index)
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
             raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names; download it again")
@@ -238,6 +258,21 @@ def safetensors_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     raise _no_safetensors(str(folder), [p.name for p in folder.iterdir()])
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The files that an index names, each beside it."""
+    table = read_object(index, CheckpointError).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(
+            f"{index}: weight_map is {kind_of(table)}; it must be an object that names a file per tensor"
+        )
+    for tensor, file in table.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or re.search(r"[/\\\x00]", file):
+            raise CheckpointError(
+                f"{index}: weight_map names {file!r} for {tensor}; it must be a .safetensors file in the same folder"
+            )
+    return sorted(set(table.values()))
 
 
 def is_compact(config: Any) -> bool:
@@ -283,10 +318,19 @@ def check_causal_lm(config: Any, source: Source) -> None:
 def skeleton(config: Any, name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model on the meta device: all modules and shapes, no weights."""
     cls = model_class(config, name, trust_remote_code)
-    with torch.device("meta"):
-        if hasattr(cls, "from_config"):
-            return cls.from_config(config, trust_remote_code=trust_remote_code)
-        return cls(config)
+
+    def build(some: Any) -> PreTrainedModel:
+        with torch.device("meta"):
+            if hasattr(cls, "from_config"):
+                return cls.from_config(some, trust_remote_code=trust_remote_code)
+            return cls(some)
+
+    try:
+        return build(config)
+    except Exception as error:  # a value that does not fit is found wherever it is used first
+        fields = config.to_diff_dict()
+        message = refused(f"{name}: config.json", fields, lambda some: build(type(config).from_dict(some)), error)
+        raise CheckpointError(message) from error
 
 
 def load_model(
@@ -317,8 +361,11 @@ def load_model(
         model, info = cls.from_pretrained(
             str(folder), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
         )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{source.name} does not load: {first_line(error)}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever its class raises
+        skeleton(source.load_config(), source.name, source.trust_remote_code)  # names a field of the config if it can
+        raise CheckpointError(f"{source.name} does not load ({type(error).__name__}: {in_one_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if auto_class is not None:  # of the body, though, nothing may be missing
         missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]

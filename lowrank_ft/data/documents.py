@@ -190,7 +190,9 @@ class _Table:
     ) -> None:  # fmt: skip
         self.name, self.column, self.split = name, column, split
         self._local = builder != name
-        options = {"data_files": name} if self._local else {"name": config, "revision": revision, "token": token}
+        options = (
+            {"data_files": glob.escape(name)} if self._local else {"name": config, "revision": revision, "token": token}
+        )
         self._builder_options = {"path": builder, **options}
 
     def version(self) -> Any:

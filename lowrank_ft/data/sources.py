@@ -1,5 +1,6 @@
 """Rows of text from a name on the Hub or from a local file: ``datasets`` reads them all."""
 
+import glob
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +8,8 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset, load_dataset_builder
 
-from lowrank_ft.errors import DataError
+from lowrank_ft.errors import DataError, first_line
+from lowrank_ft.reading import kind_of
 
 BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _WHOLE = {"sample_by": "document"}  # or every line would be one
@@ -29,33 +31,22 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
                 raise DataError(f"{path} has the ending {path.suffix!r}; the endings read are {', '.join(BUILDERS)}")
             if path.stat().st_size == 0:
                 raise DataError(f"{path} is empty")
-            if builder != "parquet":
-                _require_utf8(path)
+            if builder != "parquet" and (bad := _first_bad_line(path)):  # json reads something all the same
+                raise DataError(f"{path} is not UTF-8 text{bad}; save it as UTF-8")
             whole = _WHOLE if builder == "text" else {}
+            pattern = glob.escape(str(path))
             try:
-                return load_dataset(builder, data_files=str(path), split="train", **whole)
+                return load_dataset(builder, data_files=pattern, split="train", **whole)
             except Exception:  # pyarrow wants every row of one shape
-                if path.suffix.lower() != ".jsonl":
+                if path.suffix.lower() != ".jsonl" or (found := _read_lines(path)) is None:
                     raise
-                return _read_lines(path) or load_dataset(builder, data_files=str(path), split="train")
+                return found
         if path.is_dir():
             found = load_dataset_builder(str(path), config)
             return load_dataset(str(path), config, split=split, **(_WHOLE if found.name == "text" else {}))
         if path.suffix.lower() in BUILDERS or name.startswith((".", "/", "~")):
             raise DataError(f"there is no file {path}; check the path")
         return load_dataset(name, config, split=split)
-
-
-def _require_utf8(path: Path) -> None:
-    """pyarrow reads other bytes, too, and fails much later."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                raise DataError(
-                    f"{path}, line {number}, is not UTF-8; convert the file, with iconv for instance"
-                ) from None
 
 
 def _read_lines(path: Path) -> Dataset | None:
@@ -91,5 +82,49 @@ def reading(name: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # its own, pyarrow's and the Hub's; all mean that it cannot be read
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"the dataset {name} cannot be read: {reason}") from error
+        causes = _causes(error)
+        if any(isinstance(cause, UnicodeDecodeError) or "UTF8" in str(cause) for cause in causes):
+            raise DataError(
+                f"{name} is not UTF-8 text{_first_bad_line(Path(name).expanduser())}; save it as UTF-8"
+            ) from error
+        # Of a reader's error the reason is what it came from; itself it says no more than that there was one.
+        wrapped = type(error).__name__ == "DatasetGenerationError"
+        raise DataError(
+            f"the dataset {name} cannot be read: {first_line(causes[min(int(wrapped), len(causes) - 1)])}"
+        ) from error
+
+
+def texts(rows: Dataset, column: str, name: str, skip_null: bool = False) -> Iterator[str]:
+    """The texts of a column, one row after the other.
+
+    Raises:
+        DataError: a row holds something else; the dataset and the row are named. Null is skipped if that is wanted.
+    """
+    for number, text in enumerate(rows[column], start=1):
+        if text is None and skip_null:
+            continue
+        if not isinstance(text, str):
+            raise DataError(
+                f"{name}: row {number} has {kind_of(text)} in column {column!r}; each row must hold a text, so take that "
+                "row out, or name another column"
+            )
+        yield text
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it came from, the first cause last."""
+    found = [error]
+    while (cause := found[-1].__cause__ or found[-1].__context__) is not None and cause not in found:
+        found.append(cause)
+    return found
+
+
+def _first_bad_line(path: Path) -> str:
+    """Where a file stops to be UTF-8; empty where it does not."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return f" (line {number})"
+    return ""

@@ -25,7 +25,9 @@ from lowrank_ft.factorization.ranks import (
     ranks_for_param_ratio,
     resolve_rank,
 )
-from lowrank_ft.factorization.targets import LinearSpec, Patterns, kind_of, pattern_value, select_targets
+from lowrank_ft.factorization.targets import LinearSpec, Patterns, pattern_value, select_targets
+from lowrank_ft.factorization.targets import kind_of as place_of
+from lowrank_ft.reading import kind_of, read_object
 
 PLAN_VERSION = 1
 
@@ -112,21 +114,17 @@ class Plan:
             raise PlanError("this is not a plan; make one with lowrank-ft plan --json")
         if data.get("plan_version") != PLAN_VERSION:
             raise PlanError(f"plan_version is {data.get('plan_version')!r}; this release reads version {PLAN_VERSION}")
-        try:
-            linears = tuple(
-                LinearPlan(p["name"], (int(p["shape"][0]), int(p["shape"][1])), p["rank"], p.get("note", ""))
-                for p in data["linears"]
-            )
-            plan = cls(linears, int(data["model_parameters"]), dict(data.get("rank_pattern", {})))
-        except (KeyError, IndexError, TypeError) as error:
-            raise PlanError(f"the plan lacks or garbles {error}; make it anew with lowrank-ft plan --json") from None
-        if not plan.linears:
+        entries = data.get("linears")
+        if not isinstance(entries, list):
+            raise _garbled("linears", entries, "a list with one entry per linear")
+        pattern = data.get("rank_pattern") or {}
+        if not isinstance(pattern, dict):
+            raise _garbled("rank_pattern", pattern, "an object of ranks")
+        linears = tuple(_read_linear(f"linears[{i}]", p) for i, p in enumerate(entries))
+        plan = cls(linears, _read_size("model_parameters", data.get("model_parameters")), dict(pattern))
+        if not linears:
             raise PlanError("the plan names no linears; make it anew with lowrank-ft plan --json")
         for p in plan.linears:
-            if p.rank is not None and not isinstance(p.rank, int):
-                raise PlanError(
-                    f"{p.name} has rank {p.rank!r} in the plan; a rank there is a whole number, or null for dense"
-                )
             if p.rank is not None:
                 resolve_rank(p.rank, p.shape, p.name)
         return plan
@@ -136,10 +134,48 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
+        """Read the file that :meth:`save` wrote.
+
+        Raises:
+            PlanError: it cannot be read, or as :meth:`from_dict`; the file is named.
+        """
+        path = Path(path).expanduser()
+        data = read_object(path, PlanError)
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
-            raise PlanError(f"cannot read the plan {path}: {error}") from None
+            return cls.from_dict(data)
+        except (PlanError, RankError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+
+def _garbled(field: str, value: Any, allowed: str) -> PlanError:
+    return PlanError(
+        f"the plan lacks or garbles {field}, which is {kind_of(value)}; it must be {allowed}; "
+        "make it anew with lowrank-ft plan --json"
+    )
+
+
+def _read_size(field: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _garbled(field, value, "a whole number of 1 or more")
+    return value
+
+
+def _read_linear(where: str, entry: Any) -> LinearPlan:
+    if not isinstance(entry, dict):
+        raise _garbled(where, entry, "an object")
+    name, shape, rank, note = (entry.get(k) for k in ("name", "shape", "rank", "note"))
+    if not isinstance(name, str):
+        raise _garbled(f"{where}.name", name, "a text")
+    if not isinstance(shape, list) or len(shape) != 2:
+        raise _garbled(f"{where}.shape", shape, "a list of two whole numbers")
+    if "rank" not in entry:
+        raise PlanError(f"the plan lacks or garbles {where}.rank; write a whole number, or null for dense")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
+        raise PlanError(f"{name} has rank {rank!r} in the plan; a rank there is a whole number, or null for dense")
+    if not isinstance(note, str | None):
+        raise _garbled(f"{where}.note", note, "a text")
+    sizes = (_read_size(f"{where}.shape[0]", shape[0]), _read_size(f"{where}.shape[1]", shape[1]))
+    return LinearPlan(name, sizes, rank, note or "")
 
 
 def make_plan(
@@ -241,7 +277,7 @@ def dense_remainder(model: nn.Module, plan: Plan, least: float = 0.05) -> dict[s
     kinds: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and name not in planned and id(parameter) not in outer:
-            kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + parameter.numel()
+            kinds[place_of(name)] = kinds.get(place_of(name), 0) + parameter.numel()
     return {kind: count for kind, count in kinds.items() if count > least * plan.model_parameters}
 
 

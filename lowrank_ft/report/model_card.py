@@ -1,5 +1,6 @@
 """The README.md of an exported checkpoint."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lowrank_ft.checkpoints.format import PLACEHOLDER
 from lowrank_ft.checkpoints.source import is_hub_id
 from lowrank_ft.costs.flops import Comparison, compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
-from lowrank_ft.report.summary import Evaluation, main_table
+from lowrank_ft.report.summary import Evaluation, cell, main_table
 
 _PLUGIN = """Without the package, `{auto_class}.from_pretrained("{repo}", trust_remote_code=True)` runs the loader in
 `lowrank_plugin.py`, which is part of this repository."""
@@ -72,9 +73,7 @@ A dense model, for instance as a baseline of one with low rank. Made with `lowra
 
 ## How it was made
 
-```
 {command}
-```
 """
 
 
@@ -125,7 +124,7 @@ def model_card(
         auto_class=auto_class,
         repo=repo,
         without_package=without_package.format(auto_class=auto_class, repo=repo),
-        command=f"\n## How it was made\n\n```\n{command}\n```\n" if command else "",
+        command=f"\n## How it was made\n\n{_fenced(command)}\n" if command else "",
     )
     return ModelCard(text, ignore_metadata_errors=False).content
 
@@ -137,7 +136,7 @@ def dense_card(model: PreTrainedModel, results: Mapping[str, object], command: s
         architecture=type(model).__name__,
         auto_class=_auto_class(model),
         facts=_facts_table({"parameters": f"{model.num_parameters():,}", **results}),
-        command=command,
+        command=_fenced(command),
     )
     return ModelCard(text, ignore_metadata_errors=False).content
 
@@ -162,8 +161,14 @@ def card_with_table(folder: Path, comparison: Comparison, evaluation: Evaluation
     return f"{before}{begin}\n{main_table(comparison, evaluation)}\n{end}{after}"
 
 
+def _fenced(command: str) -> str:
+    """Between marks that a command with such marks in its file names does not end."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", command))])
+    return f"{fence}\n{command}\n{fence}"
+
+
 def _facts_table(facts: Mapping[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {cell(str(k))} | {cell(str(v))} |" for k, v in facts.items())])
 
 
 def _auto_class(model: PreTrainedModel) -> str:

@@ -16,7 +16,7 @@ places, from 1. ``weight_error`` is ``|W - UV| / |W|``, ``output_error`` is ``|Y
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def read_conversion(folder: Path) -> ConversionRecord | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = data["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no record of a conversion ({_short(error)}); delete it") from None
     if version != CONVERSION_VERSION:
         raise CheckpointError(
@@ -79,7 +79,7 @@ def read_conversion(folder: Path) -> ConversionRecord | None:
         )
     try:
         return _conversion(data)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:  # a PlanError is a ValueError
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:  # a PlanError is a ValueError
         raise CheckpointError(f"{path} lacks or garbles something ({_short(error)}); delete it") from None
 
 
@@ -88,15 +88,25 @@ def _conversion(data: Mapping[str, Any]) -> ConversionRecord:
     return ConversionRecord(
         command=_text(data.get("command")),
         base_model=_text(data.get("base_model")),
-        calibration=dict(data["calibration"]) if data.get("calibration") else None,
-        plan=Plan.from_dict(data["plan"]) if data.get("plan") else None,
-        linears={str(name): _linear(entry) for name, entry in (data.get("linears") or {}).items()},
-        blocks=tuple(
-            BlockRecord(str(b["name"]), _number(b.get("error_before")), _number(b.get("error_after")))
-            for b in data.get("blocks") or ()
-        ),
+        calibration=_read(data, "calibration", dict) if data.get("calibration") else None,
+        plan=_read(data, "plan", Plan.from_dict) if data.get("plan") else None,
+        linears={name: _read(data["linears"], name, _linear) for name in _read(data, "linears", dict) or {}},
+        blocks=_read(data, "blocks", lambda blocks: tuple(map(_block, blocks))) or (),
         facts={k: v for k in plain if isinstance(v := data.get(k), str | int | float) and not isinstance(v, bool)},
     )
+
+
+def _read(data: Mapping[str, Any], name: str, make: Callable[[Any], Any]) -> Any:
+    """One entry, or None; an error says which."""
+    value = data.get(name)
+    try:
+        return None if value is None else make(value)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"in {name}, {_short(error)}") from None
+
+
+def _block(entry: Mapping[str, Any]) -> BlockRecord:
+    return BlockRecord(str(entry["name"]), _number(entry.get("error_before")), _number(entry.get("error_after")))
 
 
 def _linear(entry: Mapping[str, Any]) -> LinearRecord:

@@ -204,8 +204,8 @@ def _made(checkpoint: Checkpoint, conversion: ConversionRecord) -> str:
 def _command_of_card(folder: Path) -> str | None:
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.search(r"^## How it was made\n+```\n(.+?)\n```", text, re.MULTILINE | re.DOTALL)
-    return found[1] if found else None
+    found = re.search(r"^## How it was made\n+(`{3,})\n(.+?)\n\1$", text, re.MULTILINE | re.DOTALL)
+    return found[2] if found else None
 
 
 def _every_linear(linears: Sequence[LinearPlan], records: Mapping[str, LinearRecord]) -> str:

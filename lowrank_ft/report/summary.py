@@ -6,6 +6,7 @@ perhaps more that belongs to both. Numbers that are not known here are shown und
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is no readable JSON ({' '.join(str(error).split())}); lowrank-ft eval --json writes it"
         ) from None
@@ -111,7 +112,7 @@ def main_table(comparison: Comparison, evaluation: Evaluation | None = None) -> 
     """The table in Markdown."""
     rows = [*size_rows(comparison), *evaluation_rows(evaluation)]
     lines = ["| | dense | low-rank | change |", "|---|---:|---:|---:|"]
-    lines += ["| " + " | ".join(_cell(c) for c in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(c) for c in row) + " |" for row in rows]
     return "\n".join([*lines, "", FLOPS_NOTE])
 
 
@@ -137,5 +138,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
+def cell(text: str) -> str:
+    """A name or number for a table in Markdown, where it means nothing but itself."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
+    return re.sub(r"([|\[\]`*])", r"\\\1", text)

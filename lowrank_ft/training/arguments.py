@@ -3,15 +3,18 @@
 import difflib
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.reading import read_yaml
 from lowrank_ft.training.length import require_guided_phase
 from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments, option_names
+from lowrank_ft.training.values import checked
 
 _FINETUNE: tuple[Any, ...] = (ModelArguments, DataArguments, TrainArguments)
 _MAPPINGS = {"rank_pattern": "{q_proj: 64, .*mlp.*: 128}", "config_overrides": "{num_hidden_layers: 4}"}
@@ -67,23 +70,19 @@ def parse_groups(
     for name in _MAPPINGS:
         if isinstance(namespace.get(name), str):
             namespace[name] = _mapping(name, namespace[name])
+    hints = _hints(groups)
+    namespace = {name: checked(name, v, hints[name]) if name in hints else v for name, v in namespace.items()}
     return tuple(group(**{name: namespace[name] for name in option_names(group)}) for group in groups)
 
 
 def read_config(path: str | Path, groups: Sequence[Any] = _FINETUNE) -> dict[str, Any]:
-    """The options of a YAML file, their names checked."""
-    try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is no valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(options, dict):
-        raise ConfigError(f"--config {path} must hold `name: value` lines")
+    """The options of a YAML file, their names and types checked."""
+    options = read_yaml(path, ConfigError, "--config")
+    hints = _hints(groups)
     for name in options:
-        if name not in option_names(*groups):
+        if name not in hints:
             raise ConfigError(f"--config {path}: there is no option {name!r}; {_hint(str(name), groups)}")
-    return options
+    return {name: checked(name, value, hints[name], f"--config {path}: ") for name, value in options.items()}
 
 
 def as_rank(value: float | str | None) -> int | float | None:
@@ -113,6 +112,11 @@ def _config_parser() -> Any:
     return parser
 
 
+def _hints(groups: Sequence[Any]) -> dict[str, Any]:
+    """The type of every option."""
+    return {f.name: get_type_hints(group)[f.name] for group in groups for f in fields(group)}
+
+
 def _hint(name: str, groups: Sequence[Any]) -> str:
     near = difflib.get_close_matches(name, option_names(*groups), n=3, cutoff=0.5)
     return f"did you mean {', '.join(near)}?" if near else "see --help for all of them"
@@ -121,7 +125,7 @@ def _hint(name: str, groups: Sequence[Any]) -> str:
 def _mapping(option: str, text: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ConfigError(f"{option} {text!r} is no mapping; write it as '{_MAPPINGS[option]}'")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+_NUMBERS = ("loss", "eval_loss", "alpha", "learning_rate")
 
 
 __all__ = ["METRICS_FILE", "MetricsLog", "Window", "plot_run", "read_metrics"]
@@ -40,13 +41,16 @@ class Window:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records so far; a last line that was cut off by a kill is left out."""
+    """The records so far; a last line that was cut off by a kill is left out, and so is what is no number but should be."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            break
+        entries.append({k: v for k, v in entry.items() if k not in _NUMBERS or isinstance(v, int | float)})
     return entries
 
 

@@ -1,6 +1,7 @@
 """Options of a fine-tuning run. Names are those of transformers and PEFT where they have one."""
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,6 +14,9 @@ from lowrank_ft.training.optimizers import OPTIMIZERS
 from lowrank_ft.training.trainable import TRAINABLE
 
 AUTO_GUIDE_FROM = 0.45  # param ratio; see docs/explanation/guidance.md
+MOST_EXAMPLES = 2**16
+"""In a forward pass: each is an entry of a list before the first step, and more is a slip of the finger."""
+MOST_PASSES = 2**20
 
 
 def option(default: Any, help: str) -> Any:
@@ -165,6 +169,9 @@ class TrainArguments:
     run_name: str = option("lowrank-ft", "name of the run for the trackers")
 
     def __post_init__(self) -> None:
+        self.output_dir = os.path.expanduser(self.output_dir)  # or there would be a folder of that name
+        if not self.output_dir:
+            raise ConfigError("output_dir is empty; name a folder")
         require_choice("optim", self.optim, OPTIMIZERS)
         require_choice("trainable", self.trainable, TRAINABLE)
         require_choice("lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULES)
@@ -172,10 +179,11 @@ class TrainArguments:
         require_choice("guide_mode", self.guide_mode, GUIDE_MODES)
         if self.mixed_precision is not None:
             require_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            _require_range(name, getattr(self, name), 1)
-        for name in ("lora_r", "lora_alpha"):
-            _require_range(name, getattr(self, name), 1)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            _require_range(name, getattr(self, name), 1, MOST_EXAMPLES)
+        _require_range("gradient_accumulation_steps", self.gradient_accumulation_steps, 1, MOST_PASSES)
+        _require_range("lora_r", self.lora_r, 1, MOST_EXAMPLES)
+        _require_range("lora_alpha", self.lora_alpha, 1)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")

@@ -177,7 +177,7 @@ def test_yaml_and_flags(tmp_path):
         ({"guide_bits": 5}, "guide_bits is 5; it must be one of 16, 8, 4"),
         ({"guide": "dense", "trainable": "lora"}, "trainable is lora, and a dense guide is trained in full"),
         ({"optim": "sgd"}, "optim 'sgd' is unknown"),
-        ({"lora_r": 0}, "lora_r is 0; it must be 1 or more"),
+        ({"lora_r": 0}, "lora_r is 0; it must be 1 to 65536"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

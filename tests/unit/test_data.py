@@ -258,7 +258,7 @@ def test_a_broken_line_and_null_texts_are_counted(tokenizer, tmp_path, capsys):
     assert train.ids.tolist() == pack(token_ids([good["text"]], tokenizer), 32).ids.tolist()
     assert "2 x it is null (row 2, 3)" in capsys.readouterr().err
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "caf\xe9"}\n')
-    with pytest.raises(DataError, match="latin.jsonl, line 2, is not UTF-8"):
+    with pytest.raises(DataError, match="latin.jsonl is not UTF-8 text"):
         load_data(DataArguments(dataset=str(tmp_path / "latin.jsonl")), tokenizer)
 
 

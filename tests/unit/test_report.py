@@ -188,7 +188,7 @@ def test_a_baseline_that_does_not_fit(folder, tmp_path):
     ("damage", "message"),
     [
         (lambda f: edit_config(f, ranks={"model.nothing": 4}), "gives a rank to model.nothing, which LlamaForCausalLM"),
-        (lambda f: edit_config(f, ranks={"model.layers.0.mlp.up_proj": "8"}), "rank '8', which is no whole number"),
+        (lambda f: edit_config(f, ranks={"model.layers.0.mlp.up_proj": "8"}), "is a text; it must be a whole number"),
         (lambda f: edit_config(f, ranks={"model.layers.0.mlp.up_proj": 800}), "exceeds min"),
         (lambda f: edit_config(f, quant_method="awq"), "is not a compact checkpoint"),
         (lambda f: (f / "conversion.json").write_text("{"), "is no record of a conversion"),
