@@ -83,6 +83,8 @@ class LowRankQuantizer(HfQuantizer):
             parent, _, leaf = found.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LowRankLinear.like(modules[found], rank, device="meta"))
             swapped += 1
+        if swapped:  # a device map that puts U and V in different places computes with neither
+            model._no_split_modules = {*(model._no_split_modules or ()), LowRankLinear.__name__}
         if self.quantization_config.ranks and not swapped:
             first = next(iter(self.quantization_config.ranks))
             raise ValueError(
