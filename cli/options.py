@@ -18,7 +18,8 @@ def source_of(options: argparse.Namespace, name: str | None = None) -> Source:
     """The model that the command line names."""
     if name is not None:  # a second model: revision and token belong to the first
         return Source(name, None, options.trust_remote_code)
-    return Source(options.model, options.revision, options.trust_remote_code, options.token)
+    adapter = getattr(options, "adapter", False)
+    return Source(options.model, options.revision, options.trust_remote_code, options.token, adapter)
 
 
 def output_dir_of(options: argparse.Namespace, name: str) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_ft.checkpoints.adapters import refuse_adapters
 from lowrank_ft.checkpoints.atomic import whole_folder
 from lowrank_ft.checkpoints.companions import copy_companions
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, RANK_MAP_FILE, describe_in_config
 from lowrank_ft.checkpoints.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
-from lowrank_ft.checkpoints.source import check_finite
+from lowrank_ft.checkpoints.source import check_finite, check_written
 from lowrank_ft.costs.flops import compare
 from lowrank_ft.nn import compact_state_dict
 from lowrank_ft.report.model_card import dense_card, model_card
@@ -48,13 +49,16 @@ def save_compact(
         keep_existing: the folder is that of a training run, whose other files stay.
 
     Raises:
+        CheckpointError: the model carries an adapter of PEFT, or what was written does not load again.
         NonFiniteError: a weight holds NaN or infinity, as after a diverged training.
         OutputError: the folder may not be written.
     """
+    refuse_adapters(model)
     check_finite(model)
     describe_in_config(model, base_model)
     with whole_folder(output_dir, overwrite, keep_existing) as folder:
         _save(model, folder, compact_state_dict(model), max_shard_size)
+        check_written(folder, model)
         copy_companions(companions_from, folder)
         if conversion is not None:
             (folder / CONVERSION_FILE).write_text(json.dumps(conversion, indent=1) + "\n", encoding="utf-8")
@@ -82,10 +86,15 @@ def save_dense(
     Args:
         results, command: of a training from scratch, for a model card; without a command there is none.
         companions_from, keep_existing: see :func:`save_compact`.
+
+    Raises:
+        CheckpointError, NonFiniteError, OutputError: see :func:`save_compact`.
     """
+    refuse_adapters(model)
     check_finite(model)
     with whole_folder(output_dir, overwrite, keep_existing) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        check_written(folder, model)
         copy_companions(companions_from, folder)
         if command is not None:
             (folder / "README.md").write_text(dense_card(model, results or {}, command), encoding="utf-8")

@@ -41,7 +41,8 @@ from lowrank_ft.training.arguments import as_rank, parse_args
 @one_line_errors
 def main() -> None:
     model_args, data_args, train_args = parse_args(description=__doc__)
-    source = Source(model_args.model, model_args.revision, model_args.trust_remote_code)
+    source = Source(model_args.model, model_args.revision, model_args.trust_remote_code, adapter=model_args.adapter)
+    source.check_adapter()
 
     checkpoint_to_resume(train_args)  # refuses a folder in use before any work is done
 

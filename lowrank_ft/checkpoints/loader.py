@@ -7,12 +7,13 @@ every exported checkpoint, where ``trust_remote_code=True`` finds it: hence no i
 
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto as transformers_registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowrank_ft.nn.lowrank_linear import LowRankLinear
+from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 
 METHOD = "lowrank"
 NEWEST_READABLE_FORMAT = 1
@@ -67,6 +68,7 @@ class LowRankQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self._files = [str(f) for f in kwargs.get("checkpoint_files") or []]
         modules = dict(model.named_modules())
         prefix = model.base_model_prefix
         swapped = 0
@@ -81,13 +83,29 @@ class LowRankQuantizer(HfQuantizer):
             parent, _, leaf = found.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LowRankLinear.like(modules[found], rank, device="meta"))
             swapped += 1
+        if swapped:  # a device map that puts U and V in different places computes with neither
+            model._no_split_modules = {*(model._no_split_modules or ()), LowRankLinear.__name__}
         if self.quantization_config.ranks and not swapped:
             first = next(iter(self.quantization_config.ranks))
             raise ValueError(
                 f"{type(model).__name__} has none of the factored linears of the checkpoint, such as {first}"
             )
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """None where the checkpoint has the names of the model already, which a conversion could only garble."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        files = [f for f in self._files if f.endswith(".safetensors")]
+        stored: set[str] = set()
+        for file in files:
+            with safe_open(file, framework="pt") as handle:
+                stored.update(handle.keys())
+        prefix = f"{model.base_model_prefix}."
+        wanted = set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", None) or ())
+        own_names = all(k in stored or prefix + k in stored or k.removeprefix(prefix) in stored for k in wanted)
+        return [] if files and own_names else conversions
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _refuse_random_factors(model)
         # From here on this is an ordinary model: with these marks on it, transformers refuses .half(), .to() and
         # training. The entry in its config stays, so that saving it makes a compact checkpoint again.
         for module in model.modules():
@@ -137,6 +155,21 @@ def register(replace: bool = True) -> None:
     if replace or METHOD not in quantizers:
         configs[METHOD] = LowRankQuantizationConfig
         quantizers[METHOD] = LowRankQuantizer
+
+
+def _refuse_random_factors(model: PreTrainedModel) -> None:
+    """Raise a ValueError where a factored linear got no weights: transformers would fill it at random and go on."""
+    # transformers marks what it has read; what stays on the meta device is read from disk later.
+    mark = "_is_hf_initialized"
+    if not any(hasattr(p, mark) for p in model.parameters()):
+        return
+    for name, layer in lowrank_layers(model):
+        for part in (layer.U, layer.V):
+            if not part.weight.is_meta and not getattr(part.weight, mark, False):
+                raise ValueError(
+                    f"the checkpoint has no weights for {name} under a name that {type(model).__name__} reads; "
+                    "load it with the class that config.json names under architectures"
+                )
 
 
 def _forget_shipped_code(config: PreTrainedConfig) -> None:

@@ -18,11 +18,11 @@ _HEADER = '''"""Loads this low-rank checkpoint where the package lowrank-ft is n
 
     AutoModel.from_pretrained(..., trust_remote_code=True)
 
-Written by lowrank-ft from its own modules; it needs torch and transformers and touches no network and no file.
+Written by lowrank-ft from its own modules; it needs torch and transformers and touches no network and no other file.
 """
 
 '''
-_OWN_IMPORT = re.compile(r"^from lowrank_ft\.nn\.lowrank_linear import LowRankLinear\n", re.MULTILINE)
+_OWN_IMPORT = re.compile(r"^from lowrank_ft\.nn\.lowrank_linear import LowRankLinear, lowrank_layers\n", re.MULTILINE)
 _MODULE_DOCSTRING = re.compile(r'\A""".*?"""\n', re.DOTALL)
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from lowrank_ft.checkpoints.adapters import ADAPTER_CONFIG, check_adapter, merge_adapter, without_adapter
 from lowrank_ft.checkpoints.configs import in_one_line, read_config_file, refused
 from lowrank_ft.checkpoints.format import QUANT_METHOD
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError, NonFiniteError, first_line
@@ -44,12 +45,14 @@ class Source:
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run Python code that the checkpoint brings.
         token: Hub token; None means the stored one.
+        adapter: merge the PEFT adapter that lies beside the weights; without this, such a checkpoint is refused.
     """
 
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
     token: str | None = None
+    adapter: bool = False
 
     @property
     def folder(self) -> Path | None:
@@ -122,6 +125,22 @@ class Source:
                 ignore_patterns=["original/*", "consolidated*", "onnx/*"],
             )
         )
+
+    def check_adapter(self) -> None:
+        """Look for an adapter beside the weights, before those are read.
+
+        Raises:
+            CheckpointError: there is one and ``adapter`` is not set, or the other way round.
+        """
+        if self.folder is not None:
+            found = (self.folder / ADAPTER_CONFIG).is_file()
+        else:
+            try:
+                hf_hub_download(self.name, ADAPTER_CONFIG, revision=self.revision, token=self.token)
+                found = True
+            except (OSError, hub_errors.HfHubHTTPError):  # none, or offline: what comes of the cache is looked at, too
+                found = False
+        check_adapter(self.name, found, self.adapter)
 
     def load_tokenizer(self, alone: bool = False) -> Any:
         """The checkpoint's tokenizer.
@@ -348,19 +367,23 @@ def load_model(
         num_labels: outputs of that head.
 
     Raises:
-        CheckpointNotFoundError, CheckpointError: as :class:`Source`; or weights are missing from the checkpoint.
+        CheckpointNotFoundError, CheckpointError: as :class:`Source`; or weights are missing from the checkpoint; or an
+            adapter lies beside them, and ``source.adapter`` does not say that it is to be merged.
     """
     config = source.load_config()
+    source.check_adapter()
     folder = source.download()
+    check_adapter(source.name, (folder / ADAPTER_CONFIG).is_file(), source.adapter)
     Source(str(folder)).tensors()
     if num_labels is not None:
         config.num_labels = num_labels
     cls = auto_class or model_class(config, source.name, source.trust_remote_code)
     extra = {"trust_remote_code": True} if hasattr(cls, "_model_mapping") and source.trust_remote_code else {}
     try:
-        model, info = cls.from_pretrained(
-            str(folder), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
-        )
+        with without_adapter(folder) as weights:
+            model, info = cls.from_pretrained(
+                str(weights), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
+            )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever its class raises
@@ -374,6 +397,8 @@ def load_model(
             f"{source.name} lacks {len(missing)} weights of {type(model).__name__}, the first being {missing[0]}; "
             "the checkpoint is incomplete, or its config.json names another architecture"
         )
+    if source.adapter:
+        model = merge_adapter(model, folder)
     # It was read from a folder, also when it came from the Hub; what is written later should say where that was.
     model.config._name_or_path = source.name
     # The Hub's cache keeps each commit in a folder of its name.
@@ -390,6 +415,37 @@ def check_runs(model: PreTrainedModel) -> Exception | None:
     except Exception as error:  # whatever a model's forward may raise
         return error
     return None
+
+
+def check_written(folder: Path, model: PreTrainedModel) -> None:
+    """Open what was just written, on the meta device and so without its weights, by the way that everybody loads it.
+
+    Raises:
+        CheckpointError: a weight is missing, is of another shape, or belongs to nothing.
+    """
+    cls: Any = type(model)
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        _, info = cls.from_pretrained(
+            str(folder), device_map={"": "meta"}, use_safetensors=True, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"what was written does not load again, so it is not kept: {first_line(error)}"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+    for what in ("missing", "unexpected"):
+        if keys := sorted(info[f"{what}_keys"]):
+            raise CheckpointError(
+                f"what was written does not load again, so it is not kept: {len(keys)} weights of {cls.__name__} are "
+                f"{what}, the first being {keys[0]}"
+            )
 
 
 def check_finite(model: torch.nn.Module) -> None:

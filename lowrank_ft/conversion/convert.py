@@ -9,6 +9,7 @@ time; with them, see :mod:`lowrank_ft.conversion.blockwise` and :mod:`lowrank_ft
 """
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ from lowrank_ft.errors import ConfigError, PlanError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.plan import Plan, make_plan, reallocate
 from lowrank_ft.factorization.solvers import singular_values, truncated_svd
-from lowrank_ft.factorization.targets import LinearSpec, Patterns, is_linear, refuse_tied
+from lowrank_ft.factorization.targets import LinearSpec, Patterns, is_linear, refuse_offloaded, refuse_tied
 from lowrank_ft.nn import GuidedLowRankLinear, check_guide_bits, lowrank_layers
 from lowrank_ft.nn.modes import evaluating
 from lowrank_ft.nn.replace import dense_weight, factorized, swap
@@ -106,6 +107,9 @@ def convert(
     elif allocation is not None:
         raise PlanError("a plan already says which linears get which rank; leave the allocation out")
     check_fits(plan, model)
+    for name in plan.ranks:
+        refuse_offloaded(model.get_submodule(name), name)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     weights = {n: dense_weight(model.get_submodule(n)) for n in plan.ranks} if guide is not None else {}
     if calibration is None:
         _truncate(model, plan, record, progress)
@@ -117,8 +121,17 @@ def convert(
             name
         )  # the guide is a tensor of its own: with it, one linear is in memory twice and not all
         swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide), guide_bits))
+    _freeze_again(model, frozen)
     describe_in_config(model)
     return plan
+
+
+def _freeze_again(model: nn.Module, frozen: set[str]) -> None:
+    """What was frozen before stays so; the factors of a frozen weight are frozen, too."""
+    for name, parameter in model.named_parameters():
+        dense = re.sub(r"\.(U|V|guide)\.weight$", ".weight", name)
+        if name in frozen or dense in frozen:
+            parameter.requires_grad_(False)
 
 
 def default_allocation(param_ratio: float | None, calibration: Calibration | None) -> str:
@@ -197,7 +210,13 @@ def _copy_for_distillation(model: nn.Module) -> nn.Module | None:
 
 def spectrum_of(model: nn.Module) -> Callable[[LinearSpec], Tensor]:
     """For plans by energy: the singular values of a linear of ``model``."""
-    return lambda spec: singular_values(dense_weight(model.get_submodule(spec.name)), f"{spec.name}.weight")
+
+    def spectrum(spec: LinearSpec) -> Tensor:
+        module = model.get_submodule(spec.name)
+        refuse_offloaded(module, spec.name)
+        return singular_values(dense_weight(module), f"{spec.name}.weight")
+
+    return spectrum
 
 
 def check_fits(plan: Plan, model: nn.Module) -> None:

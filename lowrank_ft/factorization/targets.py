@@ -203,6 +203,15 @@ def refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
             )
 
 
+def refuse_offloaded(module: Any, name: str) -> None:
+    """Raise a TargetError if the weight of a linear is not in memory: offloaded to CPU or disk, or never read."""
+    if module.weight.is_meta:
+        raise TargetError(
+            f"the weight of {name} is on the meta device (offloaded to CPU or disk, or not loaded), so nothing "
+            "can be computed from it; load the model without offloading, such as device_map='cpu'"
+        )
+
+
 def _check_patterns(option: str, patterns: Patterns | None, linears: list[LinearSpec]) -> None:
     if patterns is None or patterns == ALL_LINEAR:
         return
@@ -217,6 +226,8 @@ def _check_patterns(option: str, patterns: Patterns | None, linears: list[Linear
             continue
         near = difflib.get_close_matches(pattern, _leaf_names(linears) + [s.name for s in linears], n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"the linears are {', '.join(_leaf_names(linears))}"
+        if isinstance(patterns, str) and any(matches(s.name, [pattern]) for s in linears):
+            hint = f"a string is a regular expression for whole names; for names or suffixes give a list: [{pattern!r}]"
         raise TargetError(f"{option} {pattern!r} matches no linear of the model; {hint}")
 
 

@@ -47,15 +47,16 @@ def merge(model: nn.Module) -> nn.Module:
 
 def merged(layer: LowRankLinear) -> nn.Module:
     """The dense linear, ``nn.Linear`` or ``Conv1D``, that computes what ``layer`` computes without its guide."""
+    trained = layer.U.weight.requires_grad or layer.V.weight.requires_grad
     weight = (layer.U.weight.detach().float() @ layer.V.weight.detach().float()).to(layer.U.weight.dtype)
     if layer.transposed:
         from transformers.pytorch_utils import Conv1D
 
         dense: Any = Conv1D(1, 1)
         dense.nf, dense.nx = layer.out_features, layer.in_features
-        dense.weight = nn.Parameter(weight.T.contiguous())
+        dense.weight = nn.Parameter(weight.T.contiguous(), trained)
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight)
+        dense.weight = nn.Parameter(weight, trained)
     dense.bias = layer.bias
     return dense.train(layer.training)

@@ -32,6 +32,7 @@ class ModelArguments:
     model: str = option("", "compact checkpoint, or a dense one with rank or param_ratio; folder or Hub id")
     revision: str | None = option(None, "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = option(False, "run Python code that the checkpoint brings")
+    adapter: bool = option(False, "merge the PEFT adapter that lies beside the weights")
     rank: float | str | None = option(None, "rank for a dense model: a whole number, or a fraction of full rank (1.0)")
     param_ratio: float | None = option(None, "share of the targeted linears' parameters to keep, for a dense model")
     rank_pattern: dict | str | None = option(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")

@@ -84,7 +84,7 @@ def test_the_plugin_stands_alone():
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert imported <= {"torch", "transformers", "collections", "typing"}
+    assert imported <= {"torch", "transformers", "safetensors", "collections", "typing"}
 
 
 def test_the_folder_holds_safetensors_and_no_pickle(checkpoint):

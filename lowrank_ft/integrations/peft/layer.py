@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from lowrank_ft.errors import NonFiniteError
 from lowrank_ft.factorization.ranks import resolve_rank
 from lowrank_ft.factorization.solvers import Factors, truncated_svd
-from lowrank_ft.factorization.targets import linear_spec
+from lowrank_ft.factorization.targets import linear_spec, refuse_offloaded
 from lowrank_ft.integrations.peft.config import LowRankConfig
 from lowrank_ft.integrations.peft.quantized import dense_weight, is_quantized, keep_unpacked, requantized
 
@@ -267,6 +267,9 @@ class LowRankAdapterLinear(nn.Module, LowRankLayer):
         return self._adapted(x, names)
 
     def _adapted(self, x: Tensor, names: list[str]) -> Tensor:
+        base: Any = self.get_base_layer()
+        if hasattr(base, "_hf_hook"):  # of accelerate, whose offloading fills only the weights of what is called
+            refuse_offloaded(base, self.name)
         dense_share: float | Tensor = 1 - len(names)
         terms = []
         for name in names:
@@ -282,7 +285,6 @@ class LowRankAdapterLinear(nn.Module, LowRankLayer):
                 dense_share = dense_share + alpha
             terms.append(y)
         result = sum(terms[1:], start=terms[0])
-        base: Any = self.get_base_layer()
         if isinstance(dense_share, Tensor) or dense_share != 0:
             result = result + dense_share * self._dense_output(x)
         if base.bias is not None:

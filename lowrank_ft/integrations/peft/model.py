@@ -14,7 +14,7 @@ from lowrank_ft.checkpoints.format import describe_in_config
 from lowrank_ft.errors import ConfigError, TargetError
 from lowrank_ft.factorization.ranks import largest_saving_rank
 from lowrank_ft.factorization.solvers import Factors
-from lowrank_ft.factorization.targets import is_linear, pattern_value, select_targets
+from lowrank_ft.factorization.targets import is_linear, pattern_value, refuse_offloaded, select_targets
 from lowrank_ft.integrations.peft.config import LowRankConfig
 from lowrank_ft.integrations.peft.layer import LowRankAdapterLinear, LowRankLayer
 from lowrank_ft.integrations.peft.quantized import dequantized, is_quantized
@@ -63,7 +63,8 @@ class LowRankModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, LowRankConfig)
-        rank = pattern_value(current_key, peft_config.rank_pattern) or peft_config.r
+        rank = pattern_value(current_key, peft_config.rank_pattern)
+        rank = peft_config.r if rank is None else rank
         if isinstance(target, LowRankLayer):
             target.update_layer(adapter_name, rank, peft_config)
             return
@@ -72,6 +73,8 @@ class LowRankModel(BaseTuner):
                 f"Target module {current_key} is {type(target).__name__}, which is not supported; lowrank takes "
                 "nn.Linear, Conv1D and bitsandbytes' linears: name others in target_modules, or this one in exclude_modules"
             )
+        if hasattr(target, "_hf_hook"):  # of accelerate; a model on the meta device as a whole is filled later
+            refuse_offloaded(target, current_key)
         layer = LowRankAdapterLinear(target, current_key, adapter_name, rank, peft_config)
         peft_config.fan_in_fan_out = layer.transposed
         if adapter_name not in self.active_adapters:

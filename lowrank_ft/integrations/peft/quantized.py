@@ -70,9 +70,9 @@ def requantized(module: Any, weight: Tensor) -> nn.Module:
 def dequantized(module: Any, dtype: torch.dtype) -> nn.Linear:
     """A plain linear that computes what ``module`` does, up to the rounding of its inputs."""
     layer = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-    layer.weight = nn.Parameter(dense_weight(module).to(dtype))
+    layer.weight = nn.Parameter(dense_weight(module).to(dtype), module.weight.requires_grad)
     if module.bias is not None:
-        layer.bias = nn.Parameter(module.bias.detach().to(dtype))
+        layer.bias = nn.Parameter(module.bias.detach().to(dtype), module.bias.requires_grad)
     return layer.train(module.training)
 
 
