@@ -274,6 +274,7 @@ def _model(parser: argparse.ArgumentParser, or_preset: bool = False) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--token", help="Hub token (default: the stored one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
+    parser.add_argument("--adapter", action="store_true", help="merge the PEFT adapter that lies beside the weights")
 
 
 def _size(parser: argparse.ArgumentParser) -> None:
