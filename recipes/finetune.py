@@ -82,6 +82,8 @@ def main() -> None:
         results = {"training steps": trainer.max_steps, "guide": f"{guide}, {trainer.guided_steps} steps"}
         if trainer.best_loss is not None:
             results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
+        if trainer.best_step == 0 and train_args.load_best_model_at_end:
+            results["note"] = "no step was better than the start: these are the weights before training"
         lowrank_ft.save_compact(
             model.to(export_dtype), train_args.output_dir, companions_from=folder, base_model=base_model,
             results=results, command=shown_command("recipes/finetune.py", sys.argv[1:]), keep_existing=True,

@@ -1,17 +1,28 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear whole or not at all, and survive a power cut once they are announced.
 
+    write    a hidden folder beside the target: .NAME.xxxx.partial, under the lock .NAME.lock
+    sync     every file and folder of it, to the disk
+    swap     the two folders change names in one step of the system, so that one of them is always there
+
+A run that was killed leaves its hidden folder behind; the next that writes the same target removes it.
+"""
+
+import ctypes
 import errno
+import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lowrank_ft.checkpoints.companions import COMPANION_FOLDERS, COMPANIONS
-from lowrank_ft.checkpoints.folders import check_folder
+from lowrank_ft.checkpoints.folders import check_folder, check_writable
 from lowrank_ft.errors import OutputError
 
 # --overwrite replaces a folder only where each entry looks like a part of a checkpoint.
@@ -33,9 +44,11 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
         OutputError: see :func:`check_folder`; or the path holds ``keep``.
     """
     path = Path(path)
+    _recover(path)
     if keep is not None and Path(keep).exists() and Path(keep).resolve().is_relative_to(path.resolve()):
         raise OutputError(f"--output-dir {path} holds the source {keep}; write somewhere else")
     check_folder(path, overwrite, "config.json", _CHECKPOINT_PARTS, "checkpoints")
+    check_writable(path)
 
 
 @contextmanager
@@ -55,18 +68,28 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
     path = Path(path)
     if not keep_existing:
         check_output_dir(path, overwrite)
+    lock = FileLock(path.parent / f".{path.name}.lock", blocking=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except Timeout:
+        raise OutputError(f"another command is writing {path}; wait for it, or choose another --output-dir") from None
     except OSError as error:
+        lock.release()
         raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another --output-dir") from error
     try:
         yield draft
         open_permissions(draft)
+        _sync(draft)
         if keep_existing and path.exists():
             _move_in(draft, path)
         else:
             _take_place(draft, path)
+        _sync_folder(path)
+        _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError) or not _is_write_failure(error):
             raise
@@ -77,6 +100,8 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _move_in(draft: Path, path: Path) -> None:
@@ -101,6 +126,8 @@ def _take_place(draft: Path, path: Path) -> None:
     if not path.exists():
         os.replace(draft, path)
         return
+    if _exchange(draft, path):  # what was there is now the hidden folder, which is removed
+        return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
     os.replace(path, aside / "old")
     try:
@@ -110,6 +137,49 @@ def _take_place(draft: Path, path: Path) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where the system does not offer that (it is Linux' renameat2)."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(swap(here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), exchange) == 0)
+
+
+def _recover(path: Path) -> None:
+    """Bring back what a run that was killed between its two renames had put aside."""
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.replaced"):
+        if not path.exists() and (aside / "old").is_dir():
+            os.replace(aside / "old", path)
+            print(f"note: {path} is back; a command that was killed had put it aside", file=sys.stderr)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system that opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that syncs no folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def _is_write_failure(error: Exception) -> bool:

@@ -26,15 +26,17 @@ class MetricsLog:
 
 
 class Window:
-    """Mean losses and token count since the last record."""
+    """Mean losses since the last record, and tokens and seconds of training: evaluations and checkpoints do not count."""
 
     def __init__(self) -> None:
         self._losses: list[dict[str, float]] = []
         self.tokens = 0
+        self.seconds = 0.0
 
-    def add(self, losses: dict[str, float], tokens: int) -> None:
+    def add(self, losses: dict[str, float], tokens: int, seconds: float) -> None:
         self._losses.append(losses)
         self.tokens += tokens
+        self.seconds += seconds
 
     def means(self) -> dict[str, float]:
         return {name: sum(x[name] for x in self._losses) / len(self._losses) for name in self._losses[-1]}

@@ -206,7 +206,7 @@ class Trainer:
     # One step
 
     def _loop(self, log: MetricsLog | None) -> None:
-        args, window, start = self.args, Window(), time.perf_counter()
+        args, window = self.args, Window()
         streams: list[Iterator[Any]] = [iter(self._loader(term.data)) for term in self._terms]
         bar = tqdm(
             total=self.max_steps, initial=self.step, desc="fine-tune", unit="step",
@@ -227,17 +227,18 @@ class Trainer:
         while self.step < self.max_steps:
             alpha = alpha_at(self.step, self.guided_steps, args.alpha_schedule)
             lr = args.learning_rate * self._lr_factor()
+            began = time.perf_counter()
             losses, norm, tokens = self._optimizer_step(streams, alpha, lr)
+            window.add(losses, tokens, time.perf_counter() - began)
             self.step += 1
-            window.add(losses, tokens)
             if log is not None and (self.step % max(1, args.logging_steps) == 0 or self.step == self.max_steps):
-                speed = window.tokens / (time.perf_counter() - start)
+                speed = window.tokens / window.seconds
                 means = window.means()
                 entry = {**means, "alpha": alpha, "learning_rate": lr, "grad_norm": norm}
                 log.write(step=self.step, **entry, tokens_per_second=round(speed, 1))
                 self.accelerator.log(entry, step=self.step)
                 bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, alpha=f"{alpha:.2f}")
-                window, start = Window(), time.perf_counter()
+                window = Window()
             if self.step == self.guided_steps:
                 freed = self._end_guidance()
                 if log is not None:
@@ -367,6 +368,13 @@ class Trainer:
             folder = self.output_dir / resume.FOLDER
             warnings.warn(f"{folder}/best is missing; the weights of the last step are kept instead", stacklevel=2)
             self.best_loss = self.best_step = None
+        elif self.best_step == 0 and self.accelerator.is_main_process:
+            warnings.warn(
+                f"no step of this training was better on the held-out data than the start (loss {self.best_loss:.4f}), so the "
+                "result is the model AS IT WAS BEFORE TRAINING; lower learning_rate, give more or other data, or keep the "
+                "last weights with --no_load_best_model_at_end",
+                stacklevel=3,
+            )
 
     def _save(self) -> None:
         accelerator = self.accelerator

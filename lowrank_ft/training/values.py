@@ -73,18 +73,18 @@ def _as(kind: Any, value: Any) -> Any:
         return _NOTHING
     try:  # 1e-4 is a text in YAML, which wants 1.0e-4
         number = float(value)
-        whole = int(value) if isinstance(value, str) and kind is int and not _has_exponent(value) else value
+        whole = int(value) if isinstance(value, str) and not _fractional(value) else value
     except (ValueError, OverflowError):
         return _NOTHING
-    if kind is float:
-        return value if isinstance(value, int) else number
+    if kind is float:  # a whole number stays one: rank 1 is no fraction
+        return whole if isinstance(whole, int) else number
     if isinstance(whole, int):
         return whole
     return int(number) if number.is_integer() else _NOTHING
 
 
-def _has_exponent(text: str) -> bool:
-    return "e" in text.lower() or "." in text
+def _fractional(text: str) -> bool:
+    return not text.strip().lstrip("+-").isdigit()
 
 
 def _trackers(value: Any) -> Any:

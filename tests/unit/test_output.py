@@ -1,10 +1,14 @@
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
+from lowrank_ft.checkpoints import atomic
 from lowrank_ft.checkpoints.atomic import check_output_dir, whole_folder
 from lowrank_ft.errors import OutputError
+from tests.conftest import ROOT
 
 
 def fill(folder, text="new"):
@@ -99,3 +103,82 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match="is the folder that you are in"):
         check_output_dir(".")
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    """A process is killed while it writes; the hidden folder is all that is left, and the next run takes it away."""
+    code = (
+        "import os, signal, sys\n"
+        "from lowrank_ft.checkpoints.atomic import whole_folder\n"
+        "with whole_folder(sys.argv[1]) as draft:\n"
+        "    (draft / 'model.safetensors').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False, cwd=ROOT)
+    assert any(name.endswith(".partial") for name in listing(tmp_path))
+    with whole_folder(tmp_path / "out") as draft:
+        fill(draft)
+    assert listing(tmp_path) == ["out"]
+
+
+def test_two_commands_on_one_folder(tmp_path):
+    with whole_folder(tmp_path / "out") as draft:
+        fill(draft)
+        with pytest.raises(OutputError, match="another command is writing"), whole_folder(tmp_path / "out"):
+            pass
+    assert listing(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_one_of_the_two_folders_is_there_at_every_moment(tmp_path, monkeypatch, swaps):
+    """Whatever the process is doing when it is killed: the old folder, the new one, or a way back to the old one."""
+    out = tmp_path / "out"
+    out.mkdir()
+    fill(out, "old")
+    seen = []
+    stock = os.replace
+
+    def replace(*arguments):
+        stock(*arguments)
+        seen.append(out.exists())
+        raise KeyboardInterrupt  # as early as can be after a rename
+
+    if not swaps:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)  # nothing is cleaned up after a kill
+    try:
+        with whole_folder(out, overwrite=True) as draft:
+            fill(draft)
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.undo()
+    assert seen == ([] if swaps else [False])
+    check_output_dir(out, overwrite=True)
+    assert (out / "config.json").read_text() in ("old", "new")
+
+
+def test_a_folder_that_was_put_aside_comes_back(tmp_path, capsys):
+    aside = tmp_path / ".out.abc.replaced"
+    (aside / "old").mkdir(parents=True)
+    fill(aside / "old", "old")
+    check_output_dir(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert "is back; a command that was killed had put it aside" in capsys.readouterr().err
+    assert listing(tmp_path) == ["out"]
+
+
+def test_everything_is_on_the_disk_before_it_is_announced(tmp_path, monkeypatch):
+    events = []
+    stock_sync, stock_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("sync"), stock_sync(handle))[1])
+    monkeypatch.setattr(os, "replace", lambda *a: (events.append("rename"), stock_replace(*a))[1])
+    with whole_folder(tmp_path / "out") as draft:
+        fill(draft)
+    assert events == ["sync", "sync", "rename", "sync", "sync"]
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be made: .*file is no folder"):
+        check_output_dir(tmp_path / "file" / "out")

@@ -507,3 +507,30 @@ def test_nothing_to_train_and_bad_options(tmp_path, data):
 def test_a_diverged_run_stops_and_says_so(tmp_path, data):
     with pytest.raises(DivergedError, match="the loss is nan at step"):
         Trainer(guided(), arguments(tmp_path, learning_rate=1e30, max_grad_norm=0), data).train()
+
+
+def test_the_speed_of_training_leaves_evaluations_out(data, tmp_path, monkeypatch):
+    trainer = Trainer(guided(), arguments(tmp_path, eval_steps=1), *data.split(4))
+    clock = [1.0]
+    step, evaluate = Trainer._optimizer_step, Trainer.evaluate
+
+    def timed(seconds, call):
+        def run(*arguments):
+            clock[0] += seconds
+            return call(*arguments)
+
+        return run
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock.__setitem__(0, clock[0] + 1e-9) or clock[0])
+    monkeypatch.setattr(Trainer, "_optimizer_step", timed(1.0, step))
+    monkeypatch.setattr(Trainer, "evaluate", timed(100.0, evaluate))
+    trainer.train()
+    assert {e["tokens_per_second"] for e in records(tmp_path)} == {4.0 * (BLOCK - 1)}
+
+
+def test_a_training_that_was_in_vain_is_said_loudly(data, tmp_path):
+    options = arguments(tmp_path, learning_rate=5.0, eval_steps=4, load_best_model_at_end=True, max_grad_norm=0.0)
+    trainer = Trainer(guided(), options, *data.split(4))
+    with pytest.warns(UserWarning, match="the result is the model AS IT WAS BEFORE TRAINING"):
+        trainer.train()
+    assert trainer.best_step == 0
