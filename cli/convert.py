@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         calibration=calibration, seconds=time.monotonic() - start,
     )  # fmt: skip
     save_compact(
-        model.to("cpu", stored), options.output_dir, companions_from=source.download(), base_model=source.name,
+        model.to("cpu"), options.output_dir, dtype=stored, companions_from=source.download(), base_model=source.name,
         overwrite=options.overwrite, max_shard_size=shard_size(options), command=command, conversion=details,
     )  # fmt: skip
     print(Path(options.output_dir))

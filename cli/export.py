@@ -1,15 +1,15 @@
-"""``lowrank-ft export``: the compact checkpoint of a training checkpoint, or of a PEFT adapter."""
+"""``lowrank-ft export``: the compact checkpoint of a training checkpoint, of a PEFT adapter, or in another form."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from lowrank_ft_cli.options import dtype_of, hub_target, output_dir_of, shard_size
+from lowrank_ft_cli.options import dtype_of, folder_bytes, hub_target, output_dir_of, shard_size
 
 from lowrank_ft.checkpoints.atomic import check_output_dir
-from lowrank_ft.checkpoints.from_training import load_adapter, load_training_checkpoint
+from lowrank_ft.checkpoints.from_training import load_adapter, load_compact, load_training_checkpoint
 from lowrank_ft.checkpoints.push import push
-from lowrank_ft.console import shown_command
+from lowrank_ft.console import human_bytes, shown_command
 from lowrank_ft.errors import CheckpointNotFoundError
 from lowrank_ft.export import save_compact
 
@@ -24,16 +24,22 @@ def run(options: argparse.Namespace) -> None:
         model, base_model, companions = load_adapter(folder, options.trust_remote_code)
     elif (folder / "trainer_state.json").is_file():
         model, base_model, companions = load_training_checkpoint(folder, options.trust_remote_code)
+    elif (folder / "config.json").is_file():
+        model, base_model, companions = load_compact(folder, options.trust_remote_code)
     else:
         raise CheckpointNotFoundError(
-            f"{folder} is neither a training checkpoint (trainer_state.json) nor a PEFT adapter (adapter_config.json)"
+            f"{folder} is neither a training checkpoint (trainer_state.json) nor a PEFT adapter (adapter_config.json) "
+            "nor a compact checkpoint (config.json)"
         )
     dtype = dtype_of(options)
     save_compact(
-        model if dtype == "auto" else model.to(dtype), options.output_dir, companions_from=companions,
-        base_model=base_model, overwrite=options.overwrite, max_shard_size=shard_size(options),
-        command=shown_command("lowrank-ft", sys.argv[1:]),
+        model, options.output_dir, companions_from=companions, form=options.form,
+        dtype=None if dtype == "auto" else dtype, base_model=base_model, overwrite=options.overwrite,
+        max_shard_size=shard_size(options), command=shown_command("lowrank-ft", sys.argv[1:]),
     )  # fmt: skip
+    if companions == folder and (before := folder_bytes(folder)):
+        after = folder_bytes(Path(options.output_dir))
+        print(f"weights   {human_bytes(before)} -> {human_bytes(after)} ({after / before - 1:+.1%})", file=sys.stderr)
     print(Path(options.output_dir))
     if repo_id is not None:
         print(push(options.output_dir, repo_id, private=options.private))

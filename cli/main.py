@@ -237,8 +237,17 @@ def build_parser() -> OneLineParser:
     report.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda or mps if there is one)")
     report.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
 
-    export = add("export", "write the compact checkpoint of a training checkpoint or of a PEFT adapter")
-    export.add_argument("checkpoint", help="a run's checkpoints/step-N folder, or a folder with adapter_config.json")
+    export = add(
+        "export", "write the compact checkpoint of a training checkpoint or of a PEFT adapter, or in another form"
+    )
+    export.add_argument(
+        "checkpoint",
+        help="a run's checkpoints/step-N folder, a folder with adapter_config.json, or a compact checkpoint",
+    )
+    export.add_argument(
+        "--form", choices=("pivoted", "factors"), default="pivoted",
+        help="pivoted: the fewest numbers, format version 2; factors: U and V, version 1 (default: pivoted)",
+    )  # fmt: skip
     export.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
     _output(export, "compact")
     _device(export, device=False)
@@ -292,9 +301,6 @@ def _size(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="names or suffixes that stay dense")
     which.add_argument(
         "--rank-pattern", nargs="+", metavar="PATTERN=N", help="ranks of linears that differ, as in PEFT: q_proj=64"
-    )
-    which.add_argument(
-        "--allow-past-break-even", action="store_true", help="factorize linears even where that makes them larger"
     )
 
 

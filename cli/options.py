@@ -41,7 +41,6 @@ def size_options(options: argparse.Namespace) -> dict[str, Any]:
         "rank_pattern": rank_pattern(options.rank_pattern),
         "target_modules": as_patterns(options.target_modules),
         "exclude_modules": as_patterns(options.exclude_modules),
-        "allow_past_break_even": options.allow_past_break_even,
     }
 
 

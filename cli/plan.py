@@ -21,7 +21,6 @@ from lowrank_ft.costs.flops import training_cost
 from lowrank_ft.errors import CheckpointError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.plan import LinearPlan, Plan, dense_remainder, make_plan
-from lowrank_ft.factorization.ranks import break_even_rank
 from lowrank_ft.factorization.targets import kind_of
 from lowrank_ft.report.plots import check_picture_path, require_plotting, save_rank_map
 
@@ -132,16 +131,17 @@ def print_plan(plan: Plan, to_stderr: bool = False) -> None:
         rows.append(
             (
                 kind, str(len(members)), f"{shape[0]} x {shape[1]}" if len(shapes) == 1 else "various",
-                f"{break_even_rank(shape):.4g}" if len(shapes) == 1 else "", shown,
+                shown,
                 human_count(sum(p.dense_parameters for p in members)), human_count(sum(p.parameters for p in members)),
             )
         )  # fmt: skip
-    columns = ("linear", "count", "out x in", "break-even", "rank", "parameters", "after")
+    columns = ("linear", "count", "out x in", "rank", "parameters", "after")
     print_table(columns, rows, to_stderr=to_stderr)
     before, after = plan.model_parameters, plan.converted_model_parameters
     stream = sys.stderr if to_stderr else sys.stdout
     print(f"targeted  {human_count(plan.target_parameters)} -> {human_count(plan.factored_parameters)} parameters"
-          f" (param ratio {plan.param_ratio:.3f})", file=stream)  # fmt: skip
+          f" (param ratio {plan.param_ratio:.3f}; as plain factors, in training, {human_count(plan.trained_parameters)})",
+          file=stream)  # fmt: skip
     print(f"model     {human_count(before)} -> {human_count(after)} parameters ({after / before:.1%})", file=stream)
     dense = [p for p in plan.linears if p.rank is None]
     if dense:

@@ -13,7 +13,7 @@ from lowrank_ft.costs.accounting import Accounting
 from lowrank_ft.costs.flops import TrainingCost
 from lowrank_ft.data.examples import DEFAULT_BLOCK_SIZE
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.factorization.ranks import break_even_rank, largest_saving_rank
+from lowrank_ft.factorization.ranks import dense_parameters, trained_parameters
 from lowrank_ft.pretraining.presets import Preset, preset
 
 _ABOUT_PRESETS = {"preset", "set", "rank", "tokens", "sequence_length", "json", "debug"}
@@ -35,8 +35,8 @@ def run_preset(options: argparse.Namespace) -> None:
         f"{made.sequence_length} tokens"
     )
     shape = (made.intermediate_size, made.hidden_size)
-    if made.rank is not None and made.rank > largest_saving_rank(shape):
-        print(f"note      rank {made.rank} is at or past break-even ({break_even_rank(shape):.4g}); it saves nothing")
+    if made.rank is not None and trained_parameters(shape, made.rank) >= dense_parameters(shape):
+        print(f"note      rank {made.rank} takes as many FLOPs in training as the dense model, or more")
 
 
 def print_accounting(models: dict[str, Accounting]) -> None:

@@ -12,6 +12,7 @@ from lowrank_ft.checkpoints import loader as _loader
 from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.conversion.guides import attach_guides
+from lowrank_ft.conversion.unpivot import unpivot
 from lowrank_ft.errors import LowRankError
 from lowrank_ft.export import save_compact
 from lowrank_ft.factorization.plan import Plan, make_plan
@@ -47,6 +48,7 @@ __all__ = [
     "save_compact",
     "set_alpha",
     "set_gates",
+    "unpivot",
 ]
 
 

@@ -5,10 +5,12 @@ is not installed. Without either, loading stops with an error.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
 from transformers import PreTrainedModel
 
 from lowrank_ft.checkpoints.adapters import refuse_adapters
@@ -18,7 +20,7 @@ from lowrank_ft.checkpoints.format import CONVERSION_FILE, RANK_MAP_FILE, descri
 from lowrank_ft.checkpoints.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
 from lowrank_ft.checkpoints.source import check_finite, check_written
 from lowrank_ft.costs.flops import compare
-from lowrank_ft.nn import compact_state_dict
+from lowrank_ft.nn.forms import stored_as
 from lowrank_ft.report.model_card import dense_card, model_card
 from lowrank_ft.report.plots import save_rank_map
 
@@ -36,8 +38,12 @@ def save_compact(
     conversion: Mapping[str, object] | None = None,
     from_scratch: bool = False,
     keep_existing: bool = False,
+    form: str = "pivoted",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write ``model`` without its guides as a compact checkpoint; the folder appears whole or not at all.
+
+    The model stays as it is, so its training can go on, but for ``dtype``.
 
     Args:
         companions_from: a folder whose tokenizer and processor files are copied along.
@@ -47,6 +53,9 @@ def save_compact(
         conversion: what a conversion did (``ConversionRecord.to_dict``), written as ``conversion.json``.
         from_scratch: it had low rank from its initialization on, which the model card says.
         keep_existing: the folder is that of a training run, whose other files stay.
+        form: one of ``FORMS``: ``pivoted`` stores a rank in the fewest numbers (format version 2); ``factors`` stores
+            ``U`` and ``V`` (version 1), which older releases read.
+        dtype: cast the model to it. Pivoted factors are computed before, so they are rounded only once.
 
     Raises:
         CheckpointError: the model carries an adapter of PEFT, or what was written does not load again.
@@ -55,9 +64,8 @@ def save_compact(
     """
     refuse_adapters(model)
     check_finite(model)
-    describe_in_config(model, base_model)
-    with whole_folder(output_dir, overwrite, keep_existing) as folder:
-        _save(model, folder, compact_state_dict(model), max_shard_size)
+    with _written_as(model, form, dtype, base_model), whole_folder(output_dir, overwrite, keep_existing) as folder:
+        _save(model, folder, max_shard_size)
         check_written(folder, model)
         copy_companions(companions_from, folder)
         if conversion is not None:
@@ -68,6 +76,22 @@ def save_compact(
             model, base_model=base_model, results=results, command=command, picture=picture, from_scratch=from_scratch
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _written_as(model: PreTrainedModel, form: str, dtype: torch.dtype | None, base_model: str | None) -> Iterator[None]:
+    """Inside, ``model`` and its config are as they are written; afterwards the layers are back, in ``dtype``."""
+    bare: Any = model
+    try:
+        with stored_as(model, form):
+            if dtype is not None:
+                bare.to(dtype)
+            describe_in_config(model, base_model)
+            yield
+    finally:
+        if dtype is not None:
+            bare.to(dtype)
+        describe_in_config(model, base_model)
 
 
 def save_dense(
@@ -100,7 +124,7 @@ def save_dense(
             (folder / "README.md").write_text(dense_card(model, results or {}, command), encoding="utf-8")
 
 
-def _save(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], max_shard_size: str) -> None:
+def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
     config = model.config
     before = getattr(config, "auto_map", None)
     # A model with code of its own already uses this place; its checkpoint needs the package to load.
@@ -109,7 +133,7 @@ def _save(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], max_sh
         (folder / PLUGIN_FILE).write_text(plugin_source(), encoding="utf-8")
     try:
         # Stock name conversions on save know nothing of factors and would scatter them.
-        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, save_original_format=False)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
     finally:
         if before is not None:
             config.auto_map = before

@@ -85,7 +85,7 @@ def main() -> None:
         if trainer.best_step == 0 and train_args.load_best_model_at_end:
             results["note"] = "no step was better than the start: these are the weights before training"
         lowrank_ft.save_compact(
-            model.to(export_dtype), train_args.output_dir, companions_from=folder, base_model=base_model,
+            model, train_args.output_dir, dtype=export_dtype, companions_from=folder, base_model=base_model,
             results=results, command=shown_command("recipes/finetune.py", sys.argv[1:]), keep_existing=True,
         )  # fmt: skip
         print(train_args.output_dir)
@@ -109,6 +109,7 @@ def prepare_model(
         raise ConfigError(f"{source.name} is dense; say how small it should become with --rank or --param_ratio")
 
     model = load_model(source, dtype)
+    lowrank_ft.unpivot(model)
     if not compact:
         check_finite(model)
         teacher = None

@@ -80,12 +80,13 @@ def main() -> None:
         results = {"training steps": trainer.max_steps, "guided steps": trainer.guided_steps}
         if trainer.best_loss is not None:
             results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
-        trained = trained.to(export_dtype)
         told = dict(companions_from=folder, results=results, command=shown_command("recipes/pretrain.py", sys.argv[1:]))
         if plan is None:
-            save_dense(trained, train_args.output_dir, keep_existing=True, **told)
+            save_dense(trained.to(export_dtype), train_args.output_dir, keep_existing=True, **told)
         else:
-            lowrank_ft.save_compact(trained, train_args.output_dir, from_scratch=True, keep_existing=True, **told)
+            lowrank_ft.save_compact(
+                trained, train_args.output_dir, dtype=export_dtype, from_scratch=True, keep_existing=True, **told
+            )
         print(train_args.output_dir)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_ft.errors import CheckpointError, first_line
+from lowrank_ft.factorization.pivoting import SIDES
 from lowrank_ft.reading import kind_of, read_object
 
 _COUNTS = re.compile(r"(^|_)(layers?|heads?|experts|blocks)$")
@@ -122,6 +123,12 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
                 raise CheckpointError(
                     f"{path}: quantization_config.ranks[{name!r}] is {rank:.6g}; it is not positive, or no rank"
                 )
+        pivots = entry.get("pivots") or {}
+        if not isinstance(pivots, dict):
+            raise wrong("quantization_config.pivots", pivots, "an object with the side of every pivoted linear")
+        for name, side in pivots.items():
+            if side not in SIDES:
+                raise wrong(f"quantization_config.pivots[{name!r}]", side, " or ".join(SIDES))
 
 
 def _whole_numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -5,14 +5,16 @@ weight is read::
 
     "quantization_config": {
         "quant_method": "lowrank",
-        "format_version": 1,
+        "format_version": 2,
         "ranks": {"model.layers.0.mlp.up_proj": 64, ...},
+        "pivots": {"model.layers.0.mlp.up_proj": "input", ...},
         "base_model": "meta-llama/Llama-3.2-1B",
         "base_revision": "4e20de362430cd3b72f300e6b0f18e50e7166e08"
     }
 
 Tensors are named ``<linear>.U.weight``, ``<linear>.V.weight``, ``<linear>.bias``, and ``<linear>.weight``, the
-one-element tripwire of :class:`~lowrank_ft.nn.LowRankLinear`.
+one-element tripwire of :class:`~lowrank_ft.nn.LowRankLinear`. Linears under ``pivots`` have the pivoted form of that
+class, and ``<linear>.order``. Without any, the entry says version 1, which knew plain factors alone.
 """
 
 from pathlib import Path
@@ -28,14 +30,21 @@ PLACEHOLDER = "path/or/hub-id"
 """Stands in a model card for the address that only a push knows."""
 
 QUANT_METHOD = "lowrank"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_PIVOTS = 1
 
 
 def quantization_config(
-    ranks: dict[str, int], base_model: str | None = None, base_revision: str | None = None
+    ranks: dict[str, int],
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    pivots: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The entry for a model with these ranks; where its dense weights came from is told where that is known."""
-    entry: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "ranks": dict(ranks)}
+    version = FORMAT_VERSION if pivots else _WITHOUT_PIVOTS
+    entry: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": version, "ranks": dict(ranks)}
+    if pivots:
+        entry["pivots"] = dict(pivots)
     origin = {"base_model": base_model, "base_revision": base_revision}
     return entry | {k: v for k, v in origin.items() if v}
 
@@ -60,4 +69,5 @@ def describe_in_config(model: nn.Module, base_model: str | None = None) -> None:
         # As it was typed it could be read as a name on the Hub, or mean another folder elsewhere. It is not published.
         known = str(Path(known).expanduser().resolve())
     ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
-    config.quantization_config = quantization_config(ranks, known, revision)
+    pivots = {name: layer.pivot for name, layer in lowrank_layers(model) if layer.pivot is not None}
+    config.quantization_config = quantization_config(ranks, known, revision, pivots)

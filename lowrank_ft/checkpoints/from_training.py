@@ -1,4 +1,4 @@
-"""Load what training left behind, ready to export: a checkpoint of our trainer, or a PEFT adapter."""
+"""Load what is ready to export: a checkpoint of our trainer, a PEFT adapter, or a compact checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lowrank_ft.checkpoints import sharded as tensor_files
-from lowrank_ft.checkpoints.source import RUN_FILE, Source, load_model, model_class
+from lowrank_ft.checkpoints.source import RUN_FILE, Source, is_compact, load_model, model_class
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
 from lowrank_ft.reading import kind_of, read_object
 
@@ -114,6 +114,19 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrai
     model: Any = PeftModel.from_pretrained(_base_of_adapter(source, entry.get("task_type"), folder), str(folder))
     own_tokenizer = (folder / "tokenizer_config.json").is_file()  # with a chat template of its own, perhaps
     return model.base_model.compact_and_unload(), name, folder if own_tokenizer else source.download()
+
+
+def load_compact(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, str | None, Path]:
+    """A compact checkpoint, to be written in another form: the model, its base model's name, and the folder itself.
+
+    Raises:
+        CheckpointError: it is dense.
+    """
+    source = Source(str(folder), trust_remote_code=trust_remote_code)
+    if not is_compact(source.load_config()):
+        raise CheckpointError(f"{folder} is dense; export takes what training left, or a compact checkpoint")
+    model: Any = load_model(source)
+    return model, model.config.quantization_config.base_model, folder
 
 
 def fold_adapters(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

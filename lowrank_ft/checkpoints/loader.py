@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 
 METHOD = "lowrank"
-NEWEST_READABLE_FORMAT = 1
+NEWEST_READABLE_FORMAT = 2
 
 
 class LowRankQuantizationConfig(QuantizationConfigMixin):
@@ -27,6 +27,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
         format_version: version of the checkpoint format.
         base_model: where the dense weights came from.
         base_revision: the commit that they were read from, if that was on the Hub.
+        pivots: module name to side, ``output`` or ``input``, of those that are pivoted.
 
     Raises:
         ValueError: the checkpoint is of a newer format than this code reads.
@@ -38,6 +39,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
         format_version: int = NEWEST_READABLE_FORMAT,
         base_model: str | None = None,
         base_revision: str | None = None,
+        pivots: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         if format_version > NEWEST_READABLE_FORMAT:
@@ -50,6 +52,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.base_model = base_model
         self.base_revision = base_revision
+        self.pivots = dict(pivots) if pivots else None
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if v is not None}
@@ -81,7 +84,9 @@ class LowRankQuantizer(HfQuantizer):
                 # is there and missed would meet its tripwire when weights are read.
                 continue
             parent, _, leaf = found.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, LowRankLinear.like(modules[found], rank, device="meta"))
+            side = (self.quantization_config.pivots or {}).get(name)
+            layer = LowRankLinear.like(modules[found], rank, device="meta", pivot=side)
+            setattr(model.get_submodule(parent), leaf, layer)
             swapped += 1
         if swapped:  # a device map that puts U and V in different places computes with neither
             model._no_split_modules = {*(model._no_split_modules or ()), LowRankLinear.__name__}

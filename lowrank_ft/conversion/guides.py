@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from lowrank_ft.conversion.unpivot import unpivot
 from lowrank_ft.errors import PlanError
 from lowrank_ft.factorization.targets import is_linear
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, check_guide_bits, lowrank_layers
@@ -13,6 +14,8 @@ MIN_COSINE = 0.1  # between factors and the weights that they were made from, me
 def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str, guide_bits: int | None = None) -> None:
     """Put a guide beside every factored linear of ``model``, from the linear of the same name in ``dense_model``.
 
+    Pivoted factors become plain ones first (:func:`unpivot`).
+
     Args:
         guide: one of ``GUIDES``.
         guide_bits: as in :func:`convert`.
@@ -21,6 +24,7 @@ def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str, guide_bi
         ConfigError, MissingPackageError: the guide cannot be stored in ``guide_bits`` (see :func:`convert`).
         PlanError: the dense model lacks one of the linears, has it in another shape, or is another model.
     """
+    unpivot(model)
     check_guide_bits(guide, guide_bits, next(model.parameters()).device)
     weights = {name: _matching_dense_weight(dense_model, name, layer) for name, layer in lowrank_layers(model)}
     _require_kinship(model, weights)

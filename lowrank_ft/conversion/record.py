@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowrank_ft.conversion.calibration import Calibration, default_method
 from lowrank_ft.factorization.plan import Plan
 from lowrank_ft.factorization.solvers import gram_singular_values
+from lowrank_ft.nn.forms import layer_factors
 
 CONVERSION_VERSION = 1
 
@@ -83,7 +84,8 @@ def thinned_spectrum(weight: Tensor, name: str) -> tuple[list[float], list[int]]
 def relative_errors(weight: Tensor, layer: Any, inputs: Tensor | None) -> tuple[float, float | None]:
     """``|W - UV| / |W|`` in the Frobenius norm, and ``|(W - UV) X| / |W X|`` from ``X X^T (in, in)``."""
     dense = weight.float()
-    lost = dense - layer.U.weight.float() @ layer.V.weight.float()
+    left, right = layer_factors(layer)
+    lost = dense - left.float() @ right.float()
     weight_error = (lost.norm() / dense.norm().clamp_min(1e-30)).item()
     if inputs is None:
         return weight_error, None

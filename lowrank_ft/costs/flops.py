@@ -1,9 +1,10 @@
 """What a factored model costs beside the dense one that it came from: parameters, and multiply-adds per token.
 
-A linear of shape ``(out, in)`` takes ``out * in`` multiply-adds per token, a factored one ``rank * (out + in)``. Those
-of all linears are counted, output head included, each once per token; one multiply-add is two FLOPs. Attention scores,
-which grow with the context, norms, activations and the embedding's look-up are not counted. :func:`training_cost` is
-about a whole training of a known context, and counts the scores too.
+A linear of shape ``(out, in)`` takes ``out * in`` multiply-adds per token, a factored one ``rank * (out + in - rank)``
+as it is stored and run, and ``rank * (out + in)`` as plain factors, in training. Those of all linears are counted,
+output head included, each once per token; one multiply-add is two FLOPs. Attention scores, which grow with the context,
+norms, activations and the embedding's look-up are not counted. :func:`training_cost` is about a whole training of a
+known context, and counts the scores too.
 
 A training step takes three times the multiply-adds of the forward pass: the output, the gradient of the input, and the
 gradient of the weight. A weight that is not trained takes two, for it needs no gradient of its own.
@@ -47,11 +48,13 @@ class Comparison:
 
     Attributes:
         linears: the factored linears, and those that stay dense where another block has a factored one.
+        numbers: parameters of the factored linears, by name, in the form that they have.
     """
 
     dense: Cost
     compact: Cost
     linears: tuple[LinearPlan, ...]
+    numbers: dict[str, int]
 
     @property
     def param_ratio(self) -> float | None:
@@ -102,11 +105,11 @@ def step_cost(model: nn.Module) -> StepCost:
 
 
 def compare(model: nn.Module) -> Comparison:
-    """Count for a model with factored linears, which may be on the meta device; guides do not count."""
+    """Count for a model with factored linears, in the form they have; on the meta device, too. Guides do not count."""
     layers = dict(lowrank_layers(model))
     dense = [s for s in find_linears(model) if s.name.rpartition(".")[0] not in layers]  # U and V lie in them
     before = sum(layer.in_features * layer.out_features for layer in layers.values())
-    after = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers.values())
+    after = sum(layer.numbers for layer in layers.values())
     rest = sum(dense_parameters(s.shape) for s in dense)
     guides = sum(
         p.numel()
@@ -125,7 +128,10 @@ def compare(model: nn.Module) -> Comparison:
         if name in layers or name in shapes
     )
     return Comparison(
-        Cost(parameters - after + before, rest + before, before), Cost(parameters, rest + after, after), linears
+        Cost(parameters - after + before, rest + before, before),
+        Cost(parameters, rest + after, after),
+        linears,
+        {name: layer.numbers for name, layer in layers.items()},
     )
 
 
@@ -161,12 +167,12 @@ def training_cost(model: nn.Module, plan: Plan, tokens: int, sequence_length: in
             raise ConfigError(f"{what} {value} is out of range; it must be 1 or more")
     linears = sum(dense_parameters(s.shape) for s in find_linears(model))
     scores, unusual = attention_scores(model.config, sequence_length)
-    saved = plan.target_parameters - plan.factored_parameters
+    saved = plan.target_parameters - plan.trained_parameters
     ffn = {s.name: dense_parameters(s.shape) for s in find_linears(model) if is_ffn_linear(model, s)}
-    factored = {p.name: p.parameters for p in plan.linears if p.name in ffn}
+    factored = {p.name: p.trained_parameters for p in plan.linears if p.name in ffn}
     dense = Accounting(plan.model_parameters, sum(ffn.values()), training_flops(tokens, linears, scores))
     low_rank = Accounting(
-        plan.converted_model_parameters,
+        plan.model_parameters - saved,
         sum({**ffn, **factored}.values()),
         training_flops(tokens, linears - saved, scores),
     )

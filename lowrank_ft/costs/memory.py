@@ -234,7 +234,7 @@ class _Stored:
         rest = plan.model_parameters - plan.target_parameters
         factored = [p for p in plan.linears if p.rank is not None]
         ours = mode.method == "factors"
-        linears = plan.factored_parameters if ours else plan.target_parameters
+        linears = plan.trained_parameters if ours else plan.target_parameters
         work = 2 if settings.mixed_precision != "no" else size
         matrices = [p.shape for p in (factored if ours else plan.linears)]
         largest = max((a * b for a, b in matrices), default=0)
@@ -253,7 +253,7 @@ class _Stored:
         elif mode.adapters:
             trained = sum(r * (a + b) for a, b in matrices)
         elif mode.trainable == "factors":
-            trained = sum(p.parameters for p in factored)
+            trained = sum(p.trained_parameters for p in factored)
         if mode.adapters:
             weights += size * trained
         if mode.adapters or mode.trainable == "factors":

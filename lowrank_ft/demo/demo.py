@@ -130,7 +130,9 @@ def _train(
 
 
 def _save(model: Any, folder: Path) -> None:
-    save_compact(model.to(torch.bfloat16), folder, companions_from=MODEL, base_model="lowrank-ft demo", overwrite=True)
+    save_compact(
+        model, folder, dtype=torch.bfloat16, companions_from=MODEL, base_model="lowrank-ft demo", overwrite=True
+    )
     model.float()
 
 

@@ -1,12 +1,13 @@
 """Spend one parameter budget where it buys the most.
 
-Every linear ``l`` offers ranks ``r`` at a price of ``r * (out + in)`` parameters, and what is lost at that rank is
+Every linear ``l`` offers ranks ``r`` at a price of ``r * (out + in - r)`` parameters, and what is lost at that rank is
 the tail ``sum over i > r of s_i^2`` of its (weighted) spectrum; staying dense costs ``out * in`` and loses nothing.
 
     minimize   sum of losses over all linears      such that   sum of prices <= budget
 
-Losses fall ever more slowly with rank, so the solution is the same price of one more parameter everywhere: a Lagrange
-multiplier, found by bisection, after which what is left of the budget goes to the best remaining offers.
+A Lagrange multiplier, the price of one more parameter, is the same everywhere and found by bisection. It reaches those
+offers alone that lie on the lower convex hull of a linear's losses over prices, and prices are concave in the rank. So
+what is left of the budget then goes to the best of all remaining offers, one at a time.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lowrank_ft.errors import RankError
-from lowrank_ft.factorization.ranks import Shape, dense_parameters, factored_parameters, largest_saving_rank, rank_step
+from lowrank_ft.factorization.ranks import Shape, dense_parameters, factored_parameters, rank_step
 
 ALLOCATIONS = ("uniform", "energy", "loss")
 
@@ -74,8 +75,7 @@ class _Offers:
 
     @classmethod
     def of(cls, shape: Shape, squares: np.ndarray, step: int) -> "_Offers":
-        most = largest_saving_rank(shape)
-        ranks: list[int | None] = [*range(step, most + 1, step)]
+        ranks: list[int | None] = [*range(step, min(shape), step)]
         tails = np.concatenate([np.cumsum(np.asarray(squares, dtype=np.float64)[::-1])[::-1], [0.0]])
         prices = [factored_parameters(shape, r) for r in ranks if r is not None]
         losses = [float(tails[min(r, len(tails) - 1)]) for r in ranks if r is not None]

@@ -16,14 +16,13 @@ from lowrank_ft.errors import PlanError, RankError
 from lowrank_ft.factorization.allocation import allocate_ranks
 from lowrank_ft.factorization.ranks import (
     Shape,
-    break_even_rank,
     check_fraction,
     dense_parameters,
     factored_parameters,
-    largest_saving_rank,
     rank_for_energy,
     ranks_for_param_ratio,
     resolve_rank,
+    trained_parameters,
 )
 from lowrank_ft.factorization.targets import LinearSpec, Patterns, pattern_value, select_targets
 from lowrank_ft.factorization.targets import kind_of as place_of
@@ -54,8 +53,13 @@ class LinearPlan:
 
     @property
     def parameters(self) -> int:
-        """Weights after conversion, without the bias, which does not change."""
+        """Weights as the compact checkpoint has them, without the bias, which does not change."""
         return self.dense_parameters if self.rank is None else factored_parameters(self.shape, self.rank)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Weights while it is trained, as plain ``U`` and ``V``."""
+        return self.dense_parameters if self.rank is None else trained_parameters(self.shape, self.rank)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class Plan:
         return sum(p.parameters for p in self.linears)
 
     @property
+    def trained_parameters(self) -> int:
+        return sum(p.trained_parameters for p in self.linears)
+
+    @property
     def param_ratio(self) -> float:
         """Parameters after over parameters before, over the targeted linears (0.6 = 40 % removed)."""
         return self.factored_parameters / self.target_parameters
@@ -99,6 +107,7 @@ class Plan:
             "param_ratio": self.param_ratio,
             "target_parameters": self.target_parameters,
             "factored_parameters": self.factored_parameters,
+            "trained_parameters": self.trained_parameters,
             "converted_model_parameters": self.converted_model_parameters,
         }
         return {"plan_version": PLAN_VERSION, **asdict(self), "totals": totals}
@@ -187,7 +196,7 @@ def make_plan(
     rank_pattern: Mapping[str, int | float] | None = None,
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
-    allow_past_break_even: bool = False,
+    keep_full_rank: bool = False,
     spectrum: Callable[[LinearSpec], Tensor] | None = None,
 ) -> Plan:
     """Decide the rank of every targeted linear of ``model`` (which may be on the meta device).
@@ -199,7 +208,7 @@ def make_plan(
         rank_pattern: pattern to rank, for linears that differ; as in PEFT, the first match wins.
         target_modules: PEFT's; None means every linear of the repeated blocks.
         exclude_modules: PEFT's.
-        allow_past_break_even: factorize even where that makes a linear larger.
+        keep_full_rank: factorize at full rank, too, where nothing is saved, and the linear else stays dense.
         spectrum: gives a linear's singular values, descending.
 
     Raises:
@@ -232,7 +241,7 @@ def make_plan(
             raise RankError("energy needs the weights' spectra, and this plan was made from shapes alone")
         ranks |= {s.name: rank_for_energy(spectrum(s).tolist(), energy) for s in free}
 
-    linears = tuple(_linear_plan(s, ranks[s.name], allow_past_break_even) for s in specs)
+    linears = tuple(_linear_plan(s, ranks[s.name], keep_full_rank) for s in specs)
     return Plan(linears, count_parameters(model), pattern)
 
 
@@ -296,8 +305,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(counted.values())
 
 
-def _linear_plan(spec: LinearSpec, rank: int, allow_past_break_even: bool) -> LinearPlan:
-    if rank <= largest_saving_rank(spec.shape) or allow_past_break_even:
+def _linear_plan(spec: LinearSpec, rank: int, keep_full_rank: bool) -> LinearPlan:
+    if rank < min(spec.shape) or keep_full_rank:
         return LinearPlan(spec.name, spec.shape, rank)
-    note = f"rank {rank} is at or past break-even ({break_even_rank(spec.shape):.4g}); kept dense"
-    return LinearPlan(spec.name, spec.shape, None, note)
+    return LinearPlan(spec.name, spec.shape, None, f"rank {rank} is full rank; kept dense")

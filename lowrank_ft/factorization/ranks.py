@@ -1,8 +1,8 @@
 """Arithmetic of ranks: what a factorization costs, and which rank a budget buys.
 
-A linear of shape ``(out, in)`` has ``out * in`` parameters; factored at rank ``r`` it has ``r * (out + in)``.
-Both count the same multiply-adds per token. The two are equal at the break-even rank ``out * in / (out + in)``;
-at or above it nothing is saved.
+A linear of shape ``(out, in)`` has ``out * in`` parameters. Factored at rank ``r`` it is stored and run with
+``r * (out + in - r)`` (:mod:`lowrank_ft.factorization.pivoting`), which is less at every rank below full rank. While it
+is trained, as balanced ``U`` and ``V``, it has ``r * (out + in)``. Each number is one multiply-add per token.
 """
 
 import math
@@ -19,17 +19,19 @@ def dense_parameters(shape: Shape) -> int:
 
 
 def factored_parameters(shape: Shape, rank: int) -> int:
+    """As a compact checkpoint stores it, and runs it."""
+    return rank * (shape[0] + shape[1] - rank)
+
+
+def trained_parameters(shape: Shape, rank: int) -> int:
+    """Of ``U (out, rank)`` and ``V (rank, in)``, the form in which factors are trained."""
     return rank * (shape[0] + shape[1])
 
 
-def break_even_rank(shape: Shape) -> float:
-    """The rank, seldom whole, at which the factored form is as large as the dense one."""
-    return shape[0] * shape[1] / (shape[0] + shape[1])
-
-
-def largest_saving_rank(shape: Shape) -> int:
-    """The largest rank that still saves parameters; 0 where even rank 1 saves none."""
-    return math.ceil(break_even_rank(shape)) - 1
+def rank_at(shape: Shape, param_ratio: float) -> float:
+    """The rank, seldom whole, at which the factored form has this share of the dense parameters."""
+    total = shape[0] + shape[1]
+    return (total - math.sqrt(max(0.0, total * total - 4 * param_ratio * dense_parameters(shape)))) / 2
 
 
 def resolve_rank(rank: int | float, shape: Shape, name: str) -> int:
@@ -48,9 +50,9 @@ def resolve_rank(rank: int | float, shape: Shape, name: str) -> int:
             raise RankError(f"fraction {rank} for {name} is above 1; give a fraction of full rank in (0, 1], or an int")
         return max(1, round(rank * full))
     if rank > full:
-        saving = largest_saving_rank(shape)
-        hint = f"ranks up to {saving} save parameters" if saving else "no rank saves parameters there"
-        raise RankError(f"rank {rank} exceeds min(out_features, in_features)={full} for {name} {shape}; {hint}")
+        raise RankError(
+            f"rank {rank} exceeds min(out_features, in_features)={full} for {name} {shape}; give a lower rank"
+        )
     return rank
 
 
@@ -63,9 +65,9 @@ def check_fraction(what: str, value: float) -> None:
 def ranks_for_param_ratio(shapes: Sequence[Shape], param_ratio: float, multiple: int = 8) -> list[int]:
     """Ranks that spend the same share of parameters on every linear, within one global budget.
 
-    Each rank is ``param_ratio * out * in / (out + in)`` rounded down to a multiple of ``multiple`` (tensor cores and
-    grouped kernels want multiples of 8; a matrix too narrow for that gets a smaller multiple). What the rounding left
-    over is then spent one multiple at a time, on the linears that lost the largest share of their rank first.
+    Each rank is :func:`rank_at` of the ratio, rounded down to a multiple of ``multiple`` (tensor cores and grouped kernels
+    want multiples of 8; a matrix too narrow for that gets a smaller multiple). What the rounding left over is then spent
+    one multiple at a time, on the linears that lost the largest share of their rank first.
 
     Returns:
         One rank per shape, each at least 1; their total is at most ``param_ratio`` of the dense parameters.
@@ -81,13 +83,13 @@ def ranks_for_param_ratio(shapes: Sequence[Shape], param_ratio: float, multiple:
             f"param ratio {param_ratio} keeps {budget:,} of {total:,} parameters, and rank 1 in all {len(shapes)} linears "
             f"needs {least:,}; the smallest feasible ratio is {math.ceil(least / total * 1e4) / 1e4:g}"
         )
-    ideal = [param_ratio * break_even_rank(s) for s in shapes]
+    ideal = [rank_at(s, param_ratio) for s in shapes]
     steps = [rank_step(s, param_ratio, multiple) for s in shapes]
     ranks = [max(1, int(i / s + 1e-9) * s) for i, s in zip(ideal, steps, strict=True)]
     left = budget - sum(factored_parameters(s, r) for s, r in zip(shapes, ranks, strict=True))
     by_loss = sorted(range(len(shapes)), key=lambda i: (ranks[i] - ideal[i]) / ideal[i])
     for i in by_loss:
-        price = factored_parameters(shapes[i], steps[i])
+        price = factored_parameters(shapes[i], ranks[i] + steps[i]) - factored_parameters(shapes[i], ranks[i])
         if ranks[i] < ideal[i] and price <= left and ranks[i] + steps[i] <= min(shapes[i]):
             ranks[i] += steps[i]
             left -= price
@@ -99,7 +101,7 @@ def rank_step(shape: Shape, param_ratio: float, multiple: int = 8) -> int:
 
     A coarser grid would distort a small matrix more than alignment gains.
     """
-    return max(1, min(multiple, 2 ** int(math.log2(max(1.0, param_ratio * break_even_rank(shape) / 4)))))
+    return max(1, min(multiple, 2 ** int(math.log2(max(1.0, rank_at(shape, param_ratio) / 4)))))
 
 
 def rank_for_energy(singular_values: Sequence[float], energy: float) -> int:

@@ -1,8 +1,9 @@
 """Factors of one matrix: ``W (out, in) ~ U (out, r) @ V (r, in)``.
 
 Contract of every solver here: the input may be of any float dtype on any device; the decomposition runs in float64
-where the device has it (float32 on MPS); the result is float32 on the input's device; and the factors are *balanced*,
-``U^T U = V V^T = diag(s)``, because training feels how a product is split (docs/explanation/factorization.md).
+where the device has it (float32 on MPS); the result is float32 (float64 for float64 input) on the input's device; and
+the factors are *balanced*, ``U^T U = V V^T = diag(s)``, because training feels how a product is split
+(docs/explanation/factorization.md).
 """
 
 from typing import NamedTuple
@@ -176,4 +177,4 @@ def _working_copy(weight: Tensor, name: str) -> Tensor:
 
 
 def _result(factor: Tensor, like: Tensor) -> Tensor:
-    return factor.to(device=like.device, dtype=torch.float32).contiguous()
+    return factor.to(device=like.device, dtype=torch.promote_types(torch.float32, like.dtype)).contiguous()

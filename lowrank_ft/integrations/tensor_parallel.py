@@ -5,6 +5,9 @@
     row layer (o, down)                 h = sum over p of V_p x_p    columns of V: all-reduce of h, ``(..., rank)``
                                         y = U h        whole U, on every process
 
+The whole factor may be the one that holds the identity of the pivoted form: pivoted on the input side in a column
+layer, on the output side in a row layer. Layers that are pivoted on the side that is split become plain factors.
+
 Between the two, each process works on its own heads or its own part of the feed-forward width, as with dense layers.
 But what is sent has ``rank`` numbers per token and not the model's width: forward one all-reduce of ``h`` per row
 layer, backward one of its gradient per column layer.
@@ -22,10 +25,12 @@ from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.nn.forms import plain, swap
 from lowrank_ft.nn.guided import guided_layers
 from lowrank_ft.nn.lowrank_linear import LowRankLinear
 
 _COLUMN, _ROW = "colwise", "rowwise"
+_SPLIT_SIDE = {_COLUMN: "output", _ROW: "input"}
 _LEFT_WHOLE = ("colwise_gather_output", "colwise_rep", "embedding_rowwise")  # heads and embeddings: right when whole
 
 
@@ -55,6 +60,8 @@ def tensor_parallel_plan(
 ) -> dict[str, ParallelStyle]:
     """What ``torch.distributed.tensor.parallel.parallelize_module`` takes as its plan.
 
+    In ``model``, layers whose pivoted form cannot be split become plain factors (:func:`lowrank_ft.unpivot`), in place.
+
     Args:
         model: without guides. Linears that are still dense are split as usual; embeddings and the output head stay
             whole.
@@ -81,9 +88,11 @@ def tensor_parallel_plan(
         if role not in (_COLUMN, _ROW):
             raise ConfigError(f"{pattern} is to be split as {role!r}; only {_COLUMN} and {_ROW} are supported")
         expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
-        for name, module in model.named_modules():
+        for name, module in list(model.named_modules()):
             if expression.fullmatch(name):
                 plan[name] = _style(name, module, role, size)
+                if isinstance(module, LowRankLinear) and module.pivot == _SPLIT_SIDE[role]:
+                    swap(model, name, plain(module))
     return plan
 
 

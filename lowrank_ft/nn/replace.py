@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.factorization.targets import is_transposed
+from lowrank_ft.nn.forms import layer_factors, swap
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 
 
@@ -23,12 +24,6 @@ def factorized(dense: Any, factors: Factors) -> LowRankLinear:
 def dense_weight(module: Any) -> Tensor:
     """``W`` as ``(out, in)``, however the module stores it."""
     return module.weight.detach().T if is_transposed(module) else module.weight.detach()
-
-
-def swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` where ``name`` is."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -48,7 +43,8 @@ def merge(model: nn.Module) -> nn.Module:
 def merged(layer: LowRankLinear) -> nn.Module:
     """The dense linear, ``nn.Linear`` or ``Conv1D``, that computes what ``layer`` computes without its guide."""
     trained = layer.U.weight.requires_grad or layer.V.weight.requires_grad
-    weight = (layer.U.weight.detach().float() @ layer.V.weight.detach().float()).to(layer.U.weight.dtype)
+    left, right = layer_factors(layer)
+    weight = (left.float() @ right.float()).to(layer.U.weight.dtype)
     if layer.transposed:
         from transformers.pytorch_utils import Conv1D
 

@@ -52,7 +52,7 @@ def initialize_lowrank(
         progress: show a progress bar on stderr when that is a terminal.
 
     Returns:
-        The plan that was carried out. What is at or past break-even stays dense, with a warning.
+        The plan that was carried out. What is of full rank stays dense, with a warning.
 
     Raises:
         ConfigError: another guide, or the model is on the meta device.

@@ -18,7 +18,7 @@ from typing import Any
 
 from lowrank_ft.costs.accounting import Accounting, training_flops
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.factorization.ranks import dense_parameters, factored_parameters, resolve_rank
+from lowrank_ft.factorization.ranks import dense_parameters, resolve_rank, trained_parameters
 
 _Values = dict[str, Any]
 _SIZES: dict[str, _Values] = {
@@ -118,7 +118,7 @@ class Preset:
             return 2 * self.num_hidden_layers * dense_parameters(shape)
         dense_blocks = int(self.dense_first_block)
         factored_blocks = self.num_hidden_layers - dense_blocks
-        return 2 * (dense_blocks * dense_parameters(shape) + factored_blocks * factored_parameters(shape, self.rank))
+        return 2 * (dense_blocks * dense_parameters(shape) + factored_blocks * trained_parameters(shape, self.rank))
 
 
 def preset(name: str, **overrides: Any) -> Preset:

@@ -66,7 +66,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     entry = config.quantization_config
     entry = entry if isinstance(entry, Mapping) else entry.to_dict()
     model = skeleton(config, source.name, source.trust_remote_code)
-    _factorize_skeleton(model, entry.get("ranks"), f"{source.name}/config.json")
+    _factorize_skeleton(model, entry.get("ranks"), entry.get("pivots") or {}, f"{source.name}/config.json")
     base_model, revision = entry.get("base_model"), entry.get("base_revision")
     conversion = read_conversion(source.folder)
     if not base_model and conversion is not None:
@@ -74,10 +74,12 @@ def open_checkpoint(source: Source) -> Checkpoint:
     return Checkpoint(source, compare(model), base_model, revision, conversion)
 
 
-def _factorize_skeleton(model: Any, ranks: Any, where: str) -> None:
+def _factorize_skeleton(model: Any, ranks: Any, pivots: Any, where: str) -> None:
     modules = dict(model.named_modules())
     if not isinstance(ranks, Mapping):
         raise CheckpointError(f"{where} lists no ranks; convert the model again")
+    if not isinstance(pivots, Mapping):
+        raise CheckpointError(f"{where} has pivots that are no object; convert the model again")
     for name, rank in ranks.items():
         found = _module_name(name, model, modules)
         if found is None:
@@ -86,7 +88,11 @@ def _factorize_skeleton(model: Any, ranks: Any, where: str) -> None:
         if not isinstance(rank, int):
             raise CheckpointError(f"{where} gives {name} rank {rank!r}, which is no whole number")
         resolve_rank(rank, (layer.out_features, layer.in_features), name)
-        swap(model, found, LowRankLinear.like(modules[found], rank, device="meta"))
+        try:
+            made = LowRankLinear.like(modules[found], rank, device="meta", pivot=pivots.get(name))
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {name}: {error}") from None
+        swap(model, found, made)
 
 
 def _module_name(name: str, model: Any, modules: Mapping[str, Any]) -> str | None:

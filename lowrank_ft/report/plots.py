@@ -13,7 +13,6 @@ from typing import Any
 
 from lowrank_ft.errors import ConfigError, MissingPackageError, OutputError
 from lowrank_ft.factorization.plan import LinearPlan
-from lowrank_ft.factorization.ranks import break_even_rank
 from lowrank_ft.report.records import BlockRecord, LinearRecord
 
 _FORMATS = (".png", ".svg", ".pdf")
@@ -73,7 +72,7 @@ def data_uri(figure: Any) -> str:
 
 
 def rank_map(linears: Sequence[LinearPlan]) -> Any:
-    """Blocks down, modules across; a cell shows the rank, its colour the rank's share of the break-even rank."""
+    """Blocks down, modules across; a cell shows the rank, its colour the share of parameters that is kept."""
     import numpy as np
     from matplotlib.patches import Rectangle
 
@@ -85,7 +84,7 @@ def rank_map(linears: Sequence[LinearPlan]) -> Any:
         at = rows.index(block), columns.index(module)
         ranked = [p for p in members if p.rank is not None]
         if ranked:
-            shares[at] = sum((p.rank or 0) / break_even_rank(p.shape) for p in ranked) / len(ranked)
+            shares[at] = sum(p.parameters / p.dense_parameters for p in ranked) / len(ranked)
         texts[at] = _rank_text([p.rank for p in members])
 
     labels = _module_labels(columns)
@@ -125,7 +124,7 @@ def rank_map(linears: Sequence[LinearPlan]) -> Any:
     )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=2)
-    bar.set_label("rank / break-even rank (at 1 nothing is saved); the number is the rank", fontsize=8)
+    bar.set_label("share of the dense parameters that is kept; the number is the rank", fontsize=8)
     return figure
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from lowrank_ft.checkpoints.source import is_hub_id, safetensors_files
 from lowrank_ft.console import human_bytes, human_count
 from lowrank_ft.factorization.plan import LinearPlan
-from lowrank_ft.factorization.ranks import break_even_rank
 from lowrank_ft.report import page, plots
 from lowrank_ft.report.inspection import Checkpoint, dense_folder, linear_records
 from lowrank_ft.report.records import ConversionRecord, LinearRecord
@@ -56,7 +55,7 @@ def build_report(
         page.section("Error of every linear", _errors(checkpoint, records, conversion, at, missing)),
         page.section("Training", _training(checkpoint.folder)),
         page.section("How it was made", _made(checkpoint, conversion)),
-        page.section("Every linear", _every_linear(checkpoint.linears, records)),
+        page.section("Every linear", _every_linear(checkpoint.linears, checkpoint.comparison.numbers, records)),
     ]
     title = _file_name(checkpoint.folder.resolve().name)
     return page.document(f"{title}: low-rank report", _header(checkpoint, title, rows, evaluation), parts)
@@ -131,9 +130,8 @@ def _ranks(linears: Sequence[LinearPlan]) -> str:
         f"Heat map of ranks by block and module: {len(ranked)} factored linears, ranks {low} to {high}, {dense} dense."
     )
     caption = (
-        "Colour is the share of the break-even rank, out * in / (out + in), at which nothing is saved; it is also the "
-        f"linear's param ratio. {len(ranked)} linears are factored"
-        + (f", {dense} stay dense (grey)." if dense else ".")
+        "Colour is the share of the dense parameters that a linear keeps at its rank. "
+        f"{len(ranked)} linears are factored" + (f", {dense} stay dense (grey)." if dense else ".")
     )
     return page.picture(plots.rank_map(linears), alt, caption)
 
@@ -208,16 +206,17 @@ def _command_of_card(folder: Path) -> str | None:
     return found[2] if found else None
 
 
-def _every_linear(linears: Sequence[LinearPlan], records: Mapping[str, LinearRecord]) -> str:
-    columns = ("linear", "out x in", "rank", "break-even", "parameters", "after", "energy kept", "weight error",
-               "output error")  # fmt: skip
+def _every_linear(
+    linears: Sequence[LinearPlan], numbers: Mapping[str, int], records: Mapping[str, LinearRecord]
+) -> str:
+    columns = ("linear", "out x in", "rank", "parameters", "after", "energy kept", "weight error", "output error")
     rows = []
     for p in linears:
         record = records.get(p.name, LinearRecord())
         energy = _energy_kept(record, p)
         cells = (
             f"{p.shape[0]} x {p.shape[1]}", "dense" if p.rank is None else str(p.rank),
-            f"{break_even_rank(p.shape):.4g}", f"{p.dense_parameters:,}", f"{p.parameters:,}",
+            f"{p.dense_parameters:,}", f"{numbers.get(p.name, p.dense_parameters):,}",
             "" if energy is None else f"{energy:.1%}", _error_text(record.weight_error), _error_text(record.output_error),
         )  # fmt: skip
         rows.append(f"<tr><th scope=row>{escape(p.name)}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")

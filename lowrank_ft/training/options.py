@@ -13,7 +13,7 @@ from lowrank_ft.schedule import ALPHA_SCHEDULES, GUIDE_MODES, LR_SCHEDULES
 from lowrank_ft.training.optimizers import OPTIMIZERS
 from lowrank_ft.training.trainable import TRAINABLE
 
-AUTO_GUIDE_FROM = 0.45  # param ratio; see docs/explanation/guidance.md
+AUTO_GUIDE_FROM = 0.4  # param ratio; see docs/explanation/guidance.md
 MOST_EXAMPLES = 2**16
 """In a forward pass: each is an entry of a list before the first step, and more is a slip of the finger."""
 MOST_PASSES = 2**20

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lowrank_ft.conversion.unpivot import unpivot
 from lowrank_ft.data.examples import StepBatches, TokenizedData, collate
 from lowrank_ft.errors import ConfigError, DivergedError, TrainingStateError
 from lowrank_ft.evaluation.perplexity import Evaluation, predicted_tokens, summed_loss
@@ -62,7 +63,8 @@ class Trainer:
     """Fine-tunes a causal language model with or without guides. It works on any module that returns ``.logits``.
 
     Args:
-        model: the model; its guided layers, if any, are phased out. Parameters without gradient stay as they are.
+        model: the model; its guided layers, if any, are phased out. Parameters without gradient stay as they are. Pivoted
+            factors become plain ones, in place.
         args: options of the run.
         train_data: what :func:`load_data` returned first.
         eval_data: and second; None for no evaluation.
@@ -89,6 +91,8 @@ class Trainer:
         distill_data: TokenizedData | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
+        if count := unpivot(model):
+            warnings.warn(f"{count} pivoted layers are plain factors now, which learn better", stacklevel=2)
         self.args = args
         self.accelerator = accelerator or make_accelerator(args)
         fsdp.set_up(self.accelerator)

@@ -143,7 +143,7 @@ class LowRankConfig(PeftConfig):
             rank_pattern=self.rank_pattern,
             target_modules=_as_patterns(self.target_modules),
             exclude_modules=_as_patterns(self.exclude_modules),
-            allow_past_break_even=True,  # an adapter of any rank is trained
+            keep_full_rank=True,  # an adapter of any rank is trained
         )
 
     @classmethod

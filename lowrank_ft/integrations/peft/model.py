@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.format import describe_in_config
 from lowrank_ft.errors import ConfigError, TargetError
-from lowrank_ft.factorization.ranks import largest_saving_rank
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.factorization.targets import is_linear, pattern_value, refuse_offloaded, select_targets
 from lowrank_ft.integrations.peft.config import LowRankConfig
@@ -104,7 +103,7 @@ class LowRankModel(BaseTuner):
         """End with the model that fine-tuning was for: the bare model, smaller, with factors instead of ``W``.
 
         Every adapted linear becomes a :class:`~lowrank_ft.nn.LowRankLinear`, or a dense linear holding ``U @ V``
-        where its rank is at or past break-even, for there the factors would be larger. Modules in ``modules_to_save``
+        where it has full rank. Modules in ``modules_to_save``
         are put in place. The result computes what this model computes at alpha 0, and its ``save_pretrained`` writes
         a checkpoint that ``AutoModel`` loads.
 
@@ -194,7 +193,7 @@ def _compact(layer: LowRankLayer, adapter_name: str, dtype: torch.dtype) -> nn.M
     base: Any = layer.get_base_layer()
     if is_quantized(base):
         layer.base_layer = dequantized(base, dtype)
-    if v.shape[0] <= largest_saving_rank((layer.out_features, layer.in_features)):
+    if v.shape[0] < min(layer.out_features, layer.in_features):
         return factorized(layer.get_base_layer(), Factors(u, v))
     layer.merge(adapter_names=[adapter_name])
     return layer.get_base_layer()

@@ -1,0 +1,134 @@
+"""The form in which factors are stored: the fewest numbers that a rank needs.
+
+A product ``U V`` of rank r has ``r * (out + in)`` numbers, and ``r * r`` of them are redundant, for ``U A`` and ``A^-1 V``
+give the same product. Take r rows of the product as they are; each other row is a combination of those:
+
+    U V = P [I; C] V'        V' (r, in): rows of the product,    C (out - r, r),    P: where each row belongs
+
+That is ``r * (out + in - r)`` numbers, never more than the dense ``out * in``. The mirror image takes r columns:
+
+    U V = U' [I, C] P        U' (out, r): columns of the product,    C (r, in - r)
+
+(Zhao, Zhang and Cannistraci, ICML 2025, arXiv 2501.19090.) Which rows are taken decides how large C becomes, and with
+it what rounding costs. They are found by an LU decomposition with partial pivoting, and then rows are exchanged until
+no entry of C is above 2: each exchange multiplies the volume of the taken rows by that entry, so it ends (Goreinov et
+al. 2010, "How to find a good submatrix").
+
+Training wants the other form, balanced ``U V`` (docs/explanation/factorization.md): pivot on the way to a file, and
+:func:`unpivot` on the way back.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank_ft.errors import require_choice
+from lowrank_ft.factorization.ranks import Shape
+from lowrank_ft.factorization.solvers import Factors, balance, working_dtype
+
+SIDES = ("output", "input")
+BOUND = 2.0
+"""No entry of C is larger."""
+
+
+class Pivoted(NamedTuple):
+    """A product of rank r in its pivoted form.
+
+    Attributes:
+        U: ``C (out - r, r)`` for the side ``output``, ``U' (out, r)`` for the side ``input``.
+        V: ``V' (r, in)`` for the side ``output``, ``C (r, in - r)`` for the side ``input``.
+        order: int32; for the side ``output``, ``(out,)``: output i is entry ``order[i]`` of ``[h; C h]``. For the side
+            ``input``, ``(in,)``: entry j of ``[taken; others]`` is input ``order[j]``.
+        side: where the identity is, one of ``SIDES``.
+    """
+
+    U: Tensor
+    V: Tensor
+    order: Tensor
+    side: str
+
+
+def pivot_side(shape: Shape, rank: int) -> str | None:
+    """The side on which a layer of this shape is pivoted: the shorter one, outputs if both are equal.
+
+    None where nothing is gained: the rank is the length of both sides.
+    """
+    out_features, in_features = shape
+    side = "output" if out_features <= in_features else "input"
+    if rank < min(shape):
+        return side
+    return None if out_features == in_features else "input" if side == "output" else "output"
+
+
+def pivot(factors: Factors, side: str | None = None) -> Pivoted:
+    """The same product in its pivoted form, float32.
+
+    Args:
+        factors: ``U (out, r)`` and ``V (r, in)``, of any float dtype on any device; computed in float64 where there is
+            one. The product may have a rank below r.
+        side: one of ``SIDES``, longer than r; by default that of :func:`pivot_side`.
+
+    Raises:
+        ConfigError: no such side, or it has no more than r entries.
+    """
+    left, right = (f.detach().to(working_dtype(f.device)) for f in factors)
+    shape, rank = (left.shape[0], right.shape[1]), left.shape[1]
+    side = side or pivot_side(shape, rank) or "output"
+    possible = tuple(s for s, length in zip(SIDES, shape, strict=True) if length > rank)
+    require_choice(f"side of a {shape[0]} x {shape[1]} product of rank {rank}", side, possible)
+    if side == "input":
+        left, right = right.T, left.T
+    # An orthonormal basis has r independent rows even where the product has a lower rank than r.
+    basis, triangle = torch.linalg.qr(left)
+    taken, others, coefficients = _independent_rows(basis)
+    rows = basis[taken] @ (triangle @ right)
+    place = torch.cat([taken, others])
+    if side == "input":
+        return Pivoted(_stored(rows.T, factors.U), _stored(coefficients.T, factors.V), place.int(), side)
+    return Pivoted(_stored(coefficients, factors.U), _stored(rows, factors.V), place.argsort().int(), side)
+
+
+def whole(pivoted: Pivoted) -> Factors:
+    """The same product as plain factors, ``U (out, r)`` and ``V (r, in)``, not balanced; dtypes stay as they are."""
+    eye = torch.eye(min(pivoted.U.shape[1], pivoted.V.shape[0]), dtype=pivoted.U.dtype, device=pivoted.U.device)
+    if pivoted.side == "output":
+        return Factors(torch.cat([eye, pivoted.U])[pivoted.order], pivoted.V)
+    return Factors(pivoted.U, torch.cat([eye, pivoted.V], dim=1)[:, pivoted.order.argsort()])
+
+
+def unpivot(pivoted: Pivoted) -> Factors:
+    """The same product as balanced factors, as they are trained; float32."""
+    work = working_dtype(pivoted.U.device)
+    return balance(whole(pivoted._replace(U=pivoted.U.to(work), V=pivoted.V.to(work))))
+
+
+def _independent_rows(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of an orthonormal ``(n, r)``: r rows, the others, both ascending, and C with ``others = C taken``, ``|C| <= 2``."""
+    rank = basis.shape[1]
+    places = list(range(len(basis)))
+    for k, swapped in enumerate(torch.linalg.lu_factor(basis).pivots.tolist()):  # one-based: row k went there
+        places[k], places[swapped - 1] = places[swapped - 1], places[k]
+    taken, others = (torch.tensor(p, device=basis.device, dtype=torch.long) for p in (places[:rank], places[rank:]))
+    coefficients = _solved(basis, taken, others)
+    while coefficients.numel():
+        i, j = divmod(int(coefficients.abs().argmax()), rank)
+        pivot_value = coefficients[i, j].item()
+        if abs(pivot_value) <= BOUND * (1 - 1e-9):
+            break
+        # Exchange row i of the others with row j of the taken ones; C changes by a matrix of rank 1.
+        column, row = coefficients[:, j].clone(), coefficients[i].clone()
+        column[i] -= 1
+        row[j] += 1
+        coefficients -= torch.outer(column / pivot_value, row)
+        taken[j], others[i] = others[i].clone(), taken[j].clone()
+    taken, others = taken.sort().values, others.sort().values  # neighbours stay together: a gather is faster
+    return taken, others, _solved(basis, taken, others)
+
+
+def _solved(basis: Tensor, taken: Tensor, others: Tensor) -> Tensor:
+    return torch.linalg.solve(basis[taken], basis[others], left=False)
+
+
+def _stored(matrix: Tensor, like: Tensor) -> Tensor:
+    return matrix.to(device=like.device, dtype=torch.promote_types(torch.float32, like.dtype)).contiguous()

@@ -1,0 +1,91 @@
+"""The two forms of a factored layer: plain factors, which are trained, and pivoted ones, which are stored and run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lowrank_ft.errors import require_choice
+from lowrank_ft.factorization.pivoting import Pivoted, pivot, pivot_side, unpivot, whole
+from lowrank_ft.factorization.solvers import Factors
+from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
+
+FORMS = ("pivoted", "factors")
+"""How a compact checkpoint stores its factors: format version 2, the smaller one, and version 1."""
+
+
+def layer_factors(layer: Any) -> Factors:
+    """``U (out, r)`` and ``V (r, in)`` of a factored layer in either form, in its dtype, without gradient."""
+    left, right = layer.U.weight.detach(), layer.V.weight.detach()
+    return Factors(left, right) if layer.pivot is None else whole(Pivoted(left, right, layer.order, layer.pivot))
+
+
+@contextmanager
+def stored_as(model: nn.Module, form: str) -> Iterator[None]:
+    """Inside, every factored layer of ``model`` is of this form and without guide; afterwards it is what it was.
+
+    Args:
+        form: one of ``FORMS``. A layer of full rank has no pivoted form that is smaller, and is plain factors in both.
+    """
+    require_choice("form", form, FORMS)
+    before = dict(lowrank_layers(model))
+    for name, layer in before.items():
+        swap(model, name, pivoted(layer) if form == "pivoted" else plain(layer))
+    try:
+        yield
+    finally:
+        for name, layer in before.items():
+            swap(model, name, layer)
+
+
+def unpivot_layers(model: nn.Module) -> int:
+    """Make plain balanced factors, the form in which they are trained, of every pivoted layer, in place.
+
+    Call it before the optimizer is made: the parameters are new ones. :func:`lowrank_ft.attach_guides` and the trainer
+    of this package do it themselves.
+
+    Returns:
+        How many layers were pivoted.
+    """
+    found = [(name, layer) for name, layer in lowrank_layers(model) if layer.pivot is not None]
+    for name, layer in found:
+        swap(model, name, plain(layer))
+    return len(found)
+
+
+def pivoted(layer: LowRankLinear) -> LowRankLinear:
+    """The deployed layer of ``layer`` in its pivoted form (``layer`` itself if that is what it is), without guide."""
+    side = pivot_side((layer.out_features, layer.in_features), layer.rank)
+    if layer.pivot is not None or side is None:
+        return layer if layer.pivot is not None else plain(layer)
+    return _deployed(layer, pivot(layer_factors(layer), side))
+
+
+def plain(layer: LowRankLinear) -> LowRankLinear:
+    """The deployed layer of ``layer`` as plain factors, without guide; those of a pivoted layer become balanced."""
+    if layer.pivot is None and type(layer) is LowRankLinear:
+        return layer
+    if layer.pivot is None:
+        return _deployed(layer, layer_factors(layer))
+    return _deployed(
+        layer, unpivot(Pivoted(layer.U.weight.detach(), layer.V.weight.detach(), layer.order, layer.pivot))
+    )
+
+
+def _deployed(layer: LowRankLinear, parts: Factors | Pivoted) -> LowRankLinear:
+    side = parts.side if isinstance(parts, Pivoted) else None
+    sizes = (layer.in_features, layer.out_features, layer.rank, layer.bias is not None, layer.transposed)
+    new = LowRankLinear(*sizes, device="meta", dtype=layer.U.weight.dtype, pivot=side)
+    for own, old, value in ((new.U, layer.U, parts.U), (new.V, layer.V, parts.V)):
+        own.weight = nn.Parameter(value.to(old.weight), old.weight.requires_grad)
+    if isinstance(parts, Pivoted):
+        new.order = parts.order
+    new.bias, new.weight = layer.bias, layer.weight
+    return new.train(layer.training)
+
+
+def swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``name`` is."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
