@@ -1,7 +1,7 @@
 """Factors of one matrix: ``W (out, in) ~ U (out, r) @ V (r, in)``.
 
 Contract of every solver here: the input may be of any float dtype on any device; the decomposition runs in float64
-where the device has it (float32 on MPS); the result is float32 (float64 for float64 input) on the input's device; and
+where the device has it (float32 on MPS); the result is float32 on the input's device; and
 the factors are *balanced*, ``U^T U = V V^T = diag(s)``, because training feels how a product is split
 (docs/explanation/factorization.md).
 """
@@ -117,16 +117,17 @@ def balance(factors: Factors) -> Factors:
     """The same product, split evenly: ``U^T U = V V^T = diag(s)``.
 
     QR of both factors, SVD of the small core ``R_U R_V^T``, and ``sqrt(s)`` to each side. Costs ``O((out + in) r^2)``;
-    the dense product is never formed.
+    the dense product is never formed. float64 factors stay so.
     """
     left, right = _working_copy(factors.U, "U"), _working_copy(factors.V, "V")
+    dtype = torch.promote_types(torch.float32, factors.U.dtype)
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     core_left, s, core_right = torch.linalg.svd(r_left @ r_right.T)
     root = s.sqrt()
     balanced_left = q_left @ (core_left * root)
     balanced_right = (root[:, None] * core_right) @ q_right.T
-    return Factors(_result(balanced_left, factors.U), _result(balanced_right, factors.V))
+    return Factors(balanced_left.to(dtype).contiguous(), balanced_right.to(dtype).contiguous())
 
 
 def singular_values(weight: Tensor, name: str = "weight") -> Tensor:
@@ -177,4 +178,4 @@ def _working_copy(weight: Tensor, name: str) -> Tensor:
 
 
 def _result(factor: Tensor, like: Tensor) -> Tensor:
-    return factor.to(device=like.device, dtype=torch.promote_types(torch.float32, like.dtype)).contiguous()
+    return factor.to(device=like.device, dtype=torch.float32).contiguous()

@@ -37,7 +37,7 @@ def test_it_is_refused_or_merged(folder, ids, tmp_path):
     assert all(p.requires_grad for p in model.parameters())
     lowrank_ft.convert(model, rank=6, exclude_modules=["q_proj"])
     save_compact(model, tmp_path / "compact")
-    assert torch.equal(logits(load_model(Source(str(tmp_path / "compact"))), ids), logits(model, ids))
+    torch.testing.assert_close(logits(load_model(Source(str(tmp_path / "compact"))), ids), logits(model, ids))
 
 
 def test_an_adapter_that_is_asked_for_has_to_be_there_and_whole(folder, tmp_path):
@@ -82,12 +82,13 @@ def test_a_folder_that_does_not_load_is_not_published(save, tmp_path, monkeypatc
     model = tiny_llama()
     if save is save_compact:
         lowrank_ft.convert(model, rank=6)
-    state = model.state_dict()
-    del state["model.norm.weight"]
     original = type(model).save_pretrained
-    monkeypatch.setattr(
-        type(model), "save_pretrained", lambda self, folder, **kw: original(self, folder, **{**kw, "state_dict": state})
-    )
+
+    def lossy(self, folder, **options):
+        state = {k: v for k, v in self.state_dict().items() if k != "model.norm.weight"}
+        original(self, folder, **{**options, "state_dict": state})
+
+    monkeypatch.setattr(type(model), "save_pretrained", lossy)
     with pytest.raises(CheckpointError, match=r"not kept: 1 weights .* missing, the first being model.norm.weight"):
         save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

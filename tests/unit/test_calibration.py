@@ -250,7 +250,7 @@ def test_every_architecture_is_converted(case):
 def test_at_full_rank_every_architecture_computes_what_it_did(case):
     model, batches = build(case)
     wanted = [answer(model, b) for b in batches]
-    plan = make_plan(model, rank=1.0, allow_past_break_even=True)
+    plan = make_plan(model, rank=1.0, keep_full_rank=True)
     record = ConversionRecord()
     convert(model, plan, calibration=settings(batches, distill_epochs=0, damping=1e-4), record=record)
     assert len(list(lowrank_layers(model))) == len(plan.linears)

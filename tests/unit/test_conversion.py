@@ -19,7 +19,7 @@ MODELS = [tiny_llama, tiny_gpt2]
 @pytest.mark.parametrize("make", MODELS)
 def test_full_rank_changes_nothing(make, ids):
     model, reference = make(), make()(ids).logits
-    plan = make_plan(model, rank=1.0, allow_past_break_even=True)
+    plan = make_plan(model, rank=1.0, keep_full_rank=True)
     convert(model, plan)
     assert len(list(lowrank_layers(model))) == len(plan.linears)
     torch.testing.assert_close(model(ids).logits, reference, atol=2e-5, rtol=1e-4)

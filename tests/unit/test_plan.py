@@ -6,6 +6,7 @@ import torch
 from lowrank_ft.conversion.convert import spectrum_of
 from lowrank_ft.errors import PlanError, RankError
 from lowrank_ft.factorization.plan import Plan, count_parameters, make_plan
+from lowrank_ft.nn.forms import stored_as
 from tests.conftest import tiny_gpt2, tiny_llama
 
 
@@ -17,7 +18,8 @@ def test_a_plan_costs_no_weights():
     assert set(plan.ranks.values()) == {8}
     attention = 2 * (2 * 8 * (32 + 32)) + 2 * (2 * 8 * (32 + 16))
     mlp = 2 * (3 * 8 * (32 + 48))
-    assert plan.factored_parameters == attention + mlp
+    assert plan.trained_parameters == attention + mlp
+    assert plan.factored_parameters == attention + mlp - 14 * 8 * 8
 
 
 def test_the_converted_size_is_what_conversion_gives():
@@ -25,16 +27,19 @@ def test_the_converted_size_is_what_conversion_gives():
 
     for model in (tiny_llama(), tiny_llama(tie_word_embeddings=True), tiny_gpt2()):
         plan = convert(model, param_ratio=0.5)
-        assert count_parameters(model) == plan.converted_model_parameters
-        assert plan.param_ratio <= 0.5
+        in_training = plan.trained_parameters - plan.factored_parameters
+        assert count_parameters(model) == plan.converted_model_parameters + in_training
+        with stored_as(model, "pivoted"):
+            assert count_parameters(model) == plan.converted_model_parameters
+        assert 0.45 < plan.param_ratio <= 0.5
 
 
-def test_past_break_even_stays_dense_and_says_so():
+def test_full_rank_stays_dense_and_says_so():
     plan = make_plan(tiny_llama(), rank=16)
     dense = {p.name.rpartition(".")[2]: p.note for p in plan.linears if p.rank is None}
-    assert set(dense) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert dense["q_proj"] == "rank 16 is at or past break-even (16); kept dense"
-    assert all(p.rank == 16 for p in make_plan(tiny_llama(), rank=16, allow_past_break_even=True).linears)
+    assert set(dense) == {"k_proj", "v_proj"}  # 16 x 32
+    assert dense["k_proj"] == "rank 16 is full rank; kept dense"
+    assert all(p.rank == 16 for p in make_plan(tiny_llama(), rank=16, keep_full_rank=True).linears)
 
 
 def test_rank_pattern_overrides():
@@ -50,7 +55,7 @@ def test_energy_needs_spectra_and_keeps_enough():
     model = tiny_llama()
     with pytest.raises(RankError, match="spectra"):
         make_plan(model, energy=0.9)
-    plan = make_plan(model, energy=0.9, spectrum=spectrum_of(model), allow_past_break_even=True)
+    plan = make_plan(model, energy=0.9, spectrum=spectrum_of(model), keep_full_rank=True)
     for name, rank in plan.ranks.items():
         s = torch.linalg.svdvals(model.get_submodule(name).weight.double()).square()
         assert s[:rank].sum() >= 0.9 * s.sum() > s[: rank - 1].sum()

@@ -4,26 +4,34 @@ import pytest
 
 from lowrank_ft.errors import RankError
 from lowrank_ft.factorization.ranks import (
-    break_even_rank,
+    dense_parameters,
     factored_parameters,
-    largest_saving_rank,
+    rank_at,
     rank_for_energy,
     ranks_for_param_ratio,
     resolve_rank,
+    trained_parameters,
 )
 
 
-def test_break_even():
-    assert break_even_rank((4096, 11008)) == pytest.approx(2985.2, abs=0.1)
-    assert largest_saving_rank((4096, 11008)) == 2985
-    assert largest_saving_rank((192, 192)) == 95  # at exactly 96 nothing is saved
-    assert largest_saving_rank((1, 192)) == 0
-
-
 @pytest.mark.parametrize("shape", [(7, 5), (64, 64), (33, 100), (1, 9)])
-def test_the_largest_saving_rank_is_where_saving_stops(shape):
-    rank = largest_saving_rank(shape)
-    assert factored_parameters(shape, rank) < shape[0] * shape[1] <= factored_parameters(shape, rank + 1)
+def test_every_rank_below_full_saves_parameters(shape):
+    sizes = [factored_parameters(shape, r) for r in range(1, min(shape) + 1)]
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == dense_parameters(shape)
+    assert all(factored_parameters(shape, r) == trained_parameters(shape, r) - r * r for r in range(1, min(shape)))
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (64, 64), (33, 100), (1, 9), (11008, 4096)])
+@pytest.mark.parametrize("ratio", [0.1, 0.4, 0.8, 0.99, 1.0])
+def test_the_rank_at_a_ratio_has_that_share_of_the_parameters(shape, ratio):
+    rank = rank_at(shape, ratio)
+    assert 0 < rank <= min(shape)
+    assert rank * (sum(shape) - rank) == pytest.approx(ratio * dense_parameters(shape))
+
+
+def test_ranks_of_a_square_matrix():
+    assert [round(rank_at((1000, 1000), p)) for p in (0.8, 0.6, 0.4)] == [553, 368, 225]  # plain U V: 400, 300, 200
 
 
 def test_resolve_rank_takes_ints_and_fractions():
@@ -43,7 +51,7 @@ def test_a_rank_that_is_too_large_names_all_there_is_to_know():
     with pytest.raises(RankError) as error:
         resolve_rank(5000, (4096, 11008), "model.layers.0.mlp.down_proj")
     message = "rank 5000 exceeds min(out_features, in_features)=4096 for model.layers.0.mlp.down_proj (4096, 11008); "
-    assert str(error.value) == message + "ranks up to 2985 save parameters"
+    assert str(error.value) == message + "give a lower rank"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -59,7 +67,7 @@ def test_param_ratio_spends_the_budget_and_never_more(seed):
     assert ratio * dense - spent < max(8 * (o + i) for o, i in shapes) * 2
     for shape, rank in zip(shapes, ranks, strict=True):
         assert 1 <= rank <= min(shape)
-        assert abs(rank - ratio * break_even_rank(shape)) <= 8
+        assert abs(rank - rank_at(shape, ratio)) <= 8
 
 
 def test_large_ranks_are_multiples_of_eight():

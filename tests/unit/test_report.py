@@ -152,7 +152,7 @@ def test_everything_that_is_on_record(folder):
     kept = [4 - 2 * i / 9 for i in range(8)]
     everything = [4 - 2 * i / 9 for i in range(9)] + [2 - i / 10 for i in range(10)] + [1 - i / 24 for i in range(13)]
     energy = sum(s * s for s in kept) / sum(s * s for s in everything)
-    assert up == ["48 x 32", "8", "19.2", "1,536", "640", f"{energy:.1%}", "0.2500", "0.1250"]
+    assert up == ["48 x 32", "8", "1,536", "576", f"{energy:.1%}", "0.2500", "0.1250"]
     assert "from 4.900 to 4.000; held-out loss 4.250 to 4.250" in next(
         a["alt"] for a in page.all("img") if a["alt"].startswith("Training loss")
     )
@@ -247,7 +247,7 @@ def test_rank_map_shows_ranks_and_dense_linears():
     assert [t.get_text() for t in axis.get_xticklabels()] == ["a\nq", "b\nup"]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["0", "1", "2"]
     shares = axis.collections[0].get_array()
-    assert shares[2].tolist() == [0.75, 0.75]  # break-even is 32
+    assert shares[2].tolist() == [0.609375, 0.609375]  # 24 * (128 - 24) / (64 * 64)
     assert shares.mask.tolist() == [[False, False], [False, True], [False, False]]
 
 
