@@ -83,7 +83,7 @@ def _written_as(model: PreTrainedModel, form: str, dtype: torch.dtype | None, ba
     """Inside, ``model`` and its config are as they are written; afterwards the layers are back, in ``dtype``."""
     bare: Any = model
     try:
-        with stored_as(model, form):
+        with stored_as(model, form, dtype):
             if dtype is not None:
                 bare.to(dtype)
             describe_in_config(model, base_model)

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lowrank_ft.errors import require_choice
-from lowrank_ft.factorization.pivoting import Pivoted, pivot, pivot_side, unpivot, whole
+from lowrank_ft.factorization.pivoting import Pivoted, pivot, pivot_side, rounded, unpivot, whole
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 
@@ -22,16 +23,17 @@ def layer_factors(layer: Any) -> Factors:
 
 
 @contextmanager
-def stored_as(model: nn.Module, form: str) -> Iterator[None]:
+def stored_as(model: nn.Module, form: str, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Inside, every factored layer of ``model`` is of this form and without guide; afterwards it is what it was.
 
     Args:
         form: one of ``FORMS``. A layer of full rank has no pivoted form that is smaller, and is plain factors in both.
+        dtype: of the factors inside; None for the one that they have.
     """
     require_choice("form", form, FORMS)
     before = dict(lowrank_layers(model))
     for name, layer in before.items():
-        swap(model, name, pivoted(layer) if form == "pivoted" else plain(layer))
+        swap(model, name, pivoted(layer, dtype) if form == "pivoted" else plain(layer, dtype))
     try:
         yield
     finally:
@@ -54,31 +56,38 @@ def unpivot_layers(model: nn.Module) -> int:
     return len(found)
 
 
-def pivoted(layer: LowRankLinear) -> LowRankLinear:
+def pivoted(layer: LowRankLinear, dtype: torch.dtype | None = None) -> LowRankLinear:
     """The deployed layer of ``layer`` in its pivoted form (``layer`` itself if that is what it is), without guide."""
+    dtype = dtype or layer.U.weight.dtype
     side = pivot_side((layer.out_features, layer.in_features), layer.rank)
-    if layer.pivot is not None or side is None:
-        return layer if layer.pivot is not None else plain(layer)
-    return _deployed(layer, pivot(layer_factors(layer), side))
+    if side is None:
+        return plain(layer, dtype)
+    if layer.pivot is not None:
+        parts = Pivoted(layer.U.weight.detach(), layer.V.weight.detach(), layer.order, layer.pivot)
+        if dtype == layer.U.weight.dtype:
+            return layer
+    else:
+        parts = pivot(layer_factors(layer), side)
+    return _deployed(layer, rounded(parts, dtype) if dtype.itemsize == 2 else parts, dtype)
 
 
-def plain(layer: LowRankLinear) -> LowRankLinear:
+def plain(layer: LowRankLinear, dtype: torch.dtype | None = None) -> LowRankLinear:
     """The deployed layer of ``layer`` as plain factors, without guide; those of a pivoted layer become balanced."""
-    if layer.pivot is None and type(layer) is LowRankLinear:
+    dtype = dtype or layer.U.weight.dtype
+    if layer.pivot is None and type(layer) is LowRankLinear and dtype == layer.U.weight.dtype:
         return layer
     if layer.pivot is None:
-        return _deployed(layer, layer_factors(layer))
-    return _deployed(
-        layer, unpivot(Pivoted(layer.U.weight.detach(), layer.V.weight.detach(), layer.order, layer.pivot))
-    )
+        return _deployed(layer, layer_factors(layer), dtype)
+    parts = Pivoted(layer.U.weight.detach(), layer.V.weight.detach(), layer.order, layer.pivot)
+    return _deployed(layer, unpivot(parts), dtype)
 
 
-def _deployed(layer: LowRankLinear, parts: Factors | Pivoted) -> LowRankLinear:
+def _deployed(layer: LowRankLinear, parts: Factors | Pivoted, dtype: torch.dtype) -> LowRankLinear:
     side = parts.side if isinstance(parts, Pivoted) else None
     sizes = (layer.in_features, layer.out_features, layer.rank, layer.bias is not None, layer.transposed)
-    new = LowRankLinear(*sizes, device="meta", dtype=layer.U.weight.dtype, pivot=side)
+    new = LowRankLinear(*sizes, device="meta", dtype=dtype, pivot=side)
     for own, old, value in ((new.U, layer.U, parts.U), (new.V, layer.V, parts.V)):
-        own.weight = nn.Parameter(value.to(old.weight), old.weight.requires_grad)
+        own.weight = nn.Parameter(value.to(old.weight.device, dtype), old.weight.requires_grad)
     if isinstance(parts, Pivoted):
         new.order = parts.order
     new.bias, new.weight = layer.bias, layer.weight

@@ -132,7 +132,9 @@ def test_no_checkpoint_is_named_as_origin_of_weights_that_are_new(tmp_path):
 
 
 def test_what_has_full_rank_stays_dense_with_a_warning():
-    with pytest.warns(UserWarning, match="1 of 3 targeted linears stay dense: model.layers.1.mlp.up_proj: rank 32 is full"):
+    with pytest.warns(
+        UserWarning, match="1 of 3 targeted linears stay dense: model.layers.1.mlp.up_proj: rank 32 is full"
+    ):
         plan = initialize_lowrank(tiny_llama(), rank=8, rank_pattern={"up_proj": 32})
     assert len(plan.ranks) == 2
     model = tiny_llama()
