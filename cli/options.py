@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import ConfigError, RankError, first_line
+from lowrank_ft.evaluation.compare import EvaluationSettings
 from lowrank_ft.factorization.targets import as_patterns
 
 
@@ -82,9 +84,9 @@ def dtype_of(options: argparse.Namespace) -> str | torch.dtype:
     return "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Size of a checkpoint's weight files."""
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+def evaluation_settings(options: argparse.Namespace) -> EvaluationSettings:
+    """What is measured; a command that has not all of the flags leaves the others as they are."""
+    return EvaluationSettings(**{f.name: getattr(options, f.name, f.default) for f in fields(EvaluationSettings)})
 
 
 def hub_target(options: argparse.Namespace) -> str | None:

@@ -1,23 +1,21 @@
 """``lowrank-ft report``: one HTML page about a compact checkpoint."""
 
 import argparse
-import contextlib
-import io
-import json
 import os
 import tempfile
 from pathlib import Path
 
-from lowrank_ft_cli.options import device_of
+from lowrank_ft_cli.options import device_of, evaluation_settings
 
 from lowrank_ft.checkpoints.atomic import open_permissions
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import ConfigError, OutputError
+from lowrank_ft.evaluation.compare import compare
 from lowrank_ft.report.inspection import dense_folder, open_checkpoint
 from lowrank_ft.report.model_card import card_with_table
 from lowrank_ft.report.plots import require_plotting
 from lowrank_ft.report.report import REPORT_FILE, build_report
-from lowrank_ft.report.summary import Evaluation, read_evaluation
+from lowrank_ft.report.summary import read_evaluation
 
 
 def run(options: argparse.Namespace) -> None:
@@ -27,7 +25,8 @@ def run(options: argparse.Namespace) -> None:
     if options.update_card and not (options.data or options.eval):
         raise ConfigError("--update-card needs numbers to put into the card; add --data TEXT or --eval FILE.json")
     device = device_of(options)
-    checkpoint = open_checkpoint(Source(options.checkpoint, trust_remote_code=options.trust_remote_code))
+    source = Source(options.checkpoint, trust_remote_code=options.trust_remote_code)
+    checkpoint = open_checkpoint(source)
     output = _output(options, checkpoint.folder)
     if options.baseline:  # a wrong name is an error also where nothing has to be read from there
         Source(options.baseline, None, options.trust_remote_code).load_config()
@@ -37,7 +36,9 @@ def run(options: argparse.Namespace) -> None:
     if options.data:
         # Code of an origin that only the checkpoint names is not to be run.
         origin = None if options.trust_remote_code else dense_folder(checkpoint, None)
-        evaluation = _evaluate(options, options.baseline or origin)
+        dense = options.baseline or origin
+        baseline = None if dense is None else Source(dense, None, options.trust_remote_code)
+        evaluation = compare(source, baseline, evaluation_settings(options), device=device, progress=True)
     page = build_report(
         checkpoint, baseline=options.baseline, evaluation=evaluation, evaluated_on=options.data, device=device
     )
@@ -45,26 +46,6 @@ def run(options: argparse.Namespace) -> None:
     if options.update_card and evaluation is not None:
         _write(checkpoint.folder / "README.md", card_with_table(checkpoint.folder, checkpoint.comparison, evaluation))
     print(output)
-
-
-def _evaluate(options: argparse.Namespace, baseline: str | None) -> Evaluation:
-    """What ``lowrank-ft eval --json`` prints; its command line is what is promised to stay."""
-    from lowrank_ft_cli import evaluate
-    from lowrank_ft_cli.main import build_parser
-
-    given = {
-        "--data": options.data, "--data-split": options.data_split, "--data-config": options.data_config,
-        "--text-column": options.text_column, "--block-size": options.block_size, "--batch-size": options.batch_size,
-        "--baseline": baseline, "--device": options.device,
-    }  # fmt: skip
-    arguments = ["eval", options.checkpoint, "--json"]
-    arguments += [f"{flag}={value}" for flag, value in given.items() if value is not None]
-    arguments += ["--trust-remote-code"] if options.trust_remote_code else []
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        evaluate.run(build_parser().parse_args(arguments))
-    result: Evaluation = json.loads(printed.getvalue())
-    return result
 
 
 def _output(options: argparse.Namespace, folder: Path) -> Path:
