@@ -1,62 +1,32 @@
 """``lowrank-ft eval``: perplexity, size, speed and task scores of one model, or of two side by side."""
 
 import argparse
-import json
-from typing import Any
 
-from lowrank_ft_cli.options import device_of, dtype_of, evaluation_settings, source_of
+from lowrank_ft_cli.arguments import add_device, add_dtype, add_model, add_text
 
-from lowrank_ft.console import human_bytes, human_count, print_table
-from lowrank_ft.evaluation.compare import compare
+HELP = "measure perplexity, size, speed and task scores, alone or against a baseline"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_text(parser, "a text, jsonl or parquet file, or a dataset on the Hub", batches_of="blocks or items")
+    parser.add_argument("--baseline", metavar="MODEL", help="a second model, such as the dense one, to compare with")
+    parser.add_argument(
+        "--stride", type=int, metavar="N",
+        help="overlap the blocks: each begins N tokens after the one before, and only tokens that are new count",
+    )  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of the text only")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME",
+        help="tasks of lm-evaluation-harness (needs the extra eval); lowrank_ft stands for two that need no network",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    add_dtype(parser)
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    device = device_of(options)
-    settings = evaluation_settings(options)
-    baseline = source_of(options, options.baseline) if options.baseline else None
-    results = compare(source_of(options), baseline, settings, dtype_of(options), device, progress=True)
-    if options.json:
-        print(json.dumps(results, indent=2))
-    else:
-        print_results(results, options)
+    from lowrank_ft_cli.run_evaluate import evaluate
 
-
-def print_results(results: dict[str, Any], options: argparse.Namespace) -> None:
-    models = [results[key] for key in ("model", "baseline") if key in results]
-    columns = ["model", "parameters", "on disk"]
-    table = [[r["name"], human_count(r["parameters"]), human_bytes(r["bytes"])] for r in models]
-    compared = ["parameters", "bytes"]
-    title = ""
-    if options.data:
-        columns += ["perplexity", "loss", "tokens/s"]
-        for row, r in zip(table, models, strict=True):
-            row += [f"{r['perplexity']:.3f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:,.0f}"]
-        compared += ["perplexity", "loss", "tokens_per_second"]
-        title = f"{options.data}: {models[0]['tokens']:,} tokens"
-    if len(models) == 2:
-        mine, base = models
-        table.append(["difference", *(_change(key, mine[key], base[key]) for key in compared)])
-    if results.get("agreement"):
-        columns += ["KL/token", "same top-1"]
-        cells = [f"{results['agreement']['kl']:.4f}", f"{results['agreement']['top1']:.1%}"]
-        table = [row + more for row, more in zip(table, (cells, ["", ""], ["", ""]), strict=True)]
-    print_table(columns, table, title=title)
-    if options.tasks:
-        print_tasks([r["tasks"] for r in models])
-
-
-def _change(key: str, mine: float, base: float) -> str:
-    return f"{mine - base:+.4f}" if key == "loss" else f"{mine / base - 1:+.1%}"
-
-
-def print_tasks(models: list[Any]) -> None:
-    rows = []
-    for task, scores in models[0].items():
-        for metric, score in scores.items():
-            values = [scores_of[task][metric]["value"] for scores_of in models]
-            shown = [task, metric, "" if score["items"] is None else str(score["items"]), f"{values[0]:.4f}"]
-            shown += [f"{values[1]:.4f}", f"{values[0] - values[1]:+.4f}"] if len(values) == 2 else []
-            shown.append("" if score["stderr"] is None else f"{score['stderr']:.4f}")
-            rows.append(shown)
-    middle = ["baseline", "difference"] if len(models) == 2 else []
-    print_table(["task", "metric", "items", "model", *middle, "standard error"], rows)
+    evaluate(options)

@@ -4,17 +4,29 @@ import argparse
 import sys
 from pathlib import Path
 
-from lowrank_ft_cli.options import dtype_of, hub_target, output_dir_of, shard_size
+from lowrank_ft_cli.arguments import add_dtype, add_hub, add_output
 
-from lowrank_ft.checkpoints.atomic import check_output_dir
-from lowrank_ft.checkpoints.from_training import load_adapter, load_training_checkpoint
-from lowrank_ft.checkpoints.push import push
-from lowrank_ft.console import shown_command
-from lowrank_ft.errors import CheckpointNotFoundError
-from lowrank_ft.export import save_compact
+HELP = "write the compact checkpoint of a training checkpoint or of a PEFT adapter"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a run's checkpoints/step-N folder, or a folder with adapter_config.json")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
+    add_output(parser, "compact")
+    add_dtype(parser)
+    add_hub(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    from lowrank_ft_cli.options import dtype_of, hub_target, output_dir_of, shard_size
+
+    from lowrank_ft.checkpoints.atomic import check_output_dir
+    from lowrank_ft.checkpoints.from_training import load_adapter, load_training_checkpoint
+    from lowrank_ft.checkpoints.push import push
+    from lowrank_ft.console import shown_command
+    from lowrank_ft.errors import CheckpointNotFoundError
+    from lowrank_ft.export import save_compact
+
     folder = Path(options.checkpoint)
     options.output_dir = output_dir_of(options, options.checkpoint)
     shard_size(options)

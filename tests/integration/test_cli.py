@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from lowrank_ft_cli.main import main
+from lowrank_ft_cli.main import build_parser, main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -297,16 +297,18 @@ def test_help_is_quick_and_loads_no_torch():
     code = (
         "import sys, time; start = time.process_time()\n"
         "from lowrank_ft_cli.main import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit as e: assert e.code == 0\n"
+        "for name in ([], ['plan'], ['convert'], ['eval'], ['report'], ['tokenize'], ['export']):\n"
+        "    try: main([*name, '--help'])\n"
+        "    except SystemExit as e: assert e.code == 0\n"
         "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'numpy', 'lowrank_ft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "print(time.process_time() - start, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("plan", "convert", "finetune", "eval", "report", "export", "merge", "push", "demo"):
+    for command in build_parser().commands:
         assert f"    {command} " in done.stdout
+    assert "--calibration-data DATA" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["plan", "convert", "eval", "report", "export", "merge", "push", "demo"])

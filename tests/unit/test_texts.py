@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from lowrank_ft_cli.finetune import exit_code
+from lowrank_ft_cli.launch import exit_code
 from lowrank_ft_recipes.finetune import load_dense
 
 from lowrank_ft.data.documents import Corpus

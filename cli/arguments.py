@@ -1,0 +1,144 @@
+"""Groups of arguments that several commands share, and the kinds of values they take.
+
+Nothing heavy is imported here, for ``--help`` answers at once.
+"""
+
+import argparse
+import re
+from typing import Any
+
+
+def add_model(parser: argparse.ArgumentParser, or_preset: bool = False) -> None:
+    """The model, and how it is opened."""
+    model = parser.add_argument("model", help="folder or Hub id")
+    if or_preset:
+        parser.add_argument(
+            "--preset", metavar="NAME", action=_InPlaceOf, replaces=model,
+            help="in place of a model, one of Wei et al. (2024): wei2024-{s,m,l,xl}[-r63|-r32] or wei2024-{m,l}-wide",
+        )  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--token", help="Hub token (default: the stored one)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
+    parser.add_argument("--adapter", action="store_true", help="merge the PEFT adapter that lies beside the weights")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """How much is kept, and of which linears."""
+    size = parser.add_argument_group("how much is kept (one of)")
+    size.add_argument("--rank", type=number, metavar="N", help="the same rank for all, or a fraction of full rank")
+    size.add_argument(
+        "--param-ratio", type=float, metavar="F", help="factored over dense parameters: 0.6 removes 40 %%"
+    )
+    size.add_argument("--energy", type=float, metavar="F", help="share of the squared singular values; reads weights")
+    which = parser.add_argument_group("which linears (default: all of the repeated blocks)")
+    which.add_argument(
+        "--target-modules", nargs="+", metavar="NAME",
+        help="names or suffixes, as in PEFT; one regular expression for whole names; or all-linear",
+    )  # fmt: skip
+    which.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="names or suffixes that stay dense")
+    which.add_argument(
+        "--rank-pattern", nargs="+", metavar="PATTERN=N", help="ranks of linears that differ, as in PEFT: q_proj=64"
+    )
+    which.add_argument(
+        "--allow-past-break-even", action="store_true", help="factorize linears even where that makes them larger"
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """What the factors are fitted to."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--allocation", metavar="NAME",
+        help="how ranks share the parameters: uniform, energy or loss; convert takes loss by default where "
+        "--param-ratio says how many there are",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibration-data", metavar="DATA",
+        help="a text, jsonl or parquet file, a dataset on the Hub, or self: text that the model writes (default)",
+    )  # fmt: skip
+    group.add_argument("--calibration-split", default="train", help="split of a dataset on the Hub (default: train)")
+    group.add_argument("--calibration-config", help="configuration of a dataset on the Hub")
+    group.add_argument("--calibration-column", default="text", help="column that holds the text (default: text)")
+    group.add_argument(
+        "--calibration-tokens", type=int, metavar="N", help="at most so many tokens (default: 262144; of self, 65536)"
+    )
+    group.add_argument(
+        "--calibration-block-size",
+        type=int,
+        metavar="N",
+        help="tokens per text (default: 512, or what the model allows)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="choice and order of the calibration data (default: 0)")
+
+
+def add_text(parser: argparse.ArgumentParser, help: str, batches_of: str = "blocks") -> None:
+    """A text to measure on, and how it is cut."""
+    parser.add_argument("--data", help=help)
+    parser.add_argument("--data-split", default="test", help="split of a dataset on the Hub (default: test)")
+    parser.add_argument("--data-config", help="configuration of a dataset on the Hub")
+    parser.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
+    parser.add_argument("--block-size", type=int, help="tokens of context (default: 1024, or what the model allows)")
+    parser.add_argument("--batch-size", type=int, default=8, help=f"{batches_of} per forward pass (default: 8)")
+
+
+def add_output(parser: argparse.ArgumentParser, suffix: str) -> None:
+    """Where the result goes."""
+    parser.add_argument(
+        "--output-dir", help=f"folder for the result; it appears whole or not at all (default: NAME-{suffix})"
+    )
+    parser.set_defaults(output_suffix=suffix)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint there")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype (default: its own)"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda or mps if there is one)")
+
+
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    """Whether the result is pushed, and to where."""
+    hub = parser.add_argument_group("Hub")
+    hub.add_argument("--push-to-hub", action="store_true", help="push the result")
+    hub.add_argument("--hub-model-id", help="its name on the Hub, such as me/llama-lowrank")
+    hub.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+def number(text: str) -> int | float:
+    """``64`` is a rank, ``0.5`` a fraction."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def count(text: str) -> int:
+    """``2.2B`` is 2,200,000,000; the suffixes are k, M, B and T.
+
+    Raises:
+        argparse.ArgumentTypeError: not such a number, not whole, or not positive.
+    """
+    found = re.fullmatch(r"(\d+)(?:\.(\d+))?([kMBT]?)", text.replace("_", "").replace(",", ""))
+    if found:
+        whole, fraction, scale = found[1], found[2] or "", 10 ** (3 * " kMBT".index(found[3] or " "))
+        result, rest = divmod(int(whole + fraction) * scale, 10 ** len(fraction))
+        if result > 0 and not rest:
+            return result
+    raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number such as 1024, 300M or 2.2B")
+
+
+class _InPlaceOf(argparse.Action):
+    """A flag that makes a positional argument unnecessary (one that may always be left out would be lost after flags)."""
+
+    def __init__(self, *args: Any, replaces: argparse.Action, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.replaces = replaces
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, values: Any, *_: Any) -> None:
+        setattr(options, self.dest, values)
+        self.replaces.required = False
