@@ -4,7 +4,13 @@ Nothing heavy is imported here, for ``--help`` answers at once.
 """
 
 import argparse
+import functools
+import importlib.util
 import re
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -24,51 +30,32 @@ def add_model(parser: argparse.ArgumentParser, or_preset: bool = False) -> None:
 
 def add_size(parser: argparse.ArgumentParser) -> None:
     """How much is kept, and of which linears."""
-    size = parser.add_argument_group("how much is kept (one of)")
-    size.add_argument("--rank", type=number, metavar="N", help="the same rank for all, or a fraction of full rank")
-    size.add_argument(
-        "--param-ratio", type=float, metavar="F", help="factored over dense parameters: 0.6 removes 40 %%"
-    )
-    size.add_argument("--energy", type=float, metavar="F", help="share of the squared singular values; reads weights")
-    which = parser.add_argument_group("which linears (default: all of the repeated blocks)")
-    which.add_argument(
-        "--target-modules", nargs="+", metavar="NAME",
-        help="names or suffixes, as in PEFT; one regular expression for whole names; or all-linear",
-    )  # fmt: skip
-    which.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="names or suffixes that stay dense")
-    which.add_argument(
-        "--rank-pattern", nargs="+", metavar="PATTERN=N", help="ranks of linears that differ, as in PEFT: q_proj=64"
-    )
-    which.add_argument(
-        "--allow-past-break-even", action="store_true", help="factorize linears even where that makes them larger"
-    )
+    add_fields(parser, _declared("factorization/options.py").SizeOptions)
 
 
-def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """What the factors are fitted to."""
-    group = parser.add_argument_group("calibration")
-    group.add_argument(
-        "--allocation", metavar="NAME",
-        help="how ranks share the parameters: uniform, energy or loss; convert takes loss by default where "
-        "--param-ratio says how many there are",
-    )  # fmt: skip
-    group.add_argument(
-        "--calibration-data", metavar="DATA",
-        help="a text, jsonl or parquet file, a dataset on the Hub, or self: text that the model writes (default)",
-    )  # fmt: skip
-    group.add_argument("--calibration-split", default="train", help="split of a dataset on the Hub (default: train)")
-    group.add_argument("--calibration-config", help="configuration of a dataset on the Hub")
-    group.add_argument("--calibration-column", default="text", help="column that holds the text (default: text)")
-    group.add_argument(
-        "--calibration-tokens", type=int, metavar="N", help="at most so many tokens (default: 262144; of self, 65536)"
-    )
-    group.add_argument(
-        "--calibration-block-size",
-        type=int,
-        metavar="N",
-        help="tokens per text (default: 512, or what the model allows)",
-    )
-    group.add_argument("--seed", type=int, default=0, help="choice and order of the calibration data (default: 0)")
+def add_calibration(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """How factors are found, and what they are fitted to."""
+    add_fields(parser, _declared("conversion/options.py").CalibrationOptions, leave_out)
+
+
+def add_fields(parser: argparse.ArgumentParser, declared: Any, leave_out: Collection[str] = ()) -> None:
+    """A flag for each field of a dataclass, as its metadata describe it: ``help``, ``group`` and ``metavar``."""
+    groups: dict[str, Any] = {}
+    for field in fields(declared):
+        if field.name in leave_out:
+            continue
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        help = field.metadata["help"].replace("%", "%%")
+        if field.type is bool:
+            groups[title].add_argument(_flag(field.name), action="store_true", help=help)
+            continue
+        shown = help if field.default is None else f"{help} (default: {field.default})"
+        groups[title].add_argument(
+            _flag(field.name), default=field.default, metavar=field.metadata["metavar"], help=shown,
+            **_KINDS[field.type],
+        )  # fmt: skip
 
 
 def add_text(parser: argparse.ArgumentParser, help: str, batches_of: str = "blocks") -> None:
@@ -130,6 +117,38 @@ def count(text: str) -> int:
         if result > 0 and not rest:
             return result
     raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number such as 1024, 300M or 2.2B")
+
+
+# The type of a field, and what argparse calls it.
+_KINDS: dict[Any, dict[str, Any]] = {
+    str: {},
+    str | None: {},
+    int: {"type": int},
+    int | None: {"type": int},
+    float | None: {"type": float},
+    int | float | None: {"type": number},
+    str | list[str] | None: {"nargs": "+"},
+    dict[str, int | float] | None: {"nargs": "+"},
+}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@functools.cache
+def _declared(path: str) -> ModuleType:
+    """A file of ``lowrank_ft`` that needs Python alone, without the package around it, which takes seconds to import."""
+    package = importlib.util.find_spec("lowrank_ft")
+    assert package is not None
+    assert package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0]) / path
+    spec = importlib.util.spec_from_file_location(f"lowrank_ft_cli.declared_{file.parent.name}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class _InPlaceOf(argparse.Action):

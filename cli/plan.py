@@ -5,12 +5,13 @@ import argparse
 from lowrank_ft_cli.arguments import add_calibration, add_device, add_dtype, add_model, add_size, count
 
 HELP = "show what would change and what it saves; reads headers, not weights"
+_TRAINS = ("method", "refine_epochs", "distill_epochs", "activations_dir")  # a plan trains nothing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, or_preset=True)
     add_size(parser)
-    add_calibration(parser)
+    add_calibration(parser, leave_out=_TRAINS)
     add_dtype(parser)
     add_device(parser)
     cost = parser.add_argument_group("cost of a training from scratch")

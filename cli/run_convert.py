@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowrank_ft_cli.calibration import check_flags, is_wanted, read_calibration
-from lowrank_ft_cli.options import device_of, dtype_of, hub_target, output_dir_of, shard_size, size_options, source_of
+from lowrank_ft_cli.calibration import read_calibration
+from lowrank_ft_cli.options import (
+    calibration_options,
+    device_of,
+    dtype_of,
+    hub_target,
+    output_dir_of,
+    shard_size,
+    size_options,
+    source_of,
+)
 from lowrank_ft_cli.run_plan import print_plan, print_remainder, refuse_compact
 from transformers import PreTrainedModel
 
@@ -27,30 +36,30 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     source = source_of(options)
     options.output_dir = output_dir_of(options, source.name)
     # Everything that can be wrong is looked at before weights are read.
-    check_flags(options)
+    sizes, calibrated = size_options(options), calibration_options(options)
     shard_size(options)
     check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     repo_id, device = hub_target(options), device_of(options)
     config = source.load_config()
     refuse_compact(config, source)
-    sizes = size_options(options)
     plan: Plan | None = None
     if options.plan is not None:
-        given = [k for k, v in {**sizes, "allocation": options.allocation}.items() if v]
+        given = [*sizes.given(), *(["allocation"] if options.allocation else [])]
         if given:
             raise RankError(f"--plan says everything already; leave --{given[0].replace('_', '-')} out")
         plan = Plan.load(options.plan)
     elif options.energy is None:
-        plan = make_plan(skeleton(config, source.name, source.trust_remote_code), **sizes)
+        plan = make_plan(skeleton(config, source.name, source.trust_remote_code), **vars(sizes))
 
     start = time.monotonic()
     stored, computed = dtypes(options, config, device)
     model = load_model(source, computed, device)
     check_finite(model)
     if plan is None:
-        plan = make_plan(model, **sizes, spectrum=spectrum_of(model))
+        plan = make_plan(model, **vars(sizes), spectrum=spectrum_of(model))
     ran = check_runs(model) is None
-    calibration = read_calibration(options, source, model) if is_wanted(options, writes_text(config)) else None
+    wanted = calibrated.wants_data(writes_text(config))
+    calibration = read_calibration(calibrated, source, model) if wanted else None
     if calibration is None and options.method is None:
         print(f"note: a {type(model).__name__} writes no text of its own to calibrate on, so this is plain SVD; "
               "--calibration-data FILE gives a much better model", file=sys.stderr)  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lowrank_ft_cli.calibration import read_calibration
 from lowrank_ft_cli.memory import memory_of, print_memory
-from lowrank_ft_cli.options import device_of, dtype_of, size_options, source_of
+from lowrank_ft_cli.options import calibration_options, device_of, dtype_of, size_options, source_of
 from lowrank_ft_cli.preset import print_training_cost, sequence_length_of
 from torch import nn
 
@@ -18,8 +18,7 @@ from lowrank_ft.checkpoints.source import Source, TensorInfo, is_compact, load_m
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion.convert import allocate, spectrum_of
 from lowrank_ft.costs.flops import training_cost
-from lowrank_ft.errors import CheckpointError, require_choice
-from lowrank_ft.factorization.allocation import ALLOCATIONS
+from lowrank_ft.errors import CheckpointError
 from lowrank_ft.factorization.plan import LinearPlan, Plan, dense_remainder, make_plan
 from lowrank_ft.factorization.ranks import break_even_rank
 from lowrank_ft.factorization.targets import kind_of
@@ -34,21 +33,21 @@ def show_plan(options: argparse.Namespace) -> None:
     if picture is not None:
         require_plotting()
         check_picture_path(picture)
+    sizes, calibrated = size_options(options), calibration_options(options)
     source = source_of(options)
     config = source.load_config()
     refuse_compact(config, source)
     length = sequence_length_of(options, config, source.name)
     tensors = {} if length is not None and has_no_weights(source) else source.tensors()
-    allocation = options.allocation or "uniform"
-    require_choice("--allocation", allocation, ALLOCATIONS)
+    allocation = calibrated.allocation or "uniform"
     if allocation != "uniform" or options.energy is not None:
         model = load_model(source, dtype_of(options), device_of(options))
-        plan = make_plan(model, **size_options(options), spectrum=spectrum_of(model))
+        plan = make_plan(model, **vars(sizes), spectrum=spectrum_of(model))
         if allocation != "uniform":
-            plan = allocate(model, plan, allocation, read_calibration(options, source, model), progress=True)
+            plan = allocate(model, plan, allocation, read_calibration(calibrated, source, model), progress=True)
     else:
         model = skeleton(config, source.name, source.trust_remote_code)
-        plan = make_plan(model, **size_options(options))
+        plan = make_plan(model, **vars(sizes))
     cost = None if length is None else training_cost(model, plan, options.tokens, length)
     memory = memory_of(plan, options, model) if options.memory else None
     if picture is not None:
