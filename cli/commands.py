@@ -5,9 +5,10 @@ The module of a command has ``HELP``, ``add_arguments`` and ``run``. It imports 
 """
 
 import argparse
+import re
 from typing import Any
 
-from lowrank_ft_cli import convert, demo, evaluate, export, finetune, merge, plan, pretrain, push, report, tokenize
+from lowrank_ft_cli import convert, demo, env, evaluate, export, finetune, merge, plan, pretrain, push, report, tokenize
 from lowrank_ft_cli.usage import OneLineParser, Version
 
 COMMANDS: dict[str, Any] = {
@@ -22,6 +23,12 @@ COMMANDS: dict[str, Any] = {
     "merge": merge,
     "push": push,
     "demo": demo,
+    "env": env,
+}
+EXIT_CODES = {
+    0: "done",
+    1: "failed or interrupted; stderr says why in one line, and `--debug` shows the traceback",
+    2: "wrong usage: an unknown command or flag, or one that is missing",
 }
 PASS_ON = ("finetune", "pretrain")
 """Whatever follows these belongs to a script."""
@@ -44,7 +51,10 @@ Fine-tune a Hugging Face model into a smaller one.
 def build_parser() -> OneLineParser:
     """All commands and their flags; the parser of each is in ``commands``."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog="lowrank-ft", description=_DESCRIPTION, formatter_class=raw)
+    codes = ", ".join(f"{code} {re.split('[;:]', meaning)[0]}" for code, meaning in EXIT_CODES.items())
+    parser = OneLineParser(
+        prog="lowrank-ft", description=_DESCRIPTION, epilog=f"exit codes: {codes}", formatter_class=raw
+    )
     parser.add_argument("--version", action=Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parser.commands = commands.choices

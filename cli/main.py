@@ -12,7 +12,7 @@ from lowrank_ft_cli.commands import COMMANDS, PASS_ON, build_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the ``lowrank-ft`` command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Entry point of the ``lowrank-ft`` command; returns one of ``EXIT_CODES``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     options, unknown = parser.parse_known_args(arguments)

@@ -3,7 +3,9 @@
 Starting torch and transformers takes seconds, so what does not need a process of its own calls ``main`` in this one.
 """
 
+import importlib.metadata
 import json
+import platform
 import shutil
 import signal
 import subprocess
@@ -311,12 +313,34 @@ def test_help_is_quick_and_loads_no_torch():
     assert "--calibration-data DATA" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["plan", "convert", "eval", "report", "export", "merge", "push", "demo"])
+@pytest.mark.parametrize("name", ["plan", "convert", "eval", "report", "export", "merge", "push", "demo", "env"])
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0
     assert "--debug" in capsys.readouterr().out
+
+
+def test_env_says_what_is_installed_and_not_where(command, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name, known=importlib.metadata.version: known(
+        "no-such-package" if name == "bitsandbytes" else name))  # fmt: skip
+    lines = dict(line.split(maxsplit=1) for line in command("env").stdout.splitlines())
+    assert lines["torch"] == torch.__version__
+    assert lines["bitsandbytes"] == "not installed"
+    assert lines["devices"].startswith("cpu (")
+    assert lines["python"].endswith(platform.python_version())
+    shown = " ".join(lines.values())
+    assert not [secret for secret in ("hf_secret", "/", "\\", platform.node()) if secret in shown]
+
+
+def test_env_of_an_accelerator(command, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "cuda:0 (GPU 0, CUDA 12.8), cuda:1 (GPU 1, CUDA 12.8)" in command("env").stdout
 
 
 def test_the_output_has_a_name_where_none_is_given(command, tmp_path, monkeypatch):
