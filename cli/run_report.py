@@ -1,13 +1,11 @@
 """What ``lowrank-ft report`` does: measure if asked to, and write the page."""
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
 
 from lowrank_ft_cli.options import device_of, evaluation_settings
 
-from lowrank_ft.checkpoints.atomic import open_permissions
+from lowrank_ft.checkpoints.atomic import write_text
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.evaluation.compare import compare
@@ -42,9 +40,11 @@ def write_report(options: argparse.Namespace) -> None:
     page = build_report(
         checkpoint, baseline=options.baseline, evaluation=evaluation, evaluated_on=options.data, device=device
     )
-    _write(output, page)
+    write_text(output, page)
     if options.update_card and evaluation is not None:
-        _write(checkpoint.folder / "README.md", card_with_table(checkpoint.folder, checkpoint.comparison, evaluation))
+        write_text(
+            checkpoint.folder / "README.md", card_with_table(checkpoint.folder, checkpoint.comparison, evaluation)
+        )
     print(output)
 
 
@@ -58,21 +58,3 @@ def _output(options: argparse.Namespace, folder: Path) -> Path:
     if path.exists() and not options.overwrite:
         raise OutputError(f"--output {path} exists; name another file, or add --overwrite to replace it")
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    draft = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            draft = Path(file.name)
-            file.write(text)
-        open_permissions(draft)
-        os.replace(draft, path)
-    except OSError as error:
-        raise OutputError(f"writing {path} failed ({error.strerror}); choose another place with --output") from error
-    finally:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
