@@ -1,20 +1,39 @@
-"""``lowrank-ft export``: the compact checkpoint of a training checkpoint, of a PEFT adapter, or in another form."""
+"""``lowrank-ft export``: the compact checkpoint of a training checkpoint, or of a PEFT adapter."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from lowrank_ft_cli.options import dtype_of, folder_bytes, hub_target, output_dir_of, shard_size
+from lowrank_ft_cli.arguments import add_dtype, add_hub, add_output
 
-from lowrank_ft.checkpoints.atomic import check_output_dir
-from lowrank_ft.checkpoints.from_training import load_adapter, load_compact, load_training_checkpoint
-from lowrank_ft.checkpoints.push import push
-from lowrank_ft.console import human_bytes, shown_command
-from lowrank_ft.errors import CheckpointNotFoundError
-from lowrank_ft.export import save_compact
+HELP = "write the compact checkpoint of a training checkpoint or of a PEFT adapter, or one in another form"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint",
+        help="a run's checkpoints/step-N folder, a folder with adapter_config.json, or a compact checkpoint",
+    )
+    parser.add_argument(
+        "--form", choices=("pivoted", "factors"), default="pivoted",
+        help="pivoted: the fewest numbers, format version 2; factors: U and V, version 1 (default: pivoted)",
+    )  # fmt: skip
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
+    add_output(parser, "compact")
+    add_dtype(parser)
+    add_hub(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    from lowrank_ft_cli.options import dtype_of, folder_bytes, hub_target, output_dir_of, shard_size
+
+    from lowrank_ft.checkpoints.atomic import check_output_dir
+    from lowrank_ft.checkpoints.from_training import load_adapter, load_compact, load_training_checkpoint
+    from lowrank_ft.checkpoints.push import push
+    from lowrank_ft.console import human_bytes, shown_command
+    from lowrank_ft.errors import CheckpointNotFoundError
+    from lowrank_ft.export import save_compact
+
     folder = Path(options.checkpoint)
     options.output_dir = output_dir_of(options, options.checkpoint)
     shard_size(options)

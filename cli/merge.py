@@ -3,16 +3,26 @@
 import argparse
 from pathlib import Path
 
-from lowrank_ft_cli.options import dtype_of, output_dir_of, shard_size, source_of
+from lowrank_ft_cli.arguments import add_dtype, add_model, add_output
 
-import lowrank_ft
-from lowrank_ft.checkpoints.atomic import check_output_dir
-from lowrank_ft.checkpoints.source import is_compact, load_model
-from lowrank_ft.errors import CheckpointError
-from lowrank_ft.export import save_dense
+HELP = "multiply U V back into dense weights, for software that knows nothing else"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_output(parser, "merged")
+    add_dtype(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    from lowrank_ft_cli.options import dtype_of, output_dir_of, shard_size, source_of
+
+    import lowrank_ft
+    from lowrank_ft.checkpoints.atomic import check_output_dir
+    from lowrank_ft.checkpoints.source import is_compact, load_model
+    from lowrank_ft.errors import CheckpointError
+    from lowrank_ft.export import save_dense
+
     source = source_of(options)
     options.output_dir = output_dir_of(options, source.name)
     shard_size(options)

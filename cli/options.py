@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from lowrank_ft.checkpoints.source import Source
+from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.errors import ConfigError, RankError, first_line
+from lowrank_ft.evaluation.compare import EvaluationSettings
+from lowrank_ft.factorization.options import SizeOptions
 from lowrank_ft.factorization.targets import as_patterns
 
 
@@ -32,16 +36,18 @@ def output_dir_of(options: argparse.Namespace, name: str) -> str:
     return f"{Path(name).expanduser().resolve().name}-{options.output_suffix}"
 
 
-def size_options(options: argparse.Namespace) -> dict[str, Any]:
+def size_options(options: argparse.Namespace) -> SizeOptions:
     """The arguments of ``make_plan`` that the command line gives."""
-    return {
-        "rank": options.rank,
-        "param_ratio": options.param_ratio,
-        "energy": options.energy,
-        "rank_pattern": rank_pattern(options.rank_pattern),
-        "target_modules": as_patterns(options.target_modules),
-        "exclude_modules": as_patterns(options.exclude_modules),
-    }
+    return replace(
+        _filled(SizeOptions, options),
+        rank_pattern=rank_pattern(options.rank_pattern),
+        target_modules=as_patterns(options.target_modules),
+        exclude_modules=as_patterns(options.exclude_modules),
+    )
+
+
+def calibration_options(options: argparse.Namespace) -> CalibrationOptions:
+    return _filled(CalibrationOptions, options)
 
 
 def rank_pattern(values: list[str] | None) -> dict[str, int | float]:
@@ -81,9 +87,13 @@ def dtype_of(options: argparse.Namespace) -> str | torch.dtype:
     return "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Size of a checkpoint's weight files."""
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+def evaluation_settings(options: argparse.Namespace) -> EvaluationSettings:
+    return _filled(EvaluationSettings, options)
+
+
+def _filled(kind: Any, options: argparse.Namespace) -> Any:
+    """A dataclass from the flags of the same names; where a command has no such flag, the field has its default."""
+    return kind(**{f.name: getattr(options, f.name, f.default) for f in fields(kind)})
 
 
 def hub_target(options: argparse.Namespace) -> str | None:

@@ -1,150 +1,67 @@
-"""``lowrank-ft plan``: what a conversion would change, from config and headers alone."""
+"""``lowrank-ft plan``: what a conversion would change, or what a training from scratch costs."""
 
 import argparse
-import json
-import sys
-from collections import defaultdict
-from dataclasses import asdict
-from math import prod
-from pathlib import Path
 
-from lowrank_ft_cli.calibration import read_calibration
-from lowrank_ft_cli.memory import memory_of, print_memory
-from lowrank_ft_cli.options import device_of, dtype_of, size_options, source_of
-from lowrank_ft_cli.preset import print_training_cost, run_preset, sequence_length_of
-from torch import nn
+from lowrank_ft_cli.arguments import add_calibration, add_device, add_dtype, add_model, add_size, count
 
-from lowrank_ft.checkpoints.source import Source, TensorInfo, is_compact, load_model, skeleton
-from lowrank_ft.console import human_bytes, human_count, print_table
-from lowrank_ft.conversion.convert import allocate, spectrum_of
-from lowrank_ft.costs.flops import training_cost
-from lowrank_ft.errors import CheckpointError, require_choice
-from lowrank_ft.factorization.allocation import ALLOCATIONS
-from lowrank_ft.factorization.plan import LinearPlan, Plan, dense_remainder, make_plan
-from lowrank_ft.factorization.targets import kind_of
-from lowrank_ft.report.plots import check_picture_path, require_plotting, save_rank_map
+HELP = "show what would change and what it saves; reads headers, not weights"
+_TRAINS = ("method", "refine_epochs", "distill_epochs", "activations_dir")  # a plan trains nothing
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I64": 8, "I32": 4}
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, or_preset=True)
+    add_size(parser)
+    add_calibration(parser, leave_out=_TRAINS)
+    add_dtype(parser)
+    add_device(parser)
+    cost = parser.add_argument_group("cost of a training from scratch")
+    cost.add_argument(
+        "--tokens", type=count, metavar="N",
+        help="add training FLOPs for so many tokens: 2.2B, 300M (a preset has a number of its own)",
+    )  # fmt: skip
+    cost.add_argument(
+        "--sequence-length", type=count, metavar="N",
+        help="tokens of context in the FLOPs (default: 1024, or what the model allows)",
+    )  # fmt: skip
+    cost.add_argument(
+        "--set", nargs="+", action="extend", metavar="NAME=VALUE",
+        help="change values of a preset: hidden_size=512 num_hidden_layers=8 vocab_size=4096 ...",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON; convert --plan reads it back")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="draw the ranks into a .png, .svg or .pdf (needs the extra plot)"
+    )
+    memory = parser.add_argument_group("memory of training, and the options of the run that it is estimated for")
+    memory.add_argument("--memory", action="store_true", help="estimate the peak of a training step in every mode")
+    memory.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks per forward pass (default: 8)")
+    memory.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens per block (default: 1024, or what the model has)"
+    )
+    memory.add_argument(
+        "--gradient-accumulation-steps", type=int, default=1, metavar="N", help="forward passes per step (default: 1)"
+    )
+    memory.add_argument("--gradient-checkpointing", action="store_true", help="activations are recomputed in backward")
+    memory.add_argument(
+        "--mixed-precision", choices=("no", "bf16", "fp16"), default="no",
+        help="arithmetic; weights are in --dtype, which stands for float32 here if it is not given (default: no)",
+    )  # fmt: skip
+    memory.add_argument("--optim", default="adamw_torch", metavar="NAME", help="form of AdamW (default: adamw_torch)")
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.preset is not None:
-        run_preset(options)
-        return
-    picture = Path(options.picture) if options.picture else None
-    if picture is not None:
-        require_plotting()
-        check_picture_path(picture)
-    source = source_of(options)
-    config = source.load_config()
-    refuse_compact(config, source)
-    length = sequence_length_of(options, config, source.name)
-    tensors = {} if length is not None and has_no_weights(source) else source.tensors()
-    allocation = options.allocation or "uniform"
-    require_choice("--allocation", allocation, ALLOCATIONS)
-    if allocation != "uniform" or options.energy is not None:
-        model = load_model(source, dtype_of(options), device_of(options))
-        plan = make_plan(model, **size_options(options), spectrum=spectrum_of(model))
-        if allocation != "uniform":
-            plan = allocate(model, plan, allocation, read_calibration(options, source, model), progress=True)
+    if options.preset is None:
+        from lowrank_ft_cli.run_plan import show_plan
+
+        show_plan(options)
     else:
-        model = skeleton(config, source.name, source.trust_remote_code)
-        plan = make_plan(model, **size_options(options))
-    cost = None if length is None else training_cost(model, plan, options.tokens, length)
-    memory = memory_of(plan, options, model) if options.memory else None
-    if picture is not None:
-        save_rank_map(plan.linears, picture)
-    if options.json:
-        extra = {
-            "stays_dense": dense_remainder(model, plan) or None,
-            "training": None if cost is None else asdict(cost),
-            "memory": memory,
-        }
-        print(json.dumps(plan.to_dict() | {k: v for k, v in extra.items() if v is not None}, indent=2))
-        return
-    print_plan(plan)
-    print_remainder(model, plan)
-    if cost is not None and length is not None:
-        print_training_cost(cost, options.tokens, length)
-    if memory is not None:
-        print_memory(memory)
-    if tensors:
-        print_stored(plan, tensors)
-    if picture is not None:
-        print(f"picture   {picture}")
+        from lowrank_ft_cli.preset import show_preset
+
+        show_preset(options, _changed(options))
 
 
-def has_no_weights(source: Source) -> bool:
-    """Whether a folder describes a model that is not trained yet; a config is enough to count what that will cost."""
-    folder = source.folder
-    return folder is not None and not any(p.name.endswith(_WEIGHT_FILES) for p in folder.iterdir())
-
-
-def print_stored(plan: Plan, tensors: dict[str, TensorInfo]) -> None:
-    """Size of the weight files before, and about what it will be."""
-    stored = sum(_BYTES.get(t.dtype, 4) * prod(t.shape) for t in tensors.values())
-    per_parameter = stored / max(1, sum(prod(t.shape) for t in tensors.values()))
-    saved = (plan.model_parameters - plan.converted_model_parameters) * per_parameter
-    print(f"on disk   {human_bytes(stored)} -> about {human_bytes(stored - saved)}")
-
-
-def print_remainder(model: nn.Module, plan: Plan, to_stderr: bool = False) -> None:
-    """Say what is large and stays dense, such as experts."""
-    for kind, count in dense_remainder(model, plan).items():
-        share = count / plan.model_parameters
-        print(
-            f"note      {kind} stays dense: {share:.0%} of the parameters", file=sys.stderr if to_stderr else sys.stdout
-        )
-
-
-def refuse_compact(config: object, source: Source) -> None:
-    """Raise a CheckpointError where the model is factored or quantized already."""
-    entry = getattr(config, "quantization_config", None)
-    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
-    if method is not None and not is_compact(config):
-        raise CheckpointError(
-            f"{source.name} is quantized ({getattr(method, 'value', method)}), and its weights are no matrices to factorize; "
-            "name the model that it was quantized from, or dequantize it first"
-        )
-    if is_compact(config):
-        raise CheckpointError(
-            f"{source.name} is compact already; convert the dense model that it came from, "
-            "or make a dense one of it with lowrank-ft merge"
-        )
-
-
-def print_plan(plan: Plan, to_stderr: bool = False) -> None:
-    """One row for all linears of a kind (same place in every block), then the totals."""
-    kinds: dict[str, list[LinearPlan]] = defaultdict(list)
-    for p in plan.linears:
-        kinds[kind_of(p.name)].append(p)
-    rows = []
-    for kind, members in kinds.items():
-        ranks = [p.rank for p in members if p.rank is not None]
-        shapes = {p.shape for p in members}
-        low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
-        shown = "dense" if not ranks else str(low) if low == high else f"{low}-{high}"
-        if ranks and len(ranks) < len(members):
-            shown += f" ({len(members) - len(ranks)} dense)"
-        shape = members[0].shape
-        rows.append(
-            (
-                kind, str(len(members)), f"{shape[0]} x {shape[1]}" if len(shapes) == 1 else "various",
-                shown,
-                human_count(sum(p.dense_parameters for p in members)), human_count(sum(p.parameters for p in members)),
-            )
-        )  # fmt: skip
-    columns = ("linear", "count", "out x in", "rank", "parameters", "after")
-    print_table(columns, rows, to_stderr=to_stderr)
-    before, after = plan.model_parameters, plan.converted_model_parameters
-    stream = sys.stderr if to_stderr else sys.stdout
-    print(f"targeted  {human_count(plan.target_parameters)} -> {human_count(plan.factored_parameters)} parameters"
-          f" (param ratio {plan.param_ratio:.3f}; as plain factors, in training, {human_count(plan.trained_parameters)})",
-          file=stream)  # fmt: skip
-    print(f"model     {human_count(before)} -> {human_count(after)} parameters ({after / before:.1%})", file=stream)
-    dense = [p for p in plan.linears if p.rank is None]
-    if dense:
-        print(
-            f"note      {len(dense)} of {len(plan.linears)} stay dense: {dense[0].name}: {dense[0].note}", file=stream
-        )
+def _changed(options: argparse.Namespace) -> list[str]:
+    """Names of the options that do not have their default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args(["--preset", options.preset]))
+    return [name for name, default in defaults.items() if getattr(options, name) != default]

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from lowrank_ft_cli.main import build_parser, count
+from lowrank_ft_cli.arguments import count
 
 from lowrank_ft.checkpoints.source import writes_text
 from lowrank_ft.console import human_count, print_table
@@ -16,12 +16,19 @@ from lowrank_ft.errors import ConfigError
 from lowrank_ft.factorization.ranks import dense_parameters, trained_parameters
 from lowrank_ft.pretraining.presets import Preset, preset
 
-_ABOUT_PRESETS = {"preset", "set", "rank", "tokens", "sequence_length", "json", "debug"}
+_ABOUT_PRESETS = {"preset", "set", "rank", "tokens", "sequence_length", "json"}
 
 
-def run_preset(options: argparse.Namespace) -> None:
-    """Print size and cost of a preset, dense and with its rank."""
-    _refuse_other_flags(options)
+def show_preset(options: argparse.Namespace, given: list[str]) -> None:
+    """Print size and cost of a preset, dense and with its rank.
+
+    Args:
+        given: names of the options that do not have their default.
+
+    Raises:
+        ConfigError: one of them is about a model's weights, and would have no effect.
+    """
+    _refuse_other_flags(options, given)
     made = preset(options.preset, **overrides(options))
     models = {"dense": made.dense.accounting()} | ({} if made.rank is None else {"low-rank": made.accounting()})
     if options.json:
@@ -119,13 +126,11 @@ def _value(text: str) -> Any:
         return text  # the preset says what is wrong with it
 
 
-def _refuse_other_flags(options: argparse.Namespace) -> None:
-    """A flag that is about a model's weights would have no effect."""
+def _refuse_other_flags(options: argparse.Namespace, given: list[str]) -> None:
     if options.model is not None:
         raise ConfigError(f"give a model or --preset, not both; found {options.model} and {options.preset}")
-    defaults = vars(build_parser().parse_args(["plan", "--preset", options.preset]))
-    for name, value in vars(options).items():
-        if name not in _ABOUT_PRESETS and value != defaults.get(name):
+    for name in given:
+        if name not in _ABOUT_PRESETS:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} is about a model, not a preset; leave it out, or change the preset with --set")
 

@@ -2,10 +2,21 @@
 
 import argparse
 
-from lowrank_ft.checkpoints.push import push
+HELP = "upload a finished checkpoint to the Hub"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="what convert, finetune or export wrote")
+    parser.add_argument("--repo-id", required=True, help="name on the Hub, such as me/llama-lowrank")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to push to; made if need be (default: main)")
+    parser.add_argument("--commit-message", help="message of the commit")
+    parser.add_argument("--token", help="Hub token (default: the stored one)")
 
 
 def run(options: argparse.Namespace) -> None:
+    from lowrank_ft.checkpoints.push import push
+
     print(
         push(
             options.folder, options.repo_id, private=options.private, revision=options.revision,

@@ -45,3 +45,16 @@ class OneLineParser(argparse.ArgumentParser):
 def _at_home(value: Any) -> Any:
     """A path below the home folder in full; or there would be a folder called ``~``."""
     return os.path.expanduser(value) if isinstance(value, str) and (value == "~" or value.startswith("~/")) else value
+
+
+class Version(argparse.Action):
+    """A flag that prints the version of the package, which takes no import of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(version("lowrank-ft"))
+        parser.exit()

@@ -4,7 +4,7 @@
     python docs/make_reference.py --check    # exit 1 and name the pages that are out of date
 
 A page holds ``<!-- begin generated: NAME -->`` and ``<!-- end generated -->``; what is between them belongs to this
-script, everything else to the writer. NAME is an options group of the recipe, or a command.
+script, everything else to the writer. NAME is an options group of the recipe, a command, or ``exit codes``.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from lowrank_ft_cli.main import build_parser
+from lowrank_ft_cli.commands import EXIT_CODES, build_parser
 
 from lowrank_ft.pretraining.options import ScratchArguments
 from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments
@@ -48,6 +48,10 @@ def main() -> int:
 
 def table(name: str) -> str:
     """The Markdown table that a page asks for by ``name``."""
+    if name == "exit codes":
+        return "\n".join(
+            ["| exit code | meaning |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in EXIT_CODES.items())]
+        )
     return options_table(GROUPS[name]) if name in GROUPS else command_table(name)
 
 
@@ -74,8 +78,7 @@ def command_table(name: str) -> str:
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Every command of ``lowrank-ft`` and its parser."""
-    action = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
+    return dict(build_parser().commands)
 
 
 def _default(field: Field) -> str:

@@ -1,10 +1,11 @@
-"""Output folders that appear whole or not at all, and survive a power cut once they are announced.
+"""Output folders and files that appear whole or not at all, and survive a power cut once they are announced.
 
     write    a hidden folder beside the target: .NAME.xxxx.partial, under the lock .NAME.lock
     sync     every file and folder of it, to the disk
     swap     the two folders change names in one step of the system, so that one of them is always there
 
-A run that was killed leaves its hidden folder behind; the next that writes the same target removes it.
+A run that was killed leaves its hidden folder behind; the next that writes the same target removes it. A file alone is
+written in the same way, without a lock.
 """
 
 import ctypes
@@ -87,7 +88,7 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
         if keep_existing and path.exists():
             _move_in(draft, path)
         else:
-            _take_place(draft, path)
+            take_place(draft, path)
         _sync_folder(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
@@ -122,7 +123,44 @@ def open_permissions(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def _take_place(draft: Path, path: Path) -> None:
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Write a hidden file beside ``path``; it takes the name ``path`` only when the block ends well, and is on the disk then.
+
+    After an error or an interrupt nothing is left, and an earlier file is as it was. A process that is killed leaves
+    the hidden file, ``.NAME.xxxx.partial``.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    draft = Path(name)
+    try:
+        yield draft
+        open_permissions(draft)
+        _sync_file(draft)
+        os.replace(draft, path)
+        _sync_folder(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of text, whole or not at all.
+
+    Raises:
+        OutputError: the system refuses, such as where the disk is full.
+    """
+    try:
+        with whole_file(path) as draft:
+            draft.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"writing {path} failed ({error.strerror or error}); free some space, or choose another place"
+        ) from error
+
+
+def take_place(draft: Path, path: Path) -> None:
+    """Give a finished folder its name, in one step where the system can. What was there is gone, or it is ``draft`` now."""
     if not path.exists():
         os.replace(draft, path)
         return
@@ -161,11 +199,16 @@ def _recover(path: Path) -> None:
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync_file(path)
         else:
             _sync_folder(path)
     _sync_folder(folder)
+
+
+def _sync_file(path: Path) -> None:
+    """On the disk before it gets its name, or a power cut could leave an empty file of that name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from lowrank_ft.checkpoints.atomic import take_place, whole_file
 from lowrank_ft.checkpoints.folders import check_folder
 from lowrank_ft.data.documents import Corpus, Piece, Position
 from lowrank_ft.data.encoding import shown_tokenizer, text_ends, tokenizer_facts
@@ -185,12 +186,9 @@ def _write_shard(folder: Path, number: int, shard: _Shard, position: Position, s
         "documents": shard.documents, "largest_id": shard.largest_id, "position": position,
     }  # fmt: skip
     tensors = {part: np.frombuffer(shard.ids[part], dtype=shard.dtype) for part in PARTS}
-    draft = path.with_name(f".{path.name}")
-    # All in one entry: safetensors writes several in an order of its own each time.
-    save_file(tensors, draft, metadata={FORMAT: json.dumps(header)})
-    shutil.copymode(folder.parent / "run.json", draft)  # safetensors makes its files private
-    _sync(draft)
-    os.replace(draft, path)
+    with whole_file(path) as draft:
+        # All in one entry: safetensors writes several in an order of its own each time.
+        save_file(tensors, draft, metadata={FORMAT: json.dumps(header)})
 
 
 def _write_index(folder: Path, settings: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
@@ -221,10 +219,8 @@ def _write_index(folder: Path, settings: dict[str, Any], corpus: Corpus) -> dict
         **total,
         "shards": shards,
     }  # fmt: skip
-    draft = folder / f".{INDEX_FILE}"
-    draft.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _sync(draft)
-    os.replace(draft, folder / INDEX_FILE)
+    with whole_file(folder / INDEX_FILE) as draft:
+        draft.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
 
 
@@ -251,6 +247,8 @@ def _begin(work: Path, run: dict[str, Any], output_dir: Path, overwrite: bool) -
         changed = _differences(earlier["settings"], run["settings"]) + _differences(earlier["inputs"], run["inputs"])
         if not changed:
             folder.mkdir(exist_ok=True)
+            for left in folder.glob(".*.partial"):  # what was being written when the run was killed
+                left.unlink()
             return folder
         if not overwrite:
             more = f"; and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
@@ -260,9 +258,8 @@ def _begin(work: Path, run: dict[str, Any], output_dir: Path, overwrite: bool) -
             )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    draft = work / ".run.json"
-    draft.write_text(json.dumps(run), encoding="utf-8")
-    os.replace(draft, record)
+    with whole_file(record) as draft:
+        draft.write_text(json.dumps(run), encoding="utf-8")
     return folder
 
 
@@ -276,19 +273,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _take_place(folder: Path, output_dir: Path, work: Path) -> None:
-    aside = work / "replaced"
-    shutil.rmtree(aside, ignore_errors=True)
-    if output_dir.exists():
-        os.replace(output_dir, aside)
-    os.replace(folder, output_dir)
+    done = work / "done"  # under the name of the shards, what was replaced would be taken for those of this run
+    shutil.rmtree(done, ignore_errors=True)
+    os.replace(folder, done)
+    take_place(done, output_dir)
     shutil.rmtree(work)
 
 
 def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("tokens-*.safetensors"))
-
-
-def _sync(path: Path) -> None:
-    """On disk before it gets its name, or a power failure could leave an empty file of that name."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

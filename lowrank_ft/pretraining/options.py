@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from lowrank_ft.errors import ConfigError, require_choice
+from lowrank_ft.factorization.options import SizeOptions
 from lowrank_ft.pretraining.initialize import FROM_SCRATCH_GUIDES
-from lowrank_ft.training.options import TrainArguments, option
+from lowrank_ft.training.options import TrainArguments, option, shared
 
 GUIDES = (*FROM_SCRATCH_GUIDES, "none")
 
@@ -30,7 +31,7 @@ class ScratchArguments:
     target_modules: list[str] | None = option(
         None, "names or suffixes of the linears that get a low rank, as in PEFT; default: those of the FFN"
     )
-    exclude_modules: list[str] | None = option(None, "names or suffixes to leave dense, as in PEFT")
+    exclude_modules: list[str] | None = shared(SizeOptions, "exclude_modules")
     dense_first_block: bool = option(True, "leave the targeted linears of the first block dense")
     guide: str = option(
         "dense", "dense: a trained dense branch that starts at U V and is phased out; none: the factors alone"

@@ -8,6 +8,7 @@ from typing import Any
 from lowrank_ft.conversion import METHODS
 from lowrank_ft.errors import ConfigError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
+from lowrank_ft.factorization.options import SizeOptions
 from lowrank_ft.nn import GUIDES, check_guide_bits
 from lowrank_ft.schedule import ALPHA_SCHEDULES, GUIDE_MODES, LR_SCHEDULES
 from lowrank_ft.training.optimizers import OPTIMIZERS
@@ -25,6 +26,12 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def shared(declared: Any, name: str) -> Any:
+    """An option that the command line has, too: the same default, the same words."""
+    found = next(f for f in fields(declared) if f.name == name)
+    return option(found.default, found.metadata["help"])
+
+
 @dataclass
 class ModelArguments:
     """What is trained, and what guides it."""
@@ -36,8 +43,8 @@ class ModelArguments:
     rank: float | str | None = option(None, "rank for a dense model: a whole number, or a fraction of full rank (1.0)")
     param_ratio: float | None = option(None, "share of the targeted linears' parameters to keep, for a dense model")
     rank_pattern: dict | str | None = option(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")
-    target_modules: list[str] | None = option(None, "names or suffixes of the linears to factorize, as in PEFT")
-    exclude_modules: list[str] | None = option(None, "names or suffixes to leave dense, as in PEFT")
+    target_modules: list[str] | None = shared(SizeOptions, "target_modules")
+    exclude_modules: list[str] | None = shared(SizeOptions, "exclude_modules")
     method: str = option("anchored", f"how factors of a dense model are found: {', '.join(METHODS)}")
     allocation: str | None = option(
         None, f"how ranks share the parameters: {', '.join(ALLOCATIONS)}; default: loss with param_ratio, else uniform"

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank_ft.checkpoints import sharded as tensor_files
+from lowrank_ft.checkpoints.atomic import take_place
 from lowrank_ft.checkpoints.sharded import unique_tensors
 from lowrank_ft.errors import TrainingStateError
 from lowrank_ft.nn import compact_state_dict
@@ -234,8 +235,7 @@ def read_state(folder: Path) -> TrainerState:
 
 def commit(draft: Path, final: Path, keep: int) -> None:
     """Give a finished draft its name, and remove all but the newest ``keep`` checkpoints."""
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(draft, final)
+    take_place(draft, final)
+    shutil.rmtree(draft, ignore_errors=True)  # what was there before
     for old in find_checkpoints(final.parent.parent)[:-keep]:
         shutil.rmtree(old)

@@ -3,7 +3,9 @@
 Starting torch and transformers takes seconds, so what does not need a process of its own calls ``main`` in this one.
 """
 
+import importlib.metadata
 import json
+import platform
 import shutil
 import signal
 import subprocess
@@ -11,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from lowrank_ft_cli.main import main
+from lowrank_ft_cli.main import build_parser, main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -297,24 +299,48 @@ def test_help_is_quick_and_loads_no_torch():
     code = (
         "import sys, time; start = time.process_time()\n"
         "from lowrank_ft_cli.main import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit as e: assert e.code == 0\n"
+        "for name in ([], ['plan'], ['convert'], ['eval'], ['report'], ['tokenize'], ['export']):\n"
+        "    try: main([*name, '--help'])\n"
+        "    except SystemExit as e: assert e.code == 0\n"
         "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'numpy', 'lowrank_ft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "print(time.process_time() - start, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("plan", "convert", "finetune", "eval", "report", "export", "merge", "push", "demo"):
+    for command in build_parser().commands:
         assert f"    {command} " in done.stdout
+    assert "--calibration-data DATA" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["plan", "convert", "eval", "report", "export", "merge", "push", "demo"])
+@pytest.mark.parametrize("name", ["plan", "convert", "eval", "report", "export", "merge", "push", "demo", "env"])
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0
     assert "--debug" in capsys.readouterr().out
+
+
+def test_env_says_what_is_installed_and_not_where(command, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name, known=importlib.metadata.version: known(
+        "no-such-package" if name == "bitsandbytes" else name))  # fmt: skip
+    lines = dict(line.split(maxsplit=1) for line in command("env").stdout.splitlines())
+    assert lines["torch"] == torch.__version__
+    assert lines["bitsandbytes"] == "not installed"
+    assert lines["devices"].startswith("cpu (")
+    assert lines["python"].endswith(platform.python_version())
+    shown = " ".join(lines.values())
+    assert not [secret for secret in ("hf_secret", "/", "\\", platform.node()) if secret in shown]
+
+
+def test_env_of_an_accelerator(command, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "cuda:0 (GPU 0, CUDA 12.8), cuda:1 (GPU 1, CUDA 12.8)" in command("env").stdout
 
 
 def test_the_output_has_a_name_where_none_is_given(command, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from lowrank_ft.checkpoints import atomic
 from lowrank_ft.data import token_writer
 from lowrank_ft.data.documents import PIECE
 from lowrank_ft.data.encoding import token_ids
@@ -87,11 +88,11 @@ def die_at(where: str, number: int) -> None:
     if where == "shard":  # half of the file is written, under its temporary name
 
         def half_of_it(path):
-            if path.name == f".tokens-{number:05d}.safetensors":
+            if path.name.startswith(f".tokens-{number:05d}.safetensors."):
                 path.write_bytes(path.read_bytes()[:1000])
                 die()
 
-        token_writer._sync = half_of_it
+        atomic._sync_file = half_of_it
     elif where in ("batch", "document"):
         encode, calls = token_writer._encode, []
 

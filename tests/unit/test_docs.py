@@ -24,8 +24,7 @@ COMMAND = re.compile(r"(?:^|`)[ \t]*(?:\$ )?(?:[A-Z_]+=\S+ )*lowrank-ft +([^`\n]
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    action = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
+    return dict(build_parser().commands)
 
 
 def recipe_flags(command: str) -> set[str]:
@@ -85,6 +84,11 @@ def test_a_wrong_flag_would_be_found():
     assert problems("compress MODEL") == ["compress"]
     assert problems("finetune --learning-rate 1 --lerning_rate 1 -- --multi_gpu") == ["--lerning_rate"]
     assert COMMAND.findall("    $ A=1 lowrank-ft plan x --rank 8\nuse `lowrank-ft push`") == ["plan x --rank 8", "push"]
+
+
+def test_every_command_is_on_the_page():
+    text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert [c for c in commands() if f"\n## {c}\n" not in text] == []
 
 
 def test_every_page_is_in_the_navigation():

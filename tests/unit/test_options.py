@@ -8,7 +8,9 @@ import pytest
 import yaml
 from lowrank_ft_cli.main import build_parser
 
+from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.factorization.options import SizeOptions
 from lowrank_ft.pretraining.options import PretrainArguments, ScratchArguments
 from lowrank_ft.training.arguments import as_rank, parse_groups, read_config
 from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments
@@ -97,3 +99,28 @@ def test_paths_of_every_command_begin_at_home():
     assert (options.model, options.output_dir) == (os.path.expanduser("~/model"), os.path.expanduser("~/x"))
     options = build_parser().parse_args(["tokenize", "~/a", "b", "--tokenizer", "t", "--output-dir", "c"])
     assert options.dataset == [os.path.expanduser("~/a"), "b"]
+
+
+@pytest.mark.parametrize("declared", [SizeOptions, CalibrationOptions])
+def test_flags_are_the_fields_of_the_options(declared):
+    options = vars(build_parser().parse_args(["convert", "m"]))
+    assert {f.name: options.get(f.name, "no flag") for f in fields(declared)} == {
+        f.name: f.default for f in fields(declared)
+    }
+    given = build_parser().parse_args(
+        ["convert", "m", "--rank", "0.5", "--rank_pattern", "a=1", "b=2", "--seed=3", "--allow-past-break-even"]
+    )
+    found = (given.rank, given.rank_pattern, given.seed, given.allow_past_break_even)
+    assert found == (0.5, ["a=1", "b=2"], 3, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "writes_text", "wanted"),
+    [
+        ({}, True, True), ({}, False, False), ({"method": "svd"}, True, False), ({"method": "anchored"}, False, True),
+        ({"method": "svd", "allocation": "loss"}, False, True), ({"method": "svd", "refine_epochs": 0}, True, False),
+        ({"method": "svd", "distill_epochs": 0.5}, True, True), ({"calibration_data": "self"}, False, True),
+    ],
+)  # fmt: skip
+def test_when_calibration_data_are_wanted(given, writes_text, wanted):
+    assert CalibrationOptions(**given).wants_data(writes_text) is wanted

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lowrank_ft.checkpoints import atomic
-from lowrank_ft.checkpoints.atomic import check_output_dir, whole_folder
+from lowrank_ft.checkpoints.atomic import check_output_dir, take_place, whole_file, whole_folder, write_text
 from lowrank_ft.errors import OutputError
 from tests.conftest import ROOT
 
@@ -176,6 +176,57 @@ def test_everything_is_on_the_disk_before_it_is_announced(tmp_path, monkeypatch)
     with whole_folder(tmp_path / "out") as draft:
         fill(draft)
     assert events == ["sync", "sync", "rename", "sync", "sync"]
+
+
+def test_a_file_alone_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    stock_sync, stock_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("sync"), stock_sync(handle))[1])
+    monkeypatch.setattr(os, "replace", lambda *a: (events.append("rename"), stock_replace(*a))[1])
+    (tmp_path / "page.html").write_text("old")
+    write_text(tmp_path / "page.html", "né")
+    assert events == ["sync", "rename", "sync"]
+    assert (tmp_path / "page.html").read_bytes() == "né".encode()
+    assert (tmp_path / "page.html").stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert listing(tmp_path) == ["page.html"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_a_file_alone_is_whole_or_as_it_was(tmp_path, error):
+    (tmp_path / "page.html").write_text("old")
+    with pytest.raises(type(error)), whole_file(tmp_path / "page.html") as draft:
+        draft.write_text("half")
+        raise error
+    assert (tmp_path / "page.html").read_text() == "old"
+    assert listing(tmp_path) == ["page.html"]
+
+
+def test_a_file_that_the_disk_does_not_hold(tmp_path):
+    """No file may grow beyond a kilobyte."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from lowrank_ft.checkpoints.atomic import write_text; from lowrank_ft.errors import OutputError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: write_text(sys.argv[1], 'x' * 100_000)\n"
+        "except OutputError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    expected = f"writing {tmp_path / 'page.html'} failed (File too large); free some space, or choose another place\n"
+    assert done.stdout == expected, done.stderr
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_finished_folder_takes_the_place_of_another(tmp_path, monkeypatch, swaps):
+    if not swaps:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    for name in ("draft", "out"):
+        (tmp_path / name).mkdir()
+        fill(tmp_path / name, name)
+    take_place(tmp_path / "draft", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "draft"
+    assert set(listing(tmp_path)) <= {"out", "draft"}
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):

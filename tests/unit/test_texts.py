@@ -6,20 +6,19 @@ import subprocess
 import sys
 
 import pytest
-from lowrank_ft_cli.evaluate import read_texts
-from lowrank_ft_cli.finetune import exit_code
-from lowrank_ft_cli.main import build_parser
+from lowrank_ft_cli.launch import exit_code
 from lowrank_ft_recipes.finetune import load_dense
 
 from lowrank_ft.data.documents import Corpus
 from lowrank_ft.data.sources import read_rows
 from lowrank_ft.errors import ConfigError, DataError
+from lowrank_ft.evaluation.compare import EvaluationSettings, read_texts
 from lowrank_ft.training import ModelArguments
 from tests.conftest import tiny_llama
 
 
-def evaluated(path, *flags):
-    return read_texts(build_parser().parse_args(["eval", "m", "--data", str(path), *flags]))
+def evaluated(path):
+    return read_texts(EvaluationSettings(str(path)))
 
 
 @pytest.mark.parametrize("value", [None, 3, [1], {"a": 1}])

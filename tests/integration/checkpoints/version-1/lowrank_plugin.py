@@ -81,7 +81,6 @@ from transformers.quantizers import auto as transformers_registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-
 METHOD = "lowrank"
 NEWEST_READABLE_FORMAT = 1
 

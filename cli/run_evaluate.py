@@ -1,0 +1,62 @@
+"""What ``lowrank-ft eval`` does: measure, and print the numbers."""
+
+import argparse
+import json
+from typing import Any
+
+from lowrank_ft_cli.options import device_of, dtype_of, evaluation_settings, source_of
+
+from lowrank_ft.console import human_bytes, human_count, print_table
+from lowrank_ft.evaluation.compare import compare
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    device = device_of(options)
+    settings = evaluation_settings(options)
+    baseline = source_of(options, options.baseline) if options.baseline else None
+    results = compare(source_of(options), baseline, settings, dtype_of(options), device, progress=True)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        print_results(results, options)
+
+
+def print_results(results: dict[str, Any], options: argparse.Namespace) -> None:
+    models = [results[key] for key in ("model", "baseline") if key in results]
+    columns = ["model", "parameters", "on disk"]
+    table = [[r["name"], human_count(r["parameters"]), human_bytes(r["bytes"])] for r in models]
+    compared = ["parameters", "bytes"]
+    title = ""
+    if options.data:
+        columns += ["perplexity", "loss", "tokens/s"]
+        for row, r in zip(table, models, strict=True):
+            row += [f"{r['perplexity']:.3f}", f"{r['loss']:.4f}", f"{r['tokens_per_second']:,.0f}"]
+        compared += ["perplexity", "loss", "tokens_per_second"]
+        title = f"{options.data}: {models[0]['tokens']:,} tokens"
+    if len(models) == 2:
+        mine, base = models
+        table.append(["difference", *(_change(key, mine[key], base[key]) for key in compared)])
+    if results.get("agreement"):
+        columns += ["KL/token", "same top-1"]
+        cells = [f"{results['agreement']['kl']:.4f}", f"{results['agreement']['top1']:.1%}"]
+        table = [row + more for row, more in zip(table, (cells, ["", ""], ["", ""]), strict=True)]
+    print_table(columns, table, title=title)
+    if options.tasks:
+        print_tasks([r["tasks"] for r in models])
+
+
+def _change(key: str, mine: float, base: float) -> str:
+    return f"{mine - base:+.4f}" if key == "loss" else f"{mine / base - 1:+.1%}"
+
+
+def print_tasks(models: list[Any]) -> None:
+    rows = []
+    for task, scores in models[0].items():
+        for metric, score in scores.items():
+            values = [scores_of[task][metric]["value"] for scores_of in models]
+            shown = [task, metric, "" if score["items"] is None else str(score["items"]), f"{values[0]:.4f}"]
+            shown += [f"{values[1]:.4f}", f"{values[0] - values[1]:+.4f}"] if len(values) == 2 else []
+            shown.append("" if score["stderr"] is None else f"{score['stderr']:.4f}")
+            rows.append(shown)
+    middle = ["baseline", "difference"] if len(models) == 2 else []
+    print_table(["task", "metric", "items", "model", *middle, "standard error"], rows)

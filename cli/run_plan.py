@@ -1,0 +1,146 @@
+"""What ``lowrank-ft plan`` does: what a conversion would change, from config and headers alone."""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+
+from lowrank_ft_cli.calibration import read_calibration
+from lowrank_ft_cli.memory import memory_of, print_memory
+from lowrank_ft_cli.options import calibration_options, device_of, dtype_of, size_options, source_of
+from lowrank_ft_cli.preset import print_training_cost, sequence_length_of
+from torch import nn
+
+from lowrank_ft.checkpoints.source import Source, TensorInfo, is_compact, load_model, skeleton
+from lowrank_ft.console import human_bytes, human_count, print_table
+from lowrank_ft.conversion.convert import allocate, spectrum_of
+from lowrank_ft.costs.flops import training_cost
+from lowrank_ft.errors import CheckpointError
+from lowrank_ft.factorization.plan import LinearPlan, Plan, dense_remainder, make_plan
+from lowrank_ft.factorization.targets import kind_of
+from lowrank_ft.report.plots import check_picture_path, require_plotting, save_rank_map
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I64": 8, "I32": 4}
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
+
+
+def show_plan(options: argparse.Namespace) -> None:
+    picture = Path(options.picture) if options.picture else None
+    if picture is not None:
+        require_plotting()
+        check_picture_path(picture)
+    sizes, calibrated = size_options(options), calibration_options(options)
+    source = source_of(options)
+    config = source.load_config()
+    refuse_compact(config, source)
+    length = sequence_length_of(options, config, source.name)
+    tensors = {} if length is not None and has_no_weights(source) else source.tensors()
+    allocation = calibrated.allocation or "uniform"
+    if allocation != "uniform" or options.energy is not None:
+        model = load_model(source, dtype_of(options), device_of(options))
+        plan = make_plan(model, **vars(sizes), spectrum=spectrum_of(model))
+        if allocation != "uniform":
+            plan = allocate(model, plan, allocation, read_calibration(calibrated, source, model), progress=True)
+    else:
+        model = skeleton(config, source.name, source.trust_remote_code)
+        plan = make_plan(model, **vars(sizes))
+    cost = None if length is None else training_cost(model, plan, options.tokens, length)
+    memory = memory_of(plan, options, model) if options.memory else None
+    if picture is not None:
+        save_rank_map(plan.linears, picture)
+    if options.json:
+        extra = {
+            "stays_dense": dense_remainder(model, plan) or None,
+            "training": None if cost is None else asdict(cost),
+            "memory": memory,
+        }
+        print(json.dumps(plan.to_dict() | {k: v for k, v in extra.items() if v is not None}, indent=2))
+        return
+    print_plan(plan)
+    print_remainder(model, plan)
+    if cost is not None and length is not None:
+        print_training_cost(cost, options.tokens, length)
+    if memory is not None:
+        print_memory(memory)
+    if tensors:
+        print_stored(plan, tensors)
+    if picture is not None:
+        print(f"picture   {picture}")
+
+
+def has_no_weights(source: Source) -> bool:
+    """Whether a folder describes a model that is not trained yet; a config is enough to count what that will cost."""
+    folder = source.folder
+    return folder is not None and not any(p.name.endswith(_WEIGHT_FILES) for p in folder.iterdir())
+
+
+def print_stored(plan: Plan, tensors: dict[str, TensorInfo]) -> None:
+    """Size of the weight files before, and about what it will be."""
+    stored = sum(_BYTES.get(t.dtype, 4) * prod(t.shape) for t in tensors.values())
+    per_parameter = stored / max(1, sum(prod(t.shape) for t in tensors.values()))
+    saved = (plan.model_parameters - plan.converted_model_parameters) * per_parameter
+    print(f"on disk   {human_bytes(stored)} -> about {human_bytes(stored - saved)}")
+
+
+def print_remainder(model: nn.Module, plan: Plan, to_stderr: bool = False) -> None:
+    """Say what is large and stays dense, such as experts."""
+    for kind, count in dense_remainder(model, plan).items():
+        share = count / plan.model_parameters
+        print(
+            f"note      {kind} stays dense: {share:.0%} of the parameters", file=sys.stderr if to_stderr else sys.stdout
+        )
+
+
+def refuse_compact(config: object, source: Source) -> None:
+    """Raise a CheckpointError where the model is factored or quantized already."""
+    entry = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    if method is not None and not is_compact(config):
+        raise CheckpointError(
+            f"{source.name} is quantized ({getattr(method, 'value', method)}), and its weights are no matrices to factorize; "
+            "name the model that it was quantized from, or dequantize it first"
+        )
+    if is_compact(config):
+        raise CheckpointError(
+            f"{source.name} is compact already; convert the dense model that it came from, "
+            "or make a dense one of it with lowrank-ft merge"
+        )
+
+
+def print_plan(plan: Plan, to_stderr: bool = False) -> None:
+    """One row for all linears of a kind (same place in every block), then the totals."""
+    kinds: dict[str, list[LinearPlan]] = defaultdict(list)
+    for p in plan.linears:
+        kinds[kind_of(p.name)].append(p)
+    rows = []
+    for kind, members in kinds.items():
+        ranks = [p.rank for p in members if p.rank is not None]
+        shapes = {p.shape for p in members}
+        low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
+        shown = "dense" if not ranks else str(low) if low == high else f"{low}-{high}"
+        if ranks and len(ranks) < len(members):
+            shown += f" ({len(members) - len(ranks)} dense)"
+        shape = members[0].shape
+        rows.append(
+            (
+                kind, str(len(members)), f"{shape[0]} x {shape[1]}" if len(shapes) == 1 else "various",
+                shown,
+                human_count(sum(p.dense_parameters for p in members)), human_count(sum(p.parameters for p in members)),
+            )
+        )  # fmt: skip
+    columns = ("linear", "count", "out x in", "rank", "parameters", "after")
+    print_table(columns, rows, to_stderr=to_stderr)
+    before, after = plan.model_parameters, plan.converted_model_parameters
+    stream = sys.stderr if to_stderr else sys.stdout
+    print(f"targeted  {human_count(plan.target_parameters)} -> {human_count(plan.factored_parameters)} parameters"
+          f" (param ratio {plan.param_ratio:.3f}; as plain factors, in training, {human_count(plan.trained_parameters)})",
+          file=stream)  # fmt: skip
+    print(f"model     {human_count(before)} -> {human_count(after)} parameters ({after / before:.1%})", file=stream)
+    dense = [p for p in plan.linears if p.rank is None]
+    if dense:
+        print(
+            f"note      {len(dense)} of {len(plan.linears)} stay dense: {dense[0].name}: {dense[0].note}", file=stream
+        )

@@ -1,0 +1,206 @@
+"""Perplexity, size, speed and task scores of one model, or of two side by side.
+
+The numbers are plain, so that they can be written as JSON: under ``model``, and with a baseline under ``baseline``,
+``difference`` and ``agreement``.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_ft.checkpoints.source import Source, check_causal_lm, load_model
+from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.examples import context_length
+from lowrank_ft.data.sources import read_rows, require_column, texts
+from lowrank_ft.errors import ConfigError
+from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
+from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, to_blocks, windows
+from lowrank_ft.factorization.plan import count_parameters
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured, and on what. Both models of a comparison are measured in the same way.
+
+    Attributes:
+        data: a text, jsonl or parquet file, or a dataset on the Hub, with ``data_split`` and ``data_config``.
+        text_column: the column that holds the text.
+        block_size: tokens of context; None for 1024, or what the models allow.
+        stride: tokens between the beginnings of blocks that overlap; None where they do not.
+        max_tokens: the first so many tokens of the text only.
+        tasks: names of tasks of lm-evaluation-harness.
+        limit: the first so many items of each task only.
+        batch_size: blocks or items per forward pass.
+    """
+
+    data: str | None = None
+    data_split: str = "test"
+    data_config: str | None = None
+    text_column: str = "text"
+    block_size: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    tasks: Sequence[str] | None = None
+    limit: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and settings of what is not measured."""
+        if not self.data and not self.tasks:
+            raise ConfigError("there is nothing to measure; give --data, --tasks or both")
+        for name, least in (("batch_size", 1), ("stride", 1), ("max_tokens", 2), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{_flag(name)} is {value}; it must be {least} or more")
+        needs = {"stride": "data", "max_tokens": "data", "block_size": "data", "limit": "tasks"}
+        for name, other in needs.items():
+            if getattr(self, name) is not None and not getattr(self, other):
+                flag, about = _flag(name), _flag(other)
+                raise ConfigError(f"{flag} is about {about}, which is not given; add {about} or leave {flag} out")
+
+
+def compare(
+    source: Source,
+    baseline: Source | None,
+    settings: EvaluationSettings,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure a model, and a baseline with the same settings.
+
+    Returns:
+        ``model``, and with a baseline ``baseline``, ``difference`` and, on a text, ``agreement``, which is None where
+        the two do not read it as the same tokens.
+
+    Raises:
+        ConfigError: a model is no causal language model, or does not allow the block size.
+        DataError: the text cannot be read, or is too short.
+    """
+    sources = [source] if baseline is None else [source, baseline]
+    configs = [s.load_config() for s in sources]
+    for s, config in zip(sources, configs, strict=True):
+        check_causal_lm(config, s)
+    block_size = None
+    if settings.data:  # one for both, or the numbers could not be compared
+        sizes = [(getattr(c, "max_position_embeddings", None), s.name) for s, c in zip(sources, configs, strict=True)]
+        block_size = min(context_length(settings.block_size, positions, name) for positions, name in sizes)
+        if settings.stride is not None and settings.stride > block_size:
+            raise ConfigError(f"--stride {settings.stride} exceeds the block size {block_size}; lower it")
+    rows = read_texts(settings) if settings.data else None
+    tasks = load_tasks(list(settings.tasks)) if settings.tasks else None
+
+    measured = [measure(s, rows, tasks, block_size, settings, dtype, device, progress) for s in sources]
+    results: dict[str, Any] = {"model": measured[0].numbers}
+    if len(measured) == 2:
+        results["baseline"] = measured[1].numbers
+        results["difference"] = difference(*(m.numbers for m in measured))
+        mine, base = (m.compared for m in measured)
+        if mine and base:
+            results["agreement"] = agreement_of(mine, base, settings.batch_size, progress)
+    return results
+
+
+def read_texts(settings: EvaluationSettings) -> list[str]:
+    """The texts that ``data`` names.
+
+    Raises:
+        DataError: there are none, or not in that column.
+    """
+    assert settings.data is not None
+    rows = read_rows(settings.data, settings.data_split, settings.data_config)
+    require_column(settings.data, [settings.text_column], rows.column_names, "choose with --text-column")
+    return list(texts(rows, settings.text_column, settings.data))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's numbers; and itself and what it read, where it read a text."""
+
+    numbers: dict[str, Any]
+    compared: "Compared | None" = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """``ids (tokens,)``, and ``blocks`` and ``labels (n, block_size)`` that were cut from it."""
+
+    model: Any
+    ids: Tensor
+    blocks: Tensor
+    labels: Tensor | None
+
+
+def measure(
+    source: Source,
+    rows: list[str] | None,
+    tasks: dict[str, Any] | None,
+    block_size: int | None,
+    settings: EvaluationSettings,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    progress: bool = False,
+) -> Measured:
+    """Numbers of one model, under its own tokenizer."""
+    folder = source.download()
+    tokenizer = source.load_tokenizer()
+    model = load_model(source, dtype, device)
+    numbers: dict[str, Any] = {
+        "name": source.name,
+        "parameters": count_parameters(model),
+        "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+    }
+    compared = None
+    if rows is not None and block_size is not None:
+        ids = torch.from_numpy(token_ids(rows, tokenizer)[: settings.max_tokens]).long()
+        blocks, labels = to_blocks(ids, block_size), None
+        if settings.stride is not None:
+            blocks, labels = windows(ids, block_size, settings.stride)
+        result = evaluate_blocks(model, blocks, settings.batch_size, progress=progress, labels=labels)
+        numbers |= {
+            "block_size": block_size,
+            "stride": settings.stride,
+            "tokens": result.tokens,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "tokens_per_second": result.tokens_per_second,
+        }
+        compared = Compared(model, ids, blocks, labels)
+    if tasks:
+        scores = run_tasks(model, tokenizer, tasks, settings.batch_size, settings.limit)
+        numbers["tasks"] = {task: {m: asdict(score) for m, score in s.items()} for task, s in scores.items()}
+    return Measured(numbers, compared)
+
+
+def agreement_of(mine: Compared, base: Compared, batch_size: int = 8, progress: bool = False) -> dict[str, Any] | None:
+    """Agreement with the baseline; None, and a note, where the two do not read the text as the same tokens."""
+    sizes = [c.model.config.get_text_config().vocab_size for c in (mine, base)]
+    reason = ""
+    if sizes[0] != sizes[1]:
+        reason = f"the vocabularies have {sizes[0]} and {sizes[1]} tokens"
+    elif not torch.equal(mine.ids, base.ids):
+        reason = "the tokenizers cut the text into different tokens"
+    if reason:
+        print(f"note: no agreement with the baseline is shown, because {reason}", file=sys.stderr)
+        return None
+    return asdict(agreement(mine.model, base.model, mine.blocks, batch_size, progress=progress, labels=mine.labels))
+
+
+def difference(mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Model minus baseline, of every number that both have."""
+    keys = ("parameters", "bytes", "loss", "perplexity", "tokens_per_second")
+    found: dict[str, Any] = {key: mine[key] - base[key] for key in keys if key in mine}
+    if "tasks" in mine:
+        found["tasks"] = {
+            task: {metric: score["value"] - base["tasks"][task][metric]["value"] for metric, score in scores.items()}
+            for task, scores in mine["tasks"].items()
+        }
+    return found
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,35 @@
+"""How much of a model is kept, and which of its linears: the options of ``plan``, ``convert`` and the recipes.
+
+This file needs Python alone, and it has to stay so: the command line makes its flags of these fields before it
+imports anything that takes time.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+_KEPT = "how much is kept (one of)"
+_WHICH = "which linears (default: all of the repeated blocks)"
+
+
+def _option(default: Any, help: str, group: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "group": group, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """The arguments of :func:`lowrank_ft.make_plan` that people choose. What they mean is in the fields' metadata."""
+
+    rank: int | float | None = _option(None, "the same rank for all, or a fraction of full rank", _KEPT, "N")
+    param_ratio: float | None = _option(None, "factored over dense parameters: 0.6 removes 40 %", _KEPT, "F")
+    energy: float | None = _option(None, "share of the squared singular values; reads weights", _KEPT, "F")
+    target_modules: str | list[str] | None = _option(
+        None, "names or suffixes, as in PEFT; one regular expression for whole names; or all-linear", _WHICH, "NAME"
+    )
+    exclude_modules: str | list[str] | None = _option(None, "names or suffixes that stay dense", _WHICH, "NAME")
+    rank_pattern: dict[str, int | float] | None = _option(
+        None, "ranks of linears that differ, as in PEFT: q_proj=64", _WHICH, "PATTERN=N"
+    )
+
+    def given(self) -> list[str]:
+        """Names of the options that are not left alone."""
+        return [name for name, value in vars(self).items() if value not in (None, {})]
