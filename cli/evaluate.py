@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lowrank_ft.checkpoints.source import Source, check_causal_lm, load_model
 from lowrank_ft.console import human_bytes, human_count, print_table
-from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.encoding import text_ends, token_ids
 from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column, texts
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
-from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, to_blocks, windows
+from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, sequences
 from lowrank_ft.factorization.plan import count_parameters
 
 _ABOUT_DATA = ("stride", "max_tokens", "block_size")
@@ -114,9 +114,7 @@ def measure(
     compared = None
     if block_size is not None:
         ids = torch.from_numpy(token_ids(read, tokenizer)[: options.max_tokens]).long()
-        blocks, labels = to_blocks(ids, block_size), None
-        if options.stride is not None:
-            blocks, labels = windows(ids, block_size, options.stride)
+        blocks, labels = sequences(ids, block_size, options.stride, text_ends(tokenizer)[0])
         result = evaluate_blocks(model, blocks, options.batch_size, progress=True, labels=labels)
         numbers |= {
             "block_size": block_size,
