@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_ft.checkpoints.source import Source, check_causal_lm, load_model
 from lowrank_ft.console import human_bytes, human_count, print_table
+from lowrank_ft.conversion.batches import check_vocabulary
 from lowrank_ft.data.encoding import text_ends, token_ids
 from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column, texts
@@ -115,6 +116,7 @@ def measure(
     if block_size is not None:
         ids = torch.from_numpy(token_ids(read, tokenizer)[: options.max_tokens]).long()
         blocks, labels = sequences(ids, block_size, options.stride, text_ends(tokenizer)[0])
+        check_vocabulary(model, blocks, options.data, source.name)
         result = evaluate_blocks(model, blocks, options.batch_size, progress=True, labels=labels)
         numbers |= {
             "block_size": block_size,
@@ -126,7 +128,11 @@ def measure(
         }
         compared = Compared(model, ids, blocks, labels) if options.baseline else None
     if tasks:
-        scores = run_tasks(model, tokenizer, tasks, options.batch_size, options.limit)
+        try:
+            scores = run_tasks(model, tokenizer, tasks, options.batch_size, options.limit)
+        except IndexError:
+            check_vocabulary(model, torch.tensor(max(tokenizer.get_vocab().values())), "the tasks", source.name)
+            raise
         numbers["tasks"] = {task: {m: asdict(score) for m, score in s.items()} for task, s in scores.items()}
     return Measured(numbers, compared)
 

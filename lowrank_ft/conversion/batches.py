@@ -155,13 +155,14 @@ def calibration_length(model: Any, block_size: int | None) -> int:
     return block_size
 
 
-def check_vocabulary(model: Any, ids: Tensor, name: str) -> None:
-    """Raise a DataError where the tokenizer gives an id that the model has no embedding for."""
+def check_vocabulary(model: Any, ids: Tensor, name: str, tokenizer: str = "") -> None:
+    """Raise a DataError where the tokenizer, perhaps named, gives an id that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
     largest = int(ids.max())
     if largest >= rows:
         raise DataError(
-            f"the tokenizer gives {name} token ids up to {largest}, and the model has {rows} embeddings; "
+            f"the tokenizer{f' of {tokenizer}' if tokenizer else ''} gives {name} token ids up to {largest}, and the "
+            f"model has {rows} embeddings; "
             "the tokenizer in the folder is not this model's"
         )
 
