@@ -17,7 +17,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
 from lowrank_ft.checkpoints.companions import begin_run
-from lowrank_ft.checkpoints.source import Source, check_causal_lm, check_finite, is_compact, load_model
+from lowrank_ft.checkpoints.source import (
+    Source,
+    check_causal_lm,
+    check_finite,
+    is_compact,
+    load_model,
+    refuse_quantized,
+)
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.batches import training_calibration
@@ -51,6 +58,7 @@ def main() -> None:
     # 1. The data first: a misspelt column should not cost the time of a conversion.
     config = source.load_config()
     check_causal_lm(config, source)
+    refuse_quantized(config, source.name)
     folder = source.download()
     tokenizer = source.load_tokenizer()
     positions = getattr(config, "max_position_embeddings", None)

@@ -334,6 +334,17 @@ def is_compact(config: Any) -> bool:
     return method == QUANT_METHOD
 
 
+def refuse_quantized(config: Any, name: str) -> None:
+    """Raise a CheckpointError where another method has packed the weights of a checkpoint."""
+    entry = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    if method is not None and method != QUANT_METHOD:
+        raise CheckpointError(
+            f"{name} is quantized ({getattr(method, 'value', method)}), and its weights are no matrices to factorize; "
+            "name the model that it was quantized from, or dequantize it first"
+        )
+
+
 def model_class(config: Any, name: str, trust_remote_code: bool = False) -> Any:
     """The class to load a checkpoint with: the one that it was saved from, else the bare ``AutoModel``."""
     architecture = (getattr(config, "architectures", None) or [None])[0]
