@@ -5,7 +5,6 @@ transformers what that means. The text of this file, with that of ``lowrank_ft.n
 every exported checkpoint, where ``trust_remote_code=True`` finds it: hence no import of the package but that one.
 """
 
-import re
 from typing import Any
 
 from safetensors import safe_open
@@ -61,6 +60,7 @@ class LowRankQuantizer(HfQuantizer):
     """Puts a :class:`LowRankLinear` wherever the checkpoint says that a linear is factored."""
 
     quantization_config: LowRankQuantizationConfig
+    _foreign_prefix = _own_prefix = ""  # of the base model, in the checkpoint and here, where they differ
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -96,22 +96,25 @@ class LowRankQuantizer(HfQuantizer):
         # A bare AutoModel reads a ForCausalLM checkpoint and the other way round: the prefix comes or goes.
         known = {n: (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}.")) for n in names}
         found = {n: next((c for c in known[n] if c in modules), "") for n in names}
-        self._foreign_prefix = ""
         if not any(found.values()):
             # Another class may have another prefix: LlamaForQuestionAnswering says transformer. where others say model.
             for foreign in dict.fromkeys(".".join(n.split(".")[:depth]) + "." for depth in (1, 2) for n in names):
                 tails = {n: n.removeprefix(foreign) for n in names if n.startswith(foreign)}
                 found = {n: next((c for c in (f"{prefix}.{t}", t) if c in modules), "") for n, t in tails.items()}
                 if any(found.values()):
-                    self._foreign_prefix = foreign
+                    self._foreign_prefix, self._own_prefix = foreign, f"{prefix}."
                     break
         return {n: module for n, module in found.items() if module}
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Names of the checkpoint to names of the model, where the two have another prefix."""
+        if not self._foreign_prefix:
+            return []
+        return [WeightRenaming("^" + self._foreign_prefix.replace(".", r"\."), self._own_prefix)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """None where the checkpoint has the names of the model already, which a conversion could only garble."""
         conversions = super().update_weight_conversions(weight_conversions, model)
-        if self._foreign_prefix:
-            return [*conversions, WeightRenaming("^" + re.escape(self._foreign_prefix), f"{model.base_model_prefix}.")]
         files = [f for f in self._files if f.endswith(".safetensors")]
         stored: set[str] = set()
         for file in files:
