@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from lowrank_ft_cli.options import dtype_of, folder_bytes, hub_target, output_dir_of, shard_size
+    from lowrank_ft_cli.options import dtype_of, hub_target, output_dir_of, shard_size
 
     from lowrank_ft.checkpoints.atomic import check_output_dir
     from lowrank_ft.checkpoints.from_training import load_adapter, load_compact, load_training_checkpoint
@@ -56,8 +56,10 @@ def run(options: argparse.Namespace) -> None:
         dtype=None if dtype == "auto" else dtype, base_model=base_model, overwrite=options.overwrite,
         max_shard_size=shard_size(options), command=shown_command("lowrank-ft", sys.argv[1:]),
     )  # fmt: skip
-    if companions == folder and (before := folder_bytes(folder)):
-        after = folder_bytes(Path(options.output_dir))
+    if companions == folder:
+        before, after = (
+            sum(p.stat().st_size for p in Path(f).glob("*.safetensors")) for f in (folder, options.output_dir)
+        )
         print(f"weights   {human_bytes(before)} -> {human_bytes(after)} ({after / before - 1:+.1%})", file=sys.stderr)
     print(Path(options.output_dir))
     if repo_id is not None:

@@ -14,7 +14,7 @@ from lowrank_ft_cli.options import calibration_options, device_of, dtype_of, siz
 from lowrank_ft_cli.preset import print_training_cost, sequence_length_of
 from torch import nn
 
-from lowrank_ft.checkpoints.source import Source, TensorInfo, is_compact, load_model, skeleton
+from lowrank_ft.checkpoints.source import Source, TensorInfo, is_compact, load_model, refuse_quantized, skeleton
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion.convert import allocate, spectrum_of
 from lowrank_ft.costs.flops import training_cost
@@ -96,13 +96,7 @@ def print_remainder(model: nn.Module, plan: Plan, to_stderr: bool = False) -> No
 
 def refuse_compact(config: object, source: Source) -> None:
     """Raise a CheckpointError where the model is factored or quantized already."""
-    entry = getattr(config, "quantization_config", None)
-    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
-    if method is not None and not is_compact(config):
-        raise CheckpointError(
-            f"{source.name} is quantized ({getattr(method, 'value', method)}), and its weights are no matrices to factorize; "
-            "name the model that it was quantized from, or dequantize it first"
-        )
+    refuse_quantized(config, source.name)
     if is_compact(config):
         raise CheckpointError(
             f"{source.name} is compact already; convert the dense model that it came from, "

@@ -9,6 +9,7 @@ What is left in ``output_dir`` at the end is a compact checkpoint that ``AutoMod
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
 from lowrank_ft.checkpoints.companions import begin_run
-from lowrank_ft.checkpoints.source import Source, check_causal_lm, check_finite, is_compact, load_model
+from lowrank_ft.checkpoints.source import (
+    Source,
+    check_causal_lm,
+    check_finite,
+    is_compact,
+    load_model,
+    refuse_quantized,
+)
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.batches import training_calibration
 from lowrank_ft.conversion.convert import default_allocation
+from lowrank_ft.conversion.restore import shape_factors, shape_guides
 from lowrank_ft.costs.flops import compare
 from lowrank_ft.data.examples import TokenizedData, context_length
 from lowrank_ft.data.tokens import check_embeddings
@@ -44,11 +53,12 @@ def main() -> None:
     source = Source(model_args.model, model_args.revision, model_args.trust_remote_code, adapter=model_args.adapter)
     source.check_adapter()
 
-    checkpoint_to_resume(train_args)  # refuses a folder in use before any work is done
+    checkpoint = checkpoint_to_resume(train_args)  # refuses a folder in use before any work is done
 
     # 1. The data first: a misspelt column should not cost the time of a conversion.
     config = source.load_config()
     check_causal_lm(config, source)
+    refuse_quantized(config, source.name)
     folder = source.download()
     tokenizer = source.load_tokenizer()
     positions = getattr(config, "max_position_embeddings", None)
@@ -62,7 +72,8 @@ def main() -> None:
 
     # 2. The model: factors, and the guide beside them; and the dense model, if there is something to distil from it.
     #    All processes do this at the same time: those that waited for a long conversion would time out.
-    model, base_model, teacher = prepare_model(model_args, source, train_data, distill=train_args.distill_weight > 0)
+    distill = train_args.distill_weight > 0
+    model, base_model, teacher = prepare_model(model_args, source, train_data, distill, checkpoint)
 
     guide = next((layer.kind for _, layer in guided_layers(model)), "none")
 
@@ -70,7 +81,10 @@ def main() -> None:
     export_dtype = export_dtype or torch.float32
 
     # 3. Train; at the end the guides are gone and the best weights are in place.
-    trainer = Trainer(model, train_args, train_data, eval_data, accelerator, teacher=teacher, distill_data=distill_data)
+    trainer = Trainer(
+        model, train_args, train_data, eval_data, accelerator, teacher=teacher, distill_data=distill_data,
+        facts=conversion_facts(model_args),
+    )  # fmt: skip
     trainer.starting_point()  # a resumption that is refused leaves its folder as it was
     if accelerator.is_main_process:
         begin_run(train_args.output_dir, folder, export_dtype)
@@ -92,11 +106,16 @@ def main() -> None:
 
 
 def prepare_model(
-    args: ModelArguments, source: Source, train_data: TokenizedData, distill: bool = False
+    args: ModelArguments,
+    source: Source,
+    train_data: TokenizedData,
+    distill: bool = False,
+    checkpoint: Path | None = None,
 ) -> tuple[PreTrainedModel, str, PreTrainedModel | None]:
     """The model with its guides in the dtype of training, the name of the dense model that it came from, the teacher.
 
-    The teacher, None unless there is distillation, is a whole dense model of its own, in the same dtype.
+    The teacher, None unless there is distillation, is a whole dense model of its own, in the same dtype. A run that
+    goes on from a ``checkpoint`` finds factors and guides there: here they get their shapes, and nothing is computed.
     """
     dtype = getattr(torch, args.dtype)
     sizes = (args.rank, args.param_ratio)
@@ -115,7 +134,6 @@ def prepare_model(
         teacher = None
         if distill:
             teacher = load_dense(args, args.guide_model, None, distill) if args.guide_model else copy.deepcopy(model)
-        calibration = calibration_of(args, train_data)
         sizes_and_targets: dict[str, Any] = dict(
             rank=as_rank(args.rank),
             param_ratio=args.param_ratio,
@@ -124,6 +142,12 @@ def prepare_model(
             exclude_modules=as_patterns(args.exclude_modules),
         )
         guide = args.guide_at(lowrank_ft.make_plan(model, **sizes_and_targets).param_ratio)
+        if checkpoint is not None:
+            shape_factors(model, checkpoint)
+            if guide is not None:
+                shape_guides(model, guide, args.guide_bits)
+            return model, source.name, teacher
+        calibration = calibration_of(args, train_data)
         lowrank_ft.convert(
             model,
             **sizes_and_targets,
@@ -148,12 +172,23 @@ def prepare_model(
             f"{source.name} does not say which dense model it came from; name it with --guide_model, "
             "or train without guide and distillation: --guide none --distill_weight 0"
         )
+    if checkpoint is not None and guide is not None and not distill:
+        shape_guides(model, guide, args.guide_bits)
+        return model, base_model, None
     dense = load_dense(args, base_model, None if args.guide_model else origin.base_revision, distill)
     if guide is not None:
         lowrank_ft.attach_guides(model, dense, guide, args.guide_bits)
     else:  # a teacher may be any model of the same vocabulary, and then it is not where the factors came from
         base_model = origin.base_model or base_model
     return model, base_model, dense if distill else None
+
+
+def conversion_facts(args: ModelArguments) -> dict[str, Any]:
+    """What factors of a dense model were made by, none of it for a compact one: a resumed run takes them as they are."""
+    if args.rank is None and args.param_ratio is None:
+        return {}
+    names = ("param_ratio", "rank_pattern", "target_modules", "exclude_modules", "method", "allocation")
+    return {"rank": as_rank(args.rank), **{name: getattr(args, name) for name in names}}
 
 
 def calibration_of(args: ModelArguments, train_data: TokenizedData) -> Calibration | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import auto as transformers_registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -62,6 +63,7 @@ class LowRankQuantizer(HfQuantizer):
     """Puts a :class:`LowRankLinear` wherever the checkpoint says that a linear is factored."""
 
     quantization_config: LowRankQuantizationConfig
+    _foreign_prefix = _own_prefix = ""  # of the base model, in the checkpoint and here, where they differ
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -73,16 +75,9 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._files = [str(f) for f in kwargs.get("checkpoint_files") or []]
         modules = dict(model.named_modules())
-        prefix = model.base_model_prefix
         swapped = 0
-        for name, rank in self.quantization_config.ranks.items():
-            # A bare AutoModel reads a ForCausalLM checkpoint and the other way round: the prefix comes or goes.
-            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-            found = next((c for c in candidates if c in modules), None)
-            if found is None:
-                # A part that this class lacks, such as a head, or the decoder of an encoder-only class. A linear that
-                # is there and missed would meet its tripwire when weights are read.
-                continue
+        for name, found in self._modules_of(model, modules).items():
+            rank = self.quantization_config.ranks[name]
             parent, _, leaf = found.rpartition(".")
             side = (self.quantization_config.pivots or {}).get(name)
             layer = LowRankLinear.like(modules[found], rank, device="meta", pivot=side)
@@ -95,6 +90,32 @@ class LowRankQuantizer(HfQuantizer):
             raise ValueError(
                 f"{type(model).__name__} has none of the factored linears of the checkpoint, such as {first}"
             )
+
+    def _modules_of(self, model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, str]:
+        """The checkpoint's names of the factored linears, and what ``model`` calls them.
+
+        A part that this class lacks, such as a head, or the decoder of an encoder-only class, is left out. A linear that
+        is there and missed would meet its tripwire when weights are read.
+        """
+        names, prefix = self.quantization_config.ranks, model.base_model_prefix
+        # A bare AutoModel reads a ForCausalLM checkpoint and the other way round: the prefix comes or goes.
+        known = {n: (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}.")) for n in names}
+        found = {n: next((c for c in known[n] if c in modules), "") for n in names}
+        if not any(found.values()):
+            # Another class may have another prefix: LlamaForQuestionAnswering says transformer. where others say model.
+            for foreign in dict.fromkeys(".".join(n.split(".")[:depth]) + "." for depth in (1, 2) for n in names):
+                tails = {n: n.removeprefix(foreign) for n in names if n.startswith(foreign)}
+                found = {n: next((c for c in (f"{prefix}.{t}", t) if c in modules), "") for n, t in tails.items()}
+                if any(found.values()):
+                    self._foreign_prefix, self._own_prefix = foreign, f"{prefix}."
+                    break
+        return {n: module for n, module in found.items() if module}
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Names of the checkpoint to names of the model, where the two have another prefix."""
+        if not self._foreign_prefix:
+            return []
+        return [WeightRenaming("^" + self._foreign_prefix.replace(".", r"\."), self._own_prefix)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """None where the checkpoint has the names of the model already, which a conversion could only garble."""
@@ -111,6 +132,10 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_random_factors(model)
+        if self._foreign_prefix:  # saved again, it has its own names, also of weights
+            self.quantization_config.ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
+            model.config.quantization_config = self.quantization_config
+            model.__dict__.pop("_weight_conversions", None)
         # From here on this is an ordinary model: with these marks on it, transformers refuses .half(), .to() and
         # training. The entry in its config stays, so that saving it makes a compact checkpoint again.
         for module in model.modules():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
@@ -108,6 +108,8 @@ class Source:
     def download(self) -> Path:
         """The local folder; a Hub model is downloaded first (safetensors, configs and tokenizer; no pickles).
 
+        Where the Hub cannot be reached, it is the folder in the Hub's local cache, as for transformers.
+
         Raises:
             CheckpointNotFoundError, CheckpointError: as :meth:`tensors`.
         """
@@ -115,16 +117,22 @@ class Source:
             return self.folder
         self.tensors()  # refuses pickle-only repositories before gigabytes move
         patterns = [*_DATA_FILES, *(["*.py"] if self.trust_remote_code else [])]
-        # consolidated.* and original/ hold the same weights a second time
-        return Path(
-            snapshot_download(
+
+        def download() -> str:
+            return snapshot_download(
                 self.name,
                 revision=self.revision,
                 token=self.token,
                 allow_patterns=patterns,
+                # these hold the same weights a second time
                 ignore_patterns=["original/*", "consolidated*", "onnx/*"],
             )
-        )
+
+        try:
+            return Path(self._remote(download))
+        except _HubUnreachableError as error:
+            # The cache may have all that is needed and not every file of the repository.
+            return self._cached_folder(error)
 
     def check_adapter(self) -> None:
         """Look for an adapter beside the weights, before those are read.
@@ -216,11 +224,32 @@ class Source:
         except hub_errors.NotASafetensorsRepoError:
             files = api.list_repo_files(self.name, revision=self.revision)
             raise _no_safetensors(self.name, files) from None
+        except _HubUnreachableError as error:
+            return Source(str(self._cached_folder(error))).tensors()
         return {
             name: TensorInfo(info.dtype, tuple(info.shape))
             for file in metadata.files_metadata.values()
             for name, info in file.tensors.items()
         }
+
+    def _cached_folder(self, unreachable: "_HubUnreachableError") -> Path:
+        """Where the Hub's local cache has the model with all its weights.
+
+        Raises:
+            CheckpointNotFoundError: it has none of it, or only a part.
+        """
+        config = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+        if not isinstance(config, str):
+            raise unreachable
+        folder = Path(config).parent
+        try:
+            safetensors_files(folder)
+        except CheckpointError as error:
+            raise CheckpointNotFoundError(
+                f"{self.name} is not whole in the Hub's local cache ({folder}), and the Hub cannot be reached; "
+                "check the connection, and that HF_HUB_OFFLINE is not set"
+            ) from error
+        return folder
 
     def _remote(self, call: Any) -> Any:
         try:
@@ -237,15 +266,19 @@ class Source:
         except hub_errors.RevisionNotFoundError as error:
             raise CheckpointNotFoundError(f"{self.name} has no revision {self.revision!r} on the Hub") from error
         except hub_errors.LocalEntryNotFoundError as error:
-            raise CheckpointNotFoundError(
+            raise _HubUnreachableError(
                 f"{self.name} is no folder here, and the Hub cannot be reached; check the path or the connection"
             ) from error
         except hub_errors.EntryNotFoundError as error:
             raise CheckpointNotFoundError(f"{self.name} has no config.json; it is not a transformers model") from error
         except hub_errors.NotASafetensorsRepoError:
             raise
-        except (OSError, hub_errors.HfHubHTTPError) as error:
-            raise CheckpointNotFoundError(f"{self.name}: the Hub cannot be read ({first_line(error)})") from error
+        except Exception as error:  # offline mode, a failing Hub, or whatever the client's HTTP library raises
+            raise _HubUnreachableError(f"{self.name}: the Hub cannot be read ({first_line(error)})") from error
+
+
+class _HubUnreachableError(CheckpointNotFoundError):
+    """The Hub gave no answer, which its local cache may have."""
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -299,6 +332,17 @@ def is_compact(config: Any) -> bool:
     entry = getattr(config, "quantization_config", None)
     method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
     return method == QUANT_METHOD
+
+
+def refuse_quantized(config: Any, name: str) -> None:
+    """Raise a CheckpointError where another method has packed the weights of a checkpoint."""
+    entry = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    if method is not None and method != QUANT_METHOD:
+        raise CheckpointError(
+            f"{name} is quantized ({getattr(method, 'value', method)}), and its weights are no matrices to factorize; "
+            "name the model that it was quantized from, or dequantize it first"
+        )
 
 
 def model_class(config: Any, name: str, trust_remote_code: bool = False) -> Any:

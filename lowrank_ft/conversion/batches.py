@@ -1,6 +1,6 @@
 """Calibration data: from a dataset or a local file to batches that a model's forward takes.
 
-    causal language models    packed blocks of tokens
+    causal language models    packed blocks of tokens, each after what the tokenizer begins a text with
     encoders                  one text a row, with the tokenizer's special tokens, padded and masked
     encoder-decoders          the first half of each block for the encoder, the second for the decoder
     image models              images, as the checkpoint's processor prepares them
@@ -19,7 +19,7 @@ from torch import Tensor
 from lowrank_ft.conversion.calibration import Calibration, positions
 from lowrank_ft.conversion.chains import Batch
 from lowrank_ft.conversion.sampling import sample_blocks
-from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.encoding import check_vocabulary, text_ends, token_ids, with_begin, without_begin
 from lowrank_ft.data.examples import Example, TokenizedData, collate
 from lowrank_ft.data.sources import require_column
 from lowrank_ft.errors import ConfigError, DataError
@@ -87,7 +87,8 @@ def read_batches(
         raise DataError(f"{tokens} calibration tokens are too few; the least is {least}")
     texts = _some_texts(rows, column, tokens, generator)
     if getattr(model, "can_generate", lambda: False)():
-        blocks = _blocks(token_ids(texts, preprocessor), tokens, length, name, generator)
+        begin, _ = text_ends(preprocessor)
+        blocks = _blocks(token_ids(texts, preprocessor), tokens, length, name, generator, begin)
         check_vocabulary(model, blocks, name)
         return _for_encoder_decoder(model, blocks) if model.config.is_encoder_decoder else to_batches(blocks)
     batches = _rows_of_text(texts, preprocessor, tokens, length, name, generator)
@@ -154,17 +155,6 @@ def calibration_length(model: Any, block_size: int | None) -> int:
     return block_size
 
 
-def check_vocabulary(model: Any, ids: Tensor, name: str) -> None:
-    """Raise a DataError where the tokenizer gives an id that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = int(ids.max())
-    if largest >= rows:
-        raise DataError(
-            f"the tokenizer gives {name} token ids up to {largest}, and the model has {rows} embeddings; "
-            "the tokenizer in the folder is not this model's"
-        )
-
-
 def to_batches(blocks: Tensor) -> list[Batch]:
     """``(blocks, length)`` to batches of about 2,048 tokens."""
     return [{"input_ids": b} for b in blocks.split(max(1, _BATCH_TOKENS // blocks.shape[1]))]
@@ -177,10 +167,15 @@ def _require_tokens(found: int, least: int, name: str) -> None:
         )
 
 
-def _blocks(ids: np.ndarray, tokens: int, length: int, name: str, generator: torch.Generator) -> Tensor:
+def _blocks(
+    ids: np.ndarray, tokens: int, length: int, name: str, generator: torch.Generator, begin: Sequence[int]
+) -> Tensor:
+    """Each after the tokens ``begin``, which models whose tokenizer adds them have seen before every text."""
     _require_tokens(len(ids), max(LEAST_TOKENS, length), name)
-    blocks = torch.from_numpy(ids[: len(ids) // length * length]).long().view(-1, length)
-    return blocks[torch.randperm(len(blocks), generator=generator)[: max(1, tokens // length)]]
+    text, room = without_begin(torch.from_numpy(ids).long(), begin), length - len(begin)
+    blocks = text[: len(text) // room * room].view(-1, room)
+    chosen = torch.randperm(len(blocks), generator=generator)[: max(1, tokens // length)]
+    return with_begin(blocks[chosen], begin)
 
 
 def _for_encoder_decoder(model: Any, blocks: Tensor) -> list[Batch]:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lowrank_ft.errors import DataError
 
@@ -31,6 +33,16 @@ def text_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     bos = tokenizer.bos_token_id
     begin = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     return begin, end
+
+
+def without_begin(ids: Tensor, begin: Sequence[int]) -> Tensor:
+    """``ids (tokens,)`` without the tokens ``begin`` at their start, if they are there."""
+    return ids[len(begin) :] if begin and ids[: len(begin)].tolist() == list(begin) else ids
+
+
+def with_begin(blocks: Tensor, begin: Sequence[int]) -> Tensor:
+    """``blocks (n, length)``, the tokens ``begin`` before each."""
+    return torch.cat([torch.tensor(begin, dtype=blocks.dtype).expand(len(blocks), -1), blocks], dim=1)
 
 
 def encode_chat(
@@ -104,3 +116,15 @@ def tokenizer_facts(tokenizer: Any, name: str) -> dict[str, Any]:
 def shown_tokenizer(facts: dict[str, Any]) -> str:
     """One line for people."""
     return f"{facts['name']} ({facts['vocab_size']} tokens, sha256 {facts['sha256'][:16]}...)"
+
+
+def check_vocabulary(model: Any, ids: Tensor, name: str, tokenizer: str = "") -> None:
+    """Raise a DataError where the tokenizer, perhaps named, gives an id that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = int(ids.max())
+    if largest >= rows:
+        raise DataError(
+            f"the tokenizer{f' of {tokenizer}' if tokenizer else ''} gives {name} token ids up to {largest}, and the "
+            f"model has {rows} embeddings; "
+            "the tokenizer in the folder is not this model's"
+        )

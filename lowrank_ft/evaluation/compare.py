@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lowrank_ft.checkpoints.source import Source, check_causal_lm, load_model
-from lowrank_ft.data.encoding import token_ids
+from lowrank_ft.data.encoding import check_vocabulary, text_ends, token_ids
 from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column, texts
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
-from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, to_blocks, windows
+from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, sequences
 from lowrank_ft.factorization.plan import count_parameters
 
 
@@ -157,9 +157,8 @@ def measure(
     compared = None
     if rows is not None and block_size is not None:
         ids = torch.from_numpy(token_ids(rows, tokenizer)[: settings.max_tokens]).long()
-        blocks, labels = to_blocks(ids, block_size), None
-        if settings.stride is not None:
-            blocks, labels = windows(ids, block_size, settings.stride)
+        blocks, labels = sequences(ids, block_size, settings.stride, text_ends(tokenizer)[0])
+        check_vocabulary(model, blocks, str(settings.data), source.name)
         result = evaluate_blocks(model, blocks, settings.batch_size, progress=progress, labels=labels)
         numbers |= {
             "block_size": block_size,
@@ -171,7 +170,11 @@ def measure(
         }
         compared = Compared(model, ids, blocks, labels)
     if tasks:
-        scores = run_tasks(model, tokenizer, tasks, settings.batch_size, settings.limit)
+        try:
+            scores = run_tasks(model, tokenizer, tasks, settings.batch_size, settings.limit)
+        except IndexError:
+            check_vocabulary(model, torch.tensor(max(tokenizer.get_vocab().values())), "the tasks", source.name)
+            raise
         numbers["tasks"] = {task: {m: asdict(score) for m, score in s.items()} for task, s in scores.items()}
     return Measured(numbers, compared)
 

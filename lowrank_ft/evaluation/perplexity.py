@@ -7,7 +7,7 @@ positions where both rank the same token first.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from lowrank_ft.data.encoding import with_begin, without_begin
 from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError, DataError
 from lowrank_ft.nn.modes import evaluating, without_cache
@@ -105,6 +106,41 @@ def windows(ids: Tensor, block_size: int, stride: int) -> tuple[Tensor, Tensor]:
     labels = F.pad(ids, (0, padding), value=IGNORED).unfold(0, block_size, stride).clone()
     labels[1:, : block_size - stride] = IGNORED
     return blocks, labels
+
+
+def sequences(
+    ids: Tensor, block_size: int, stride: int | None = None, begin: Sequence[int] = ()
+) -> tuple[Tensor, Tensor | None]:
+    """Cut ``ids (tokens,)`` into what a model reads: blocks or windows, each after the tokens that begin a text.
+
+    A model that was trained with a begin-of-text token at the start of every sequence predicts badly without it. The
+    token counts nowhere, and the first token after it no more than in blocks that begin without one.
+
+    Args:
+        stride: of overlapping :func:`windows`; None for :func:`to_blocks`.
+        begin: ids with which the tokenizer begins a text, see :func:`lowrank_ft.data.encoding.text_ends`.
+
+    Returns:
+        Blocks ``(n, block_size)``; and labels of the same shape, or None where every token but a block's first counts.
+
+    Raises:
+        ConfigError: ``block_size`` is too small for ``begin`` and two tokens; or see :func:`windows`.
+        DataError: see :func:`to_blocks`.
+    """
+    room = block_size - len(begin)
+    if begin and room < 2:
+        raise ConfigError(
+            f"block size {block_size} is too small for a tokenizer that begins each text with {len(begin)} tokens of "
+            f"its own; it must be at least {len(begin) + 2}"
+        )
+    ids = without_begin(ids, begin)
+    blocks, labels = (to_blocks(ids, room), None) if stride is None else windows(ids, room, min(stride, room))
+    if not begin:
+        return blocks, labels
+    labels = (blocks if labels is None else labels).clone()
+    labels[:, 0] = IGNORED
+    labels[torch.isin(labels, torch.tensor(begin))] = IGNORED  # of documents further on
+    return with_begin(blocks, begin), F.pad(labels, (len(begin), 0), value=IGNORED)
 
 
 @torch.no_grad()

@@ -138,6 +138,20 @@ def test_both_models_get_the_same_blocks(evaluate, tmp_path, data):
     assert found["agreement"]["top1"] == 1
 
 
+def test_a_tokenizer_of_another_model(evaluate, tmp_path, data):
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    model.resize_token_embeddings(40)
+    model.save_pretrained(tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, tmp_path / "small")
+    done = evaluate(tmp_path / "small", "--data", data, "--max-tokens", "400")
+    assert_one_line_error(done, f"the tokenizer of {tmp_path / 'small'} gives {data} token ids up to ")
+    assert "and the model has 40 embeddings" in done.stderr
+    if importlib.util.find_spec("lm_eval"):
+        done = evaluate(tmp_path / "small", "--tasks", "lowrank_ft_cloze", "--limit", "2")
+        assert_one_line_error(done, f"the tokenizer of {tmp_path / 'small'} gives the tasks token ids up to ")
+
+
 def test_no_agreement_between_other_tokenizers(evaluate, tmp_path, data):
     other = shutil.copytree(DEMO_MODEL, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())

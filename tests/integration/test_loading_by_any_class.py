@@ -17,7 +17,7 @@ from transformers import (
 import lowrank_ft
 from lowrank_ft.checkpoints.loader import LowRankQuantizer
 from lowrank_ft.export import save_compact
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_gpt2, tiny_llama
 
 TEXT = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -75,14 +75,48 @@ def test_factors_without_weights_are_refused(tmp_path, monkeypatch):
         transformers.AutoModel.from_pretrained(tmp_path / "m")
 
 
-def test_a_new_head_is_new_and_another_prefix_is_refused(tmp_path):
+def base_of(model):
+    return getattr(model, model.base_model_prefix, model)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("head", ["CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", ""])
+def test_every_class_computes_what_the_base_of_the_causal_model_does(build, head, ids, tmp_path):
+    """Also where it calls its base by another name, as LlamaForQuestionAnswering does."""
+    model = build().eval()
+    lowrank_ft.convert(model, rank=6)
+    save_compact(model, tmp_path / "m")
+    cls = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+    loaded, info = cls.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert {key.split(".")[0] for key in info["missing_keys"]} <= {"score", "classifier", "qa_outputs"}
+    assert {type(m).__name__ for n, m in loaded.named_modules() if n.endswith(("q_proj", "c_attn"))} == {
+        "LowRankLinear"
+    }
+    with torch.no_grad():
+        expected, found = (base_of(m)(ids).last_hidden_state for m in (model, loaded))
+    assert torch.equal(expected, found)
+
+
+def test_a_question_answering_model_comes_back_by_its_own_class_and_others(ids, tmp_path):
     model = tiny_llama()
     lowrank_ft.convert(model, rank=6)
     save_compact(model, tmp_path / "m")
-    classifier, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "m", output_loading_info=True
-    )
-    assert info["missing_keys"] == {"score.weight"}
-    assert_all_there(classifier.model, model, "model.")
+    answering = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "m").eval()
+    save_compact(answering, tmp_path / "compact")
+    answering.save_pretrained(tmp_path / "plain")
+    for folder in ("compact", "plain"):
+        again = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / folder)
+        assert_all_there(again, answering, "")
+    assert_all_there(transformers.AutoModel.from_pretrained(tmp_path / "compact"), answering, "transformer.")
+
+
+def test_another_architecture_is_refused(tmp_path):
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=6)
+    save_compact(model, tmp_path / "m")
     with pytest.raises(ValueError, match="has none of the factored linears"):
-        transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "m")
+        transformers.GPT2Model.from_pretrained(
+            tmp_path / "m", config=transformers.GPT2Config(
+                n_embd=32, n_layer=1, n_head=2, vocab_size=97, quantization_config=model.config.quantization_config
+            )
+        )  # fmt: skip

@@ -717,43 +717,6 @@ def test_experts_that_no_token_reached_keep_the_rank_of_their_shape(allocation):
     assert allocated.factored_parameters <= plan.factored_parameters
 
 
-def tiny_llava():
-    vision = tf.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                 image_size=16, patch_size=8)  # fmt: skip
-    text = tf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                          num_key_value_heads=1, vocab_size=50)  # fmt: skip
-    torch.manual_seed(0)
-    return tf.LlavaForConditionalGeneration(
-        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=49)
-    ).eval()
-
-
-def test_text_alone_neither_ruins_an_image_encoder_nor_fills_a_cache(monkeypatch):
-    model = tiny_llava()
-    assert not hasattr(model.config, "use_cache")
-    batches = [{"input_ids": torch.randint(0, 48, (4, 24))} for _ in range(2)]
-    caches = []
-    stock = tf.LlamaModel.forward
-
-    def watch(self, *arguments, **kwargs):
-        output = stock(self, *arguments, **kwargs)
-        caches.append(output.past_key_values)
-        return output
-
-    monkeypatch.setattr(tf.LlamaModel, "forward", watch)
-    plan = make_plan(model, param_ratio=0.6)
-    with pytest.warns(UserWarning, match=r"do not reach \d+ of \d+ linears .*vision"):
-        allocated = allocate(model, plan, "loss", settings(batches))
-    seen = [n for n in plan.ranks if "vision" in n]
-    assert seen
-    assert {n: allocated.ranks.get(n) for n in seen} == {n: plan.ranks[n] for n in seen}
-    record = ConversionRecord()
-    convert(model, allocated, calibration=settings(batches), record=record)
-    assert caches
-    assert not any(caches)
-    assert max(record.linears[n]["weight_error"] for n in seen) < 0.8
-
-
 # --- sensitivities
 
 

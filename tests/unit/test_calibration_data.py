@@ -62,6 +62,18 @@ def test_text_is_packed_into_shuffled_blocks(tokenizer):
     assert not torch.equal(rows_of(read_batches(tiny_llama(), data(*texts), "d", tokenizer, seed=2)), found)
 
 
+def test_every_block_begins_as_the_tokenizer_begins_a_text(tokenizer):
+    """Where it adds a begin-of-text token, the model has never read a sequence without."""
+    raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    raw.post_processor = processors.TemplateProcessing("[CLS] $A", special_tokens=[("[CLS]", 1)])
+    adds = tf.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="[CLS]", unk_token="[UNK]")
+    whole = torch.from_numpy(token_ids([words(1700)], adds)).long()
+    found = rows_of(read_batches(tiny_llama(), data(words(1700)), "d", adds))
+    assert found.shape == (26, 64)
+    assert (found[:, 0] == 1).all()
+    assert sorted(found[:, 1:].tolist()) == sorted(whole[1 : 1 + 26 * 63].view(26, 63).tolist())
+
+
 def test_limits_and_block_size(tokenizer):
     model, rows = tiny_llama(), data(words(4000))
     assert rows_of(read_batches(model, rows, "d", tokenizer, tokens=1100)).shape == (17, 64)

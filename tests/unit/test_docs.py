@@ -1,6 +1,7 @@
 """The documentation against the code: generated tables, links, navigation, commands and flags."""
 
 import argparse
+import ast
 import re
 import shlex
 import subprocess
@@ -95,3 +96,33 @@ def test_every_page_is_in_the_navigation():
     text = yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     missing = [p for p in PAGES if f"{p.relative_to(ROOT / 'docs').as_posix()}\n" not in text]
     assert not missing
+
+
+def printed() -> str:
+    """Every string of the source that is no docstring, one a line; a NUL stands for each value that is filled in."""
+    found = []
+    for path in (p for folder in ("lowrank_ft", "cli", "recipes") for p in sorted((ROOT / folder).rglob("*.py"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                found.append(node.value)
+    return "\n".join(text.replace("\n", " ") for text in found)
+
+
+def test_quoted_messages_are_printed():
+    """The first column of every table of messages: its fixed words in one string of the source, in this order."""
+    source, quoted = printed(), []
+    for page in PAGES:
+        for table in re.findall(
+            r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            quoted += [
+                (page.name, m) for row in table.splitlines() for m in re.findall(r"`([^`]+)`", row.split(" | ")[0])
+            ]
+    assert len(quoted) >= 20
+    for page_name, message in quoted:
+        words = [re.escape(part.strip()) for part in message.split("...") if part.strip()]
+        assert re.search(".*".join(words), source), f"{page_name} quotes {message!r}, which nothing prints"

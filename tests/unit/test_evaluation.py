@@ -7,7 +7,7 @@ import torch
 
 from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError, DataError
-from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, to_blocks, windows
+from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, sequences, to_blocks, windows
 from tests.conftest import tiny_gpt2, tiny_llama
 
 
@@ -64,6 +64,28 @@ def test_windows_that_do_not_overlap_are_the_blocks():
 def test_a_stride_out_of_range(stride):
     with pytest.raises(ConfigError, match=f"stride {stride} is out of range; .* at most the block size 16"):
         windows(text(40), 16, stride)
+
+
+@pytest.mark.parametrize("stride", [None, 5, 16])
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(stride):
+    """With the token in front, the same tokens count as without; it itself does not, wherever it stands."""
+    ids = text(60)
+    ids[33] = 1  # another document begins
+    blocks, labels = sequences(torch.cat([torch.tensor([1]), ids]), 16, stride, [1])
+    plain, counted = sequences(ids, 15, None if stride is None else min(stride, 15))
+    assert blocks.shape[1] == 16
+    assert (blocks[:, 0] == 1).all()
+    assert torch.equal(blocks[:, 1:], plain)
+    expected = (plain if counted is None else counted).clone()
+    expected[:, 0] = expected[expected == 1] = IGNORED
+    assert (labels[:, 0] == IGNORED).all()
+    assert torch.equal(labels[:, 1:], expected)
+    assert evaluate_blocks(tiny_llama(), blocks, labels=labels).tokens == (expected[:, 1:] != IGNORED).sum()
+
+
+def test_a_block_too_small_for_what_begins_it():
+    with pytest.raises(ConfigError, match="block size 2 is too small .* it must be at least 3"):
+        sequences(text(40), 2, None, [1])
 
 
 def test_one_token_is_too_short():

@@ -1,6 +1,7 @@
 """What stays dense is said, and what cannot be planned is refused."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import lowrank_ft
 from lowrank_ft.errors import PlanError
 from lowrank_ft.factorization.plan import Plan, dense_remainder, make_plan
 from lowrank_ft.factorization.solvers import gram_singular_values, singular_values
+from recipes import finetune
 from tests.conftest import DEMO_MODEL, tiny_llama
 
 
@@ -35,7 +37,7 @@ def test_experts_that_stay_dense_are_said(command, tmp_path):
     assert dense_remainder(tiny_llama(), make_plan(tiny_llama(), rank=4)) == {}
 
 
-def test_quantized_sources_are_refused_by_name(command, tmp_path):
+def test_quantized_sources_are_refused_by_name(command, tmp_path, monkeypatch, capsys):
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
     model.save_pretrained(tmp_path / "q")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
@@ -47,6 +49,11 @@ def test_quantized_sources_are_refused_by_name(command, tmp_path):
         assert (
             "is quantized (bitsandbytes), and its weights are no matrices to factorize; name the model" in done.stderr
         )
+    flags = ["--model", tmp_path / "q", "--rank", "8", "--dataset", "x.txt", "--output_dir", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
+    with pytest.raises(SystemExit):
+        finetune.main()
+    assert "is quantized (bitsandbytes), and its weights are no matrices" in capsys.readouterr().err
 
 
 def test_a_plan_without_linears_is_refused():

@@ -1,0 +1,61 @@
+"""A run is resumed from the factors and guides in its checkpoint; its dense model is not converted again."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowrank_ft
+from lowrank_ft.checkpoints.source import Source, load_model
+from recipes import finetune
+from tests.conftest import DEMO_MODEL
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, fresh_accelerate):
+    text = tmp_path / "plays.txt"
+    text.write_text("Enter HAMLET. To be, or not to be, that is the question.\n" * 120)
+
+    def run(folder: Path, **changed: object) -> None:
+        options = {
+            "dataset": text, "output_dir": folder, "calibration_tokens": 1024, "block_size": 32, "max_steps": 4,
+            "guided_ratio": 0.5, "per_device_train_batch_size": 2, "save_steps": 1, "save_total_limit": 9,
+            "eval_steps": 0, "eval_ratio": 0, **changed,
+        }  # fmt: skip
+        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        finetune.main()
+
+    return run
+
+
+@pytest.mark.parametrize("start", ["dense", "compact"])
+def test_nothing_is_computed_again_and_every_bit_is_the_same(run, start, tmp_path, monkeypatch, capsys):
+    straight = tmp_path / "straight"
+    options = {"model": DEMO_MODEL, "param_ratio": 0.6}
+    if start == "compact":
+        options = {"model": tmp_path / "compact", "guide_bits": 16}
+        model = load_model(Source(str(DEMO_MODEL)))
+        lowrank_ft.convert(model, param_ratio=0.6)
+        lowrank_ft.save_compact(model, tmp_path / "compact", base_model=str(DEMO_MODEL), companions_from=DEMO_MODEL)
+    run(straight, **options)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(lowrank_ft, "convert", refuse)
+    monkeypatch.setattr(lowrank_ft, "attach_guides", refuse)
+    monkeypatch.setattr(finetune, "calibration_of", refuse)
+    for step in (1, 3):  # with its guides, and without
+        resumed = tmp_path / f"from-{step}"
+        name = f"step-{step:08d}"
+        shutil.copytree(straight / "checkpoints" / name, resumed / "checkpoints" / name)
+        run(resumed, resume_from_checkpoint="auto", **options)
+        for file in ("model.safetensors", "config.json"):
+            assert (resumed / file).read_bytes() == (straight / file).read_bytes()
+
+    with pytest.raises(SystemExit):
+        run(resumed, resume_from_checkpoint="auto", **{**options, "param_ratio": 0.7})
+    assert {"dense": "param_ratio 0.6 -> 0.7", "compact": "is compact already"}[start] in capsys.readouterr().err
