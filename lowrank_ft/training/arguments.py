@@ -38,8 +38,7 @@ def parse_args(
         )
     if model.guide == "dense" and train.trainable != "all":
         raise ConfigError(
-            f"trainable is {train.trainable}, and a dense guide is trained in full; "
-            "choose the guide residual, frozen or none"
+            f"trainable is {train.trainable}, and a dense guide is trained in full; choose the guide residual or none"
         )
     if model.guide == "none":
         require_guided_phase(train, "guide is none")

@@ -51,7 +51,7 @@ class ModelArguments:
         "the linears' parameters are left, else none",
     )
     guide_bits: int | None = option(
-        None, "store a residual or frozen guide in 16, 8 or 4 bits; 8 and 4 need bitsandbytes; default: as --dtype"
+        None, "4: store a residual guide in 4 bits, which needs bitsandbytes; default: as --dtype"
     )
     guide_model: str | None = option(
         None, "dense model of the guide and of distillation; default: the one the checkpoint was made from"

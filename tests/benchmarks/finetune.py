@@ -40,7 +40,7 @@ from tests.benchmarks import common
 
 GRID = (5e-4, 1e-3, 2e-3, 4e-3)
 RATIOS = (0.8, 0.6, 0.4)
-GUIDES = ("none", "residual", "frozen", "dense")
+GUIDES = ("none", "residual", "dense")
 CALIBRATION_TOKENS = 65_536
 
 

@@ -55,7 +55,7 @@ def evaluate(model, ids):
 
 @pytest.mark.parametrize(
     ("make", "guide", "after"),
-    [(in_place, "residual", 0), (in_place, "frozen", 0), (in_place, "dense", 0), (adapter, "residual", 1)],
+    [(in_place, "residual", 0), (in_place, "dense", 0), (adapter, "residual", 1)],
 )
 def test_one_graph_while_alpha_moves_and_one_more_at_the_drop(make, guide, after, ids):
     """And one for all evaluations before the drop; an in-place model evaluates with it after the drop, too."""

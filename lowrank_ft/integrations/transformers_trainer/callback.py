@@ -296,7 +296,7 @@ def _no_guide(model: nn.Module) -> str:
     if type(model).__module__.startswith("peft.") or hasattr(model, "peft_config"):
         return (
             "no active adapter of the model has a guide for GuidanceCallback to phase out; use "
-            "LowRankConfig(guide='residual') or 'frozen', or leave the callback out"
+            "LowRankConfig(guide='residual'), or leave the callback out"
         )
     if any(lowrank_layers(model)):
         return (
