@@ -214,7 +214,7 @@ def build_parser() -> OneLineParser:
     evaluate.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of the text only")
     evaluate.add_argument(
         "--tasks", nargs="+", metavar="NAME",
-        help="tasks of lm-evaluation-harness (needs the extra eval); lowrank_ft stands for two that need no network",
+        help="tasks of lm-evaluation-harness (needs the extra eval) by name, or YAML files of tasks, or folders of them",
     )  # fmt: skip
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
     evaluate.add_argument("--batch-size", type=int, default=8, help="blocks or items per forward pass (default: 8)")
