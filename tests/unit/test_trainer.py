@@ -48,7 +48,8 @@ def arguments(tmp_path, **overrides):
         output_dir=str(tmp_path / "run"), max_steps=8, guided_ratio=0.5, per_device_train_batch_size=4,
         learning_rate=3e-3, logging_steps=1, weight_decay=0.0, seed=0,
     )  # fmt: skip
-    return TrainArguments(**{**options, **overrides})
+    kind = PretrainArguments if {"guide_mode", "fixed_flops"} & overrides.keys() else TrainArguments
+    return kind(**{**options, **overrides})
 
 
 def records(tmp_path):
@@ -257,8 +258,9 @@ def test_bad_guide_options(tmp_path, data):
     adapter = get_peft_model(tiny_llama(), LowRankConfig(r=4, guide="residual"))
     with pytest.raises(ConfigError, match="this model has those of a PEFT adapter"):
         Trainer(adapter, arguments(tmp_path, fixed_flops=True), data)
-    with pytest.raises(ConfigError, match="guide_mode stochastic needs a guided phase, and guide is none"):
-        parse_args(["--model", "m", "--guide", "none", "--guide_mode", "stochastic"])
+    for flags in (["--guide_mode", "stochastic"], ["--fixed_flops"]):  # of training from scratch alone
+        with pytest.raises(ConfigError, match=f"there is no option {flags[0]}"):
+            parse_args(["--model", "m", *flags])
 
 
 def test_another_guide_mode_is_not_resumed(tmp_path, data):
