@@ -17,7 +17,7 @@ from lowrank_ft.report.inspection import dense_folder, open_checkpoint
 from lowrank_ft.report.model_card import card_with_table
 from lowrank_ft.report.plots import require_plotting
 from lowrank_ft.report.report import REPORT_FILE, build_report
-from lowrank_ft.report.summary import Evaluation, read_evaluation
+from lowrank_ft.report.summary import Results, read_evaluation
 
 
 def run(options: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     print(output)
 
 
-def _evaluate(options: argparse.Namespace, baseline: str | None) -> Evaluation:
+def _evaluate(options: argparse.Namespace, baseline: str | None) -> Results:
     """What ``lowrank-ft eval --json`` prints; its command line is what is promised to stay."""
     from lowrank_ft_cli import evaluate
     from lowrank_ft_cli.main import build_parser
@@ -63,7 +63,7 @@ def _evaluate(options: argparse.Namespace, baseline: str | None) -> Evaluation:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         evaluate.run(build_parser().parse_args(arguments))
-    result: Evaluation = json.loads(printed.getvalue())
+    result: Results = json.loads(printed.getvalue())
     return result
 
 

@@ -13,7 +13,7 @@ from lowrank_ft.checkpoints.format import PLACEHOLDER
 from lowrank_ft.checkpoints.source import is_hub_id
 from lowrank_ft.costs.flops import Comparison, compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
-from lowrank_ft.report.summary import Evaluation, cell, main_table
+from lowrank_ft.report.summary import Results, cell, main_table
 
 _PLUGIN = """Without the package, `{auto_class}.from_pretrained("{repo}", trust_remote_code=True)` runs the loader in
 `lowrank_plugin.py`, which is part of this repository."""
@@ -84,7 +84,7 @@ def model_card(
     results: Mapping[str, object] | None = None,
     command: str | None = None,
     repo: str = PLACEHOLDER,
-    evaluation: Evaluation | None = None,
+    evaluation: Results | None = None,
     picture: str | None = None,
     from_scratch: bool = False,
 ) -> str:
@@ -141,7 +141,7 @@ def dense_card(model: PreTrainedModel, results: Mapping[str, object], command: s
     return ModelCard(text, ignore_metadata_errors=False).content
 
 
-def card_with_table(folder: Path, comparison: Comparison, evaluation: Evaluation) -> str:
+def card_with_table(folder: Path, comparison: Comparison, evaluation: Results) -> str:
     """The text of a folder's card with its main table made anew; the rest stays as it is.
 
     Raises:

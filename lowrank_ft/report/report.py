@@ -11,12 +11,12 @@ from pathlib import Path
 
 from lowrank_ft.checkpoints.source import is_hub_id, safetensors_files
 from lowrank_ft.console import human_bytes, human_count
+from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
 from lowrank_ft.factorization.plan import LinearPlan
 from lowrank_ft.factorization.ranks import break_even_rank
 from lowrank_ft.report import page, plots
 from lowrank_ft.report.inspection import Checkpoint, dense_folder, linear_records
-from lowrank_ft.report.records import ConversionRecord, LinearRecord
-from lowrank_ft.report.summary import FLOPS_NOTE, Evaluation, Row, change, evaluation_rows, size_rows
+from lowrank_ft.report.summary import FLOPS_NOTE, Results, Row, change, evaluation_rows, size_rows
 from lowrank_ft.training.metrics import METRICS_FILE, read_metrics, run_figure
 
 REPORT_FILE = "report.html"
@@ -26,7 +26,7 @@ def build_report(
     checkpoint: Checkpoint,
     *,
     baseline: str | None = None,
-    evaluation: Evaluation | None = None,
+    evaluation: Results | None = None,
     evaluated_on: str | None = None,
     device: str = "cpu",
 ) -> str:
@@ -78,7 +78,7 @@ def _disk_row(checkpoint: Checkpoint, baseline: str | None) -> Row:
 # Parts of the page. Each returns HTML; strings that come from files are escaped on their way in.
 
 
-def _header(checkpoint: Checkpoint, title: str, rows: Sequence[Row], evaluation: Evaluation | None) -> str:
+def _header(checkpoint: Checkpoint, title: str, rows: Sequence[Row], evaluation: Results | None) -> str:
     base = checkpoint.base_model
     origin = ""
     if base and is_hub_id(base):
@@ -108,7 +108,7 @@ def _tile(row: Row) -> str:
     return f"<li><span>{escape(row.name)}</span><b>{before}{escape(row.compact)}</b>{change}</li>"
 
 
-def _evaluation(evaluation: Evaluation | None, evaluated_on: str | None) -> str:
+def _evaluation(evaluation: Results | None, evaluated_on: str | None) -> str:
     if not evaluation:
         return page.missing("No evaluation was given", "add --data TEXT and --baseline MODEL, or --eval FILE.json")
     rows = evaluation_rows(evaluation)

@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 
 import lowrank_ft
 from lowrank_ft.checkpoints.source import Source
+from lowrank_ft.conversion.record import read_conversion
 from lowrank_ft.costs.flops import compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, DataError, MissingPackageError
 from lowrank_ft.export import save_compact
 from lowrank_ft.factorization.plan import LinearPlan
 from lowrank_ft.report import plots
 from lowrank_ft.report.inspection import measure_linears, open_checkpoint
-from lowrank_ft.report.records import read_conversion
 from lowrank_ft.report.report import build_report
 from lowrank_ft.report.summary import evaluation_rows, read_evaluation
 from lowrank_ft.training.metrics import read_metrics, run_figure
@@ -216,7 +216,7 @@ def test_a_record_with_gaps(tmp_path):
     found = read_conversion(tmp_path)
     assert found is not None
     assert found.linears["a"].weight_error is None
-    assert found.blocks == ()
+    assert found.blocks == []
     assert found.calibration is None
 
 
