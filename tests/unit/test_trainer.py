@@ -23,6 +23,7 @@ from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.arguments import parse_args
 from lowrank_ft.training.metrics import read_metrics
 from lowrank_ft.training.resume import find_checkpoints, load_optimizer_tensors, optimizer_tensors
+from lowrank_ft.training.step import OptimizerStep
 from tests.conftest import tiny_llama
 
 BLOCK = 16
@@ -514,7 +515,7 @@ def test_a_diverged_run_stops_and_says_so(tmp_path, data):
 def test_the_speed_of_training_leaves_evaluations_out(data, tmp_path, monkeypatch):
     trainer = Trainer(guided(), arguments(tmp_path, eval_steps=1), *data.split(4))
     clock = [1.0]
-    step, evaluate = Trainer._optimizer_step, Trainer.evaluate
+    step, evaluate = OptimizerStep.take, Trainer.evaluate
 
     def timed(seconds, call):
         def run(*arguments):
@@ -524,7 +525,7 @@ def test_the_speed_of_training_leaves_evaluations_out(data, tmp_path, monkeypatc
         return run
 
     monkeypatch.setattr("time.perf_counter", lambda: clock.__setitem__(0, clock[0] + 1e-9) or clock[0])
-    monkeypatch.setattr(Trainer, "_optimizer_step", timed(1.0, step))
+    monkeypatch.setattr(OptimizerStep, "take", timed(1.0, step))
     monkeypatch.setattr(Trainer, "evaluate", timed(100.0, evaluate))
     trainer.train()
     assert {e["tokens_per_second"] for e in records(tmp_path)} == {4.0 * (BLOCK - 1)}
