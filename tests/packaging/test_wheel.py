@@ -38,6 +38,7 @@ def test_contents(wheel):
     assert others == {
         "lowrank_ft/py.typed",
         *(f"lowrank_ft/demo/model/{p.name}" for p in (ROOT / "lowrank_ft/demo/model").iterdir()),
+        *(f"lowrank_ft/report/templates/{p.name}" for p in (ROOT / "lowrank_ft/report/templates").iterdir()),
         *(f"lowrank_ft_recipes/configs/{p.name}" for p in (ROOT / "recipes/configs").glob("*.yaml")),
     }
     assert sum(s for n, s in sizes.items() if n.startswith("lowrank_ft/demo/model/")) <= 6_000_000
