@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of the text only")
     parser.add_argument(
         "--tasks", nargs="+", metavar="NAME",
-        help="tasks of lm-evaluation-harness (needs the extra eval); lowrank_ft stands for two that need no network",
+        help="tasks of lm-evaluation-harness (needs the extra eval) by name, or YAML files of tasks, or folders of them",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")

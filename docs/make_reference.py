@@ -16,11 +16,14 @@ from typing import Any
 
 from lowrank_ft_cli.commands import EXIT_CODES, build_parser
 
-from lowrank_ft.pretraining.options import ScratchArguments
+from lowrank_ft.pretraining.options import PretrainArguments, ScratchArguments
 from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments
 
 REFERENCE = Path(__file__).parent / "reference"
-GROUPS = {"model": ModelArguments, "data": DataArguments, "train": TrainArguments, "scratch": ScratchArguments}
+GROUPS = {
+    "model": ModelArguments, "data": DataArguments, "train": TrainArguments, "scratch": ScratchArguments,
+    "pretrain": PretrainArguments,
+}  # fmt: skip
 REQUIRED = {"model", "dataset"}
 
 _BLOCK = re.compile(r"(<!-- begin generated: (.+?) -->\n).*?(<!-- end generated -->)", re.DOTALL)
@@ -56,8 +59,10 @@ def table(name: str) -> str:
 
 
 def options_table(group: Any) -> str:
+    """Those that the group adds, or has another default for, and not the inherited ones."""
+    own = group.__annotations__
     rows = ["| option | default | meaning |", "|---|---|---|"]
-    rows += [f"| `{f.name}` | {_default(f)} | {_cell(f.metadata['help'])} |" for f in fields(group)]
+    rows += [f"| `{f.name}` | {_default(f)} | {_cell(f.metadata['help'])} |" for f in fields(group) if f.name in own]
     return "\n".join(rows)
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.callback_driver OUTPUT KIND ... [--resume STEP ...] [--kill-at STEP] [--batch SIZE] [--dropout P]
 
-A KIND is the guide of ``convert`` (``dense``, ``frozen``, ``residual``) or of PEFT (``peft-residual``, ``peft-frozen``).
+A KIND is the guide of ``convert`` (``dense``, ``residual``) or that of PEFT (``peft-residual``).
 With ``ACCELERATE_USE_FSDP=true`` on several processes the model is sharded, which accelerate leaves out on the CPU.
 A random Llama with dropout, 8 steps of two micro-batches, 4 steps guided, a checkpoint after every second. What
 happened goes to ``OUTPUT/KIND/straight-RANK.json``. ``--resume`` trains again from those checkpoints, without training

@@ -11,6 +11,7 @@ import argparse
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.examples import pack
+from lowrank_ft.pretraining.options import PretrainArguments
 from lowrank_ft.training import TrainArguments, Trainer, resume
 from tests.conftest import tiny_llama
 
@@ -42,12 +44,13 @@ def main() -> None:
     convert(model, rank=8, guide=kind, guide_bits=4 if packed else None)
     ids = np.random.default_rng(0).integers(3, 97, 40 * 16).astype(np.int32)
     train, held_out = pack(ids, 16).split(8)
-    args = TrainArguments(
+    gates: dict[str, Any] = dict(guide_mode="stochastic", fixed_flops=True) if stochastic else {}
+    args = (PretrainArguments if stochastic else TrainArguments)(
         output_dir=str(options.output), max_steps=STEPS, guided_ratio=GUIDED / STEPS, per_device_train_batch_size=3,
         gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=1, eval_steps=4, save_steps=1, seed=5,
         resume_from_checkpoint="auto" if options.resume else None, load_best_model_at_end=False,
         distill_weight=0.5 if distill else 0.0, optim="adamw_8bit" if packed else "adamw_torch",
-        guide_mode="stochastic" if stochastic else "full", fixed_flops=stochastic,
+        **gates,
     )  # fmt: skip
     if options.kill_in_save is not None:
         commit = resume.commit

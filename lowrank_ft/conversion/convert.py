@@ -61,8 +61,8 @@ def convert(
         model: a dense model. Parameters that are not factorized keep their identity and their values.
         plan: what to do; without one it is made here from ``rank``, ``param_ratio`` or ``energy`` and the patterns.
         guide: None for the deployed layers, or one of ``GUIDES`` to keep a dense branch for fine-tuning.
-        guide_bits: store a ``residual`` or ``frozen`` guide in 16, 8 or 4 bits; None for the dtype of the model. 8 and
-            4 need bitsandbytes, on the model's device and on the one that it is trained on.
+        guide_bits: 4 to store a ``residual`` guide in 4 bits; None for the dtype of the model. 4 needs bitsandbytes, on
+            the model's device and on the one that it is trained on.
         method: how the factors are found, one of ``METHODS``; by default ``anchored`` with calibration data and
             ``svd`` without.
         calibration: data and settings for everything but ``svd`` alone: fitting, refinement, distillation.

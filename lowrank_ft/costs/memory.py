@@ -139,7 +139,7 @@ class Mode:
     Attributes:
         name: as it is shown.
         method: ``full``, ``lora``, ``qlora`` or ``factors``, the one of this package.
-        guide: for ``factors``: none, residual, frozen or dense.
+        guide: for ``factors``: none, residual or dense.
         guide_bits: as the option of that name.
         trainable: for ``factors``, as the option of that name: all, factors, lora or leading.
     """
@@ -160,8 +160,8 @@ MODES = (
     Mode("LoRA", "lora"),
     Mode("QLoRA", "qlora"),
     Mode("no guide", "factors"),
-    Mode("guide residual or frozen", "factors", "residual"),
-    *(Mode(f"guide residual or frozen, {b} bits", "factors", "residual", b) for b in GUIDE_BITS),
+    Mode("guide residual", "factors", "residual"),
+    Mode(f"guide residual, {GUIDE_BITS} bits", "factors", "residual", GUIDE_BITS),
     Mode("guide dense", "factors", "dense"),
 )
 
@@ -241,12 +241,12 @@ class _Stored:
         guide = cast = unpacked = 0
         if ours and mode.guide != "none":
             dense = sum(a * b for a, b in matrices)
-            guide = sum(guide_bytes(s, mode.guide_bits) for s in matrices) if mode.guide_bits else size * dense
+            guide = sum(guide_bytes(s) for s in matrices) if mode.guide_bits else size * dense
             cast = 0 if mode.guide_bits else dense
             unpacked = work * largest if mode.guide_bits else 0
         weights, trained, trained_rest = size * (rest + linears), rest + linears, rest
         if mode.method == "qlora":
-            weights = size * rest + sum(guide_bytes(s, 4) for s in matrices)
+            weights = size * rest + sum(guide_bytes(s) for s in matrices)
             unpacked = work * largest
         if mode.adapters and ours:
             trained = sum(r * (p.shape[0] + p.shape[1] + 2 * p.rank) for p in factored if p.rank)

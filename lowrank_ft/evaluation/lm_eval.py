@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness, the optional dependency behind the extra ``eval``; imported when they are used.
 
-The harness knows its own tasks by name, most of which download their data, and those in ``lowrank_ft/tasks``.
+The harness knows its own tasks by name, most of which download their data; others are files that one names.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_ft.errors import ConfigError, DataError, MissingPackageError, first_line
-from lowrank_ft.evaluation.tasks import FOLDER
 
 
 @dataclass(frozen=True)
@@ -46,36 +45,41 @@ def load_tasks(names: list[str]) -> dict[str, Any]:
     """Find the tasks and read their data.
 
     Args:
-        names: tasks, groups or tags of the harness or of this package; ``*`` stands for anything; or YAML files.
+        names: tasks, groups or tags of the harness, where ``*`` stands for anything; YAML files; or folders of them,
+            each of which stands for all its tasks.
 
     Returns:
         What the harness evaluates: its own objects under ``tasks``, ``groups`` and ``group_map``.
 
     Raises:
         MissingPackageError: the harness is not installed.
-        ConfigError: a name is unknown.
+        ConfigError: a name is unknown, or a folder holds no task.
         DataError: a task's data cannot be read, which for most tasks of the harness means: not be downloaded.
     """
     task_manager = _harness("lm_eval.tasks").TaskManager
+    folders = [name for name in names if Path(name).is_dir()]
     with _quiet():
-        manager = task_manager(include_path=str(FOLDER), include_defaults=False)
-        own = manager.all_tasks
-        if not all(_is_file(n) or (n.startswith("lowrank_ft") and manager.match_tasks([n])) for n in names):
-            manager = task_manager(include_path=str(FOLDER))  # to index the harness' own tasks takes seconds
+        # To index the harness' own tasks takes seconds.
+        own = any(name not in folders and not _is_file(name) for name in names)
+        manager = task_manager(include_path=folders or None, include_defaults=own)
         found: dict[str, None] = {}
         for name in names:
-            matches = [name] if name in manager.all_tasks or _is_file(name) else manager.match_tasks([name])
-            if not matches:
+            if name in folders:
+                matches = task_manager(include_path=name, include_defaults=False).all_subtasks
+                problem = "holds no task; name a folder with YAML files of tasks"
+            else:
+                matches = [name] if _is_file(name) or name in manager.all_tasks else manager.match_tasks([name])
                 near = difflib.get_close_matches(name, manager.all_tasks, n=3)
                 hint = f"did you mean {' or '.join(near)}" if near else "lm-eval ls tasks lists those of the harness"
-                raise ConfigError(f"--tasks {name!r} is no task; {hint}; without a network there are {', '.join(own)}")
+                problem = f"is no task; {hint}; a task of your own is named by its YAML file or folder"
+            if not matches:
+                raise ConfigError(f"--tasks {name!r} {problem}")
             found.update(dict.fromkeys(matches))
         try:
             loaded: dict[str, Any] = manager.load(list(found))
         except Exception as error:  # datasets', the Hub's, YAML's, or that of code that a task brings
             raise DataError(
-                f"--tasks {' '.join(names)} cannot be read: {first_line(error)}; tasks of the harness download their "
-                "data, those named lowrank_ft_... need no network"
+                f"--tasks {' '.join(names)} cannot be read: {first_line(error)}; tasks of the harness download their data"
             ) from error
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)

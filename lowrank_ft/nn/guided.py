@@ -1,11 +1,11 @@
 """Self-guided training: a dense branch, the *guide*, whose share ``alpha`` falls from 1 to 0.
 
-    dense, frozen    y = alpha * W x + (1 - alpha) * U (V x) + bias        Wei et al. 2024, arXiv 2407.09835
-    residual         y = U (V x) + alpha * R x + bias,   R = W - U0 V0
+    dense       y = alpha * W x + (1 - alpha) * U (V x) + bias        Wei et al. 2024, arXiv 2407.09835
+    residual    y = U (V x) + alpha * R x + bias,   R = W - U0 V0
 
-``dense`` trains ``W`` (the paper); ``frozen`` does not. ``residual`` holds the part of the pretrained weight that the
-factors dropped: at alpha = 1 it is exactly the pretrained function, with full gradients to both factors from the first
-step. All three are exactly the compact layer at alpha = 0, and ``end_guidance`` then drops the guide for good.
+``dense`` trains ``W`` (the paper). ``residual`` holds the part of the pretrained weight that the factors dropped, and
+is not trained: at alpha = 1 it is exactly the pretrained function, with full gradients to both factors from the first
+step. Both are exactly the compact layer at alpha = 0, and ``end_guidance`` then drops the guide for good.
 
 Stochastic guidance saves half of the guide's cost: in each optimizer step, a layer keeps its guide with probability
 alpha and computes the formula above, and otherwise computes the factors alone, ``U (V x) + bias``. :func:`set_gates`
@@ -28,13 +28,13 @@ from lowrank_ft.nn.lowrank_linear import LowRankLinear
 from lowrank_ft.nn.quantized_guide import QuantizedGuideLinear, check_guide_bits
 from lowrank_ft.schedule import keeps_guide
 
-GUIDES = ("residual", "frozen", "dense")
+GUIDES = ("residual", "dense")
 
 
 class GuideLinear(nn.Module):
     """The guide's matrix ``(out, in)``, without bias. A class of its own so that FSDP can make it a unit.
 
-    A frozen guide is a Parameter without gradient rather than a buffer: DDP re-broadcasts buffers at every step, and
+    A guide that is not trained is a Parameter without gradient rather than a buffer: DDP re-broadcasts buffers at every step, and
     FSDP does not shard them.
     """
 
@@ -83,7 +83,7 @@ class GuidedLowRankLinear(LowRankLinear):
         Args:
             dense_weight: ``W (out, in)``; for ``residual`` the product of the present factors is taken off.
             kind: one of ``GUIDES``.
-            bits: store a guide that is not trained in 16, 8 or 4 bits; None for the dtype of the factors.
+            bits: 4 to pack a residual guide; None for the dtype of the factors.
         """
         require_choice("guide", kind, GUIDES)
         check_guide_bits(kind, bits)
@@ -103,7 +103,7 @@ class GuidedLowRankLinear(LowRankLinear):
             weight = weight.to(layer.U.weight).clone(memory_format=torch.contiguous_format)
             guided.guide = GuideLinear(weight, trainable=kind == "dense")
         else:
-            guided.guide = QuantizedGuideLinear(weight.to(layer.U.weight.device), bits)
+            guided.guide = QuantizedGuideLinear(weight.to(layer.U.weight.device))
         return guided.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:

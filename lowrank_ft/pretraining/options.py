@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lowrank_ft.errors import ConfigError, require_choice
 from lowrank_ft.factorization.options import SizeOptions
 from lowrank_ft.pretraining.initialize import FROM_SCRATCH_GUIDES
+from lowrank_ft.schedule import GUIDE_MODES
 from lowrank_ft.training.options import TrainArguments, option, shared
 
 GUIDES = (*FROM_SCRATCH_GUIDES, "none")
@@ -64,8 +65,26 @@ class PretrainArguments(TrainArguments):
         "share of the steps in which the guide is there; default: 0.5, or with fixed_flops such that each guided step "
         "is repeated once",
     )
+    guide_mode: str = option(
+        "full",
+        "full: every guide in every guided step; stochastic: each with probability alpha, by the seed, at half the cost",
+    )
+    fixed_flops: bool = option(
+        False, "add unguided steps on the guided phase's data until the run costs what dense training would"
+    )
 
     def __post_init__(self) -> None:
+        require_choice("guide_mode", self.guide_mode, GUIDE_MODES)
+        if self.fixed_flops and self.distill_weight:
+            raise ConfigError(
+                f"fixed_flops and distill_weight {self.distill_weight} exclude each other: the dense run has no teacher "
+                "whose FLOPs could be matched; leave one of them out"
+            )
+        if self.fixed_flops and self.trainable != "all":
+            raise ConfigError(
+                f"fixed_flops counts a run in which every linear is trained, and trainable is {self.trainable}; "
+                "leave one of them out"
+            )
         if self.guided_ratio is None and not self.fixed_flops:
             self.guided_ratio = 0.5
         super().__post_init__()

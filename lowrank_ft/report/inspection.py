@@ -8,7 +8,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lowrank_ft.checkpoints.source import Source, is_compact, load_model, safetensors_files, skeleton
-from lowrank_ft.conversion.record import relative_errors, thinned_spectrum
+from lowrank_ft.conversion.record import (
+    ConversionRecord,
+    LinearRecord,
+    read_conversion,
+    relative_errors,
+    thinned_spectrum,
+)
 from lowrank_ft.costs.flops import Comparison, compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError
 from lowrank_ft.factorization.plan import LinearPlan
@@ -16,7 +22,6 @@ from lowrank_ft.factorization.ranks import resolve_rank
 from lowrank_ft.factorization.targets import is_linear
 from lowrank_ft.nn import LowRankLinear, lowrank_layers
 from lowrank_ft.nn.replace import dense_weight, swap
-from lowrank_ft.report.records import ConversionRecord, LinearRecord, read_conversion
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,8 @@ from lowrank_ft.checkpoints.format import PLACEHOLDER
 from lowrank_ft.checkpoints.source import is_hub_id
 from lowrank_ft.costs.flops import Comparison, compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
-from lowrank_ft.report.summary import Evaluation, cell, main_table
-
-_PLUGIN = """Without the package, `{auto_class}.from_pretrained("{repo}", trust_remote_code=True)` runs the loader in
-`lowrank_plugin.py`, which is part of this repository."""
-_OWN_CODE = "The model has Python code of its own (`trust_remote_code=True`), so the package is needed to load it."
-
+from lowrank_ft.report.page import TEMPLATES
+from lowrank_ft.report.summary import Results, cell, main_table
 
 _TABLE_BEGIN, _TABLE_END = "<!-- begin: main table -->", "<!-- end: main table -->"
 
@@ -28,53 +24,7 @@ _AUTO_CLASSES = (
     "AutoModelForSpeechSeq2Seq",
 )  # fmt: skip
 
-_TEMPLATE = """---
-{card_data}
----
-
-# {title}
-
-{intro} Made with `lowrank-ft`.
-
-{begin}
-{table}
-{end}
-{picture}
-{facts}
-
-## Load it
-
-```python
-import lowrank_ft  # pip install lowrank-ft
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("{repo}")
-```
-
-{without_package} Other loaders stop with a size mismatch rather than give random
-weights. For software that knows dense checkpoints only: `lowrank-ft merge {repo} --output-dir DIR`.
-{command}"""
-
-
-_CONVERTED = """A low-rank version of {base}: {count} of its linears `W` are replaced by two thin ones each, `U V`, so the
-checkpoint is smaller and does fewer multiplications per token."""
-_FROM_SCRATCH = """A {architecture} that was trained from scratch with low rank: {count} of its linears are a product `U V` of two
-thin ones, so it is smaller and does fewer multiplications per token than a dense model of its shape."""
-
-_DENSE_TEMPLATE = """---
-{card_data}
----
-
-# {architecture}, trained from scratch
-
-A dense model, for instance as a baseline of one with low rank. Made with `lowrank-ft`; it loads with `{auto_class}`.
-
-{facts}
-
-## How it was made
-
-{command}
-"""
+_CARD, _DENSE_CARD = TEMPLATES / "card.md", TEMPLATES / "dense_card.md"
 
 
 def model_card(
@@ -84,7 +34,7 @@ def model_card(
     results: Mapping[str, object] | None = None,
     command: str | None = None,
     repo: str = PLACEHOLDER,
-    evaluation: Evaluation | None = None,
+    evaluation: Results | None = None,
     picture: str | None = None,
     from_scratch: bool = False,
 ) -> str:
@@ -105,43 +55,42 @@ def model_card(
         **(results or {}),
     }
     data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["lowrank-ft", "low-rank", "compressed"])
-    auto_class = _auto_class(model)
     has_own_code = "AutoConfig" in (getattr(model.config, "auto_map", None) or {})
-    without_package = _OWN_CODE if has_own_code else _PLUGIN
-    text = _TEMPLATE.format(
-        card_data=data.to_yaml(),
-        title=f"{(hub_id or 'model').split('/')[-1]}, low-rank",
-        intro=(_FROM_SCRATCH if from_scratch else _CONVERTED).format(
-            base=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "a dense model",
-            architecture=type(model).__name__,
-            count=len(ranks),
-        ),
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_CARD),
+        name=(hub_id or "model").split("/")[-1],
+        base=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "a dense model",
+        architecture=type(model).__name__,
+        from_scratch=from_scratch,
+        count=len(ranks),
         begin=_TABLE_BEGIN,
         end=_TABLE_END,
         table=main_table(comparison, evaluation),
-        picture=f"\n![Rank of every factored linear, by block and module]({picture})\n" if picture else "",
+        picture=picture,
         facts=_facts_table(facts),
-        auto_class=auto_class,
+        auto_class=_auto_class(model),
         repo=repo,
-        without_package=without_package.format(auto_class=auto_class, repo=repo),
-        command=f"\n## How it was made\n\n{_fenced(command)}\n" if command else "",
+        has_own_code=has_own_code,
+        command=_fenced(command) if command else None,
     )
-    return ModelCard(text, ignore_metadata_errors=False).content
+    return card.content
 
 
 def dense_card(model: PreTrainedModel, results: Mapping[str, object], command: str) -> str:
     """The card of a dense model that was trained from scratch, as a baseline."""
-    text = _DENSE_TEMPLATE.format(
-        card_data=ModelCardData(library_name="transformers", tags=["lowrank-ft"]).to_yaml(),
+    card = ModelCard.from_template(
+        ModelCardData(library_name="transformers", tags=["lowrank-ft"]),
+        template_path=str(_DENSE_CARD),
         architecture=type(model).__name__,
         auto_class=_auto_class(model),
         facts=_facts_table({"parameters": f"{model.num_parameters():,}", **results}),
         command=_fenced(command),
     )
-    return ModelCard(text, ignore_metadata_errors=False).content
+    return card.content
 
 
-def card_with_table(folder: Path, comparison: Comparison, evaluation: Evaluation) -> str:
+def card_with_table(folder: Path, comparison: Comparison, evaluation: Results) -> str:
     """The text of a folder's card with its main table made anew; the rest stays as it is.
 
     Raises:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowrank_ft.conversion.record import BlockRecord, LinearRecord
 from lowrank_ft.errors import ConfigError, MissingPackageError, OutputError
 from lowrank_ft.factorization.plan import LinearPlan
-from lowrank_ft.report.records import BlockRecord, LinearRecord
 
 _FORMATS = (".png", ".svg", ".pdf")
 _MOST_COLUMNS = 24  # more modules per block (experts) are drawn as one column per kind

@@ -1,31 +1,35 @@
 """One HTML page about a compact checkpoint: size, ranks, spectra, errors, training, evaluation, command.
 
-Every part but the size is optional, and where one is missing the page says how to get it. Whatever comes out of a
-checkpoint's files passes through :func:`html.escape`, here or in ``page.py``.
+Every part but the size is optional, and where one is missing the page says how to get it. Here is what stands on it;
+``templates/report.html`` is how, and escapes whatever comes out of a checkpoint's files.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from lowrank_ft.checkpoints.source import is_hub_id, safetensors_files
 from lowrank_ft.console import human_bytes, human_count
+from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
 from lowrank_ft.factorization.plan import LinearPlan
-from lowrank_ft.report import page, plots
+from lowrank_ft.report import plots
 from lowrank_ft.report.inspection import Checkpoint, dense_folder, linear_records
-from lowrank_ft.report.records import ConversionRecord, LinearRecord
-from lowrank_ft.report.summary import FLOPS_NOTE, Evaluation, Row, change, evaluation_rows, size_rows
+from lowrank_ft.report.page import Missing, Picture, render
+from lowrank_ft.report.summary import FLOPS_NOTE, Results, Row, change, evaluation_rows, size_rows
 from lowrank_ft.training.metrics import METRICS_FILE, read_metrics, run_figure
 
 REPORT_FILE = "report.html"
+_COLUMNS = (
+    "linear", "out x in", "rank", "parameters", "after", "energy kept", "weight error", "output error",
+)  # fmt: skip
 
 
 def build_report(
     checkpoint: Checkpoint,
     *,
     baseline: str | None = None,
-    evaluation: Evaluation | None = None,
+    evaluation: Results | None = None,
     evaluated_on: str | None = None,
     device: str = "cpu",
 ) -> str:
@@ -45,20 +49,27 @@ def build_report(
     records, at, missing = linear_records(checkpoint, baseline, device)
     conversion = checkpoint.conversion or ConversionRecord()
     rows = [*size_rows(checkpoint.comparison), _disk_row(checkpoint, baseline)]
-    parts = [
-        page.section(
-            "Size and cost", page.comparison_table("Size and cost, dense and low-rank", rows), page.note(FLOPS_NOTE)
-        ),
-        page.section("Evaluation", _evaluation(evaluation, evaluated_on)),
-        page.section("Ranks", _ranks(checkpoint.linears)),
-        page.section("Spectra", _spectra(checkpoint, records, missing)),
-        page.section("Error of every linear", _errors(checkpoint, records, conversion, at, missing)),
-        page.section("Training", _training(checkpoint.folder)),
-        page.section("How it was made", _made(checkpoint, conversion)),
-        page.section("Every linear", _every_linear(checkpoint.linears, checkpoint.comparison.numbers, records)),
-    ]
-    title = _file_name(checkpoint.folder.resolve().name)
-    return page.document(f"{title}: low-rank report", _header(checkpoint, title, rows, evaluation), parts)
+    return render(
+        "report.html",
+        title=_file_name(checkpoint.folder.resolve().name),
+        origin=_origin(checkpoint),
+        factored=sum(p.rank is not None for p in checkpoint.comparison.linears),
+        tiles=_tiles(checkpoint, rows, evaluation),
+        sizes=rows,
+        flops_note=FLOPS_NOTE,
+        evaluation=evaluation_rows(evaluation),
+        evaluated=_evaluated(evaluation, evaluated_on) if evaluation else "",
+        pictures=[
+            ("Ranks", _ranks(checkpoint.linears)),
+            ("Spectra", _spectra(checkpoint, records, missing)),
+            ("Error of every linear", _errors(checkpoint, records, conversion, at, missing)),
+            ("Training", _training(checkpoint.folder)),
+        ],
+        command=conversion.command or _command_of_card(checkpoint.folder),
+        settings=_settings(conversion),
+        columns=_COLUMNS,
+        linears=[_cells(checkpoint, p, records.get(p.name, LinearRecord())) for p in checkpoint.linears],
+    )
 
 
 def _disk_row(checkpoint: Checkpoint, baseline: str | None) -> Row:
@@ -74,56 +85,43 @@ def _disk_row(checkpoint: Checkpoint, baseline: str | None) -> Row:
     return Row("weights on disk", f"about {human_bytes(before)}", human_bytes(after), change(before, after))
 
 
-# Parts of the page. Each returns HTML; strings that come from files are escaped on their way in.
+# Parts of the page, as plain data.
 
 
-def _header(checkpoint: Checkpoint, title: str, rows: Sequence[Row], evaluation: Evaluation | None) -> str:
-    base = checkpoint.base_model
-    origin = ""
-    if base and is_hub_id(base):
-        origin = f'<a href="https://huggingface.co/{escape(base, quote=True)}">{escape(base)}</a>'
-    elif base:
-        origin = escape(_file_name(base))
-    if origin and checkpoint.revision:
-        origin += f", revision <code>{escape(str(checkpoint.revision)[:12])}</code>"
-    what = f"A low-rank version of {origin}" if origin else "A model of low rank"
-    ranks = [p.rank for p in checkpoint.comparison.linears if p.rank is not None]
+def _origin(checkpoint: Checkpoint) -> dict[str, str]:
+    base = checkpoint.base_model or ""
+    on_hub = is_hub_id(base)
+    return {
+        "name": base if on_hub else _file_name(base),
+        "url": f"https://huggingface.co/{base}" if on_hub else "",
+        "revision": str(checkpoint.revision or "")[:12],
+    }
+
+
+def _tiles(checkpoint: Checkpoint, rows: Sequence[Row], evaluation: Results | None) -> list[Row]:
     perplexity = next((r for r in evaluation_rows(evaluation) if r.name == "perplexity"), None)
     by_name = {r.name: r for r in rows}
     counts = checkpoint.comparison
     parameters = by_name["parameters"]._replace(
         dense=human_count(counts.dense.parameters), compact=human_count(counts.compact.parameters)
     )
-    tiles = [parameters, by_name["FLOPs per token"], by_name["weights on disk"], *([perplexity] if perplexity else [])]
-    return (
-        f"<header>\n<h1>{escape(title)}</h1>\n<p>{what}: {len(ranks)} linears are products "
-        f"<i>U V</i> of two thin ones.</p>\n<ul class=tiles>{''.join(map(_tile, tiles))}</ul>\n</header>"
-    )
+    return [parameters, by_name["FLOPs per token"], by_name["weights on disk"], *([perplexity] if perplexity else [])]
 
 
-def _tile(row: Row) -> str:
-    before = f"{escape(row.dense)} &rarr; " if row.dense else ""
-    change = f"<span class=change>{escape(row.change)}</span>" if row.change else ""
-    return f"<li><span>{escape(row.name)}</span><b>{before}{escape(row.compact)}</b>{change}</li>"
-
-
-def _evaluation(evaluation: Evaluation | None, evaluated_on: str | None) -> str:
-    if not evaluation:
-        return page.missing("No evaluation was given", "add --data TEXT and --baseline MODEL, or --eval FILE.json")
-    rows = evaluation_rows(evaluation)
-    table = page.comparison_table("Evaluation of the low-rank model and its baseline", rows)
+def _evaluated(evaluation: Results, evaluated_on: str | None) -> str:
+    """On what, and against what."""
     mine, base = evaluation["model"], evaluation.get("baseline") or {}
     facts = [f"{label} {mine[k]:,}" for k, label in (("tokens", "predicted tokens"), ("block_size", "context of"),
                                                     ("stride", "stride")) if isinstance(mine.get(k), int)]  # fmt: skip
     on = [f"Measured on {_file_name(evaluated_on)}."] if evaluated_on else []
     against = [f"Baseline: {_file_name(str(base['name']))}."] if base.get("name") else ["No baseline was measured."]
-    return table + page.note(" ".join([*on, *against, *([f"{'; '.join(facts)}.".capitalize()] if facts else [])]))
+    return " ".join([*on, *against, *([f"{'; '.join(facts)}.".capitalize()] if facts else [])])
 
 
-def _ranks(linears: Sequence[LinearPlan]) -> str:
+def _ranks(linears: Sequence[LinearPlan]) -> Picture | Missing:
     ranked = [p for p in linears if p.rank is not None]
     if not ranked:
-        return page.missing("No linear is factored", "")
+        return Missing("No linear is factored")
     low, high = (f([p.rank for p in ranked if p.rank is not None]) for f in (min, max))
     dense = len(linears) - len(ranked)
     alt = (
@@ -133,26 +131,26 @@ def _ranks(linears: Sequence[LinearPlan]) -> str:
         "Colour is the share of the dense parameters that a linear keeps at its rank. "
         f"{len(ranked)} linears are factored" + (f", {dense} stay dense (grey)." if dense else ".")
     )
-    return page.picture(plots.rank_map(linears), alt, caption)
+    return _picture(plots.rank_map(linears), alt, caption)
 
 
-def _spectra(checkpoint: Checkpoint, records: Mapping[str, LinearRecord], missing: str) -> str:
+def _spectra(checkpoint: Checkpoint, records: Mapping[str, LinearRecord], missing: str) -> Picture | Missing:
     drawn = [p for p in checkpoint.linears if p.name in records and len(records[p.name].spectrum) > 1]
     if not drawn:
-        return page.missing("The spectra of the dense weights are not known", missing)
+        return Missing("The spectra of the dense weights are not known", missing)
     figure, left_out = plots.spectra(drawn, records)
     alt = f"Singular values of {len(drawn)} dense weights, one panel per module, with a dot where the rank cuts."
     more = f" {left_out} more modules are not drawn." if left_out else ""
-    return page.picture(figure, alt, "Singular values of the dense weights, relative to the largest. What lies right of "
+    return _picture(figure, alt, "Singular values of the dense weights, relative to the largest. What lies right of "
                                  f"the dot is dropped by the factorization.{more}")  # fmt: skip
 
 
 def _errors(
     checkpoint: Checkpoint, records: Mapping[str, LinearRecord], conversion: ConversionRecord, at: str, missing: str
-) -> str:
+) -> Picture | Missing:
     measured = [r for r in records.values() if r.weight_error is not None or r.output_error is not None]
     if not measured and not conversion.blocks:
-        return page.missing("The errors of the linears are not known", missing)
+        return Missing("The errors of the linears are not known", missing)
     known = {n: r for n, r in records.items() if r.weight_error is not None or r.output_error is not None}
     figure = plots.errors(checkpoint.linears, known, conversion.blocks)
     worst = max(((r.weight_error or 0.0, n) for n, r in known.items()), default=(0.0, ""))
@@ -162,41 +160,34 @@ def _errors(
     caption = f"Error of the weight {at}." if at else "Error of the weight."
     if any(r.output_error is not None for r in known.values()):
         caption += " Error of the output on calibration tokens, when the model was converted."
-    return page.picture(figure, alt, caption)
+    return _picture(figure, alt, caption)
 
 
-def _training(folder: Path) -> str:
+def _training(folder: Path) -> Picture | Missing:
     entries = [e for e in read_metrics(folder / METRICS_FILE) if isinstance(e, dict) and "step" in e]
     train = [e for e in entries if "loss" in e]
     if not train:
-        return page.missing(
+        return Missing(
             f"There is no {METRICS_FILE} here", "it is written by lowrank-ft finetune; report on the folder of the run"
         )
     held_out = [e["eval_loss"] for e in entries if "eval_loss" in e]
     alt = f"Training loss over {train[-1]['step']} steps, from {train[0]['loss']:.3f} to {train[-1]['loss']:.3f}"
     alt += f"; held-out loss {held_out[0]:.3f} to {held_out[-1]:.3f}." if held_out else "."
-    return page.picture(run_figure(entries), alt, "Loss, and alpha, the share of the dense guide.")
+    return _picture(run_figure(entries), alt, "Loss, and alpha, the share of the dense guide.")
 
 
-def _made(checkpoint: Checkpoint, conversion: ConversionRecord) -> str:
-    command = conversion.command or _command_of_card(checkpoint.folder)
-    shown = (
-        f"<pre><code>{escape(command)}</code></pre>"
-        if command
-        else page.missing(
-            "The command is not on record", "conversion.json and README.md have it where convert wrote them"
-        )
-    )
+def _picture(figure: Any, alt: str, caption: str) -> Picture:
+    return Picture(plots.data_uri(figure), alt, caption)
+
+
+def _settings(conversion: ConversionRecord) -> dict[str, str]:
     facts: dict[str, str] = {k.replace("_", " "): f"{v:g}" if isinstance(v, float) else str(v)
                              for k, v in conversion.facts.items()}  # fmt: skip
     if conversion.calibration:
         tokens = conversion.calibration.get("tokens")
         source = _file_name(str(conversion.calibration.get("source") or "text"))
         facts["calibration"] = f"{source}, {tokens:,} tokens" if isinstance(tokens, int) else source
-    if not facts:
-        return shown
-    body = "".join(f"<tr><th scope=row>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
-    return f"{shown}<table><caption>Settings of the conversion</caption><tbody>{body}</tbody></table>"
+    return facts
 
 
 def _command_of_card(folder: Path) -> str | None:
@@ -206,23 +197,14 @@ def _command_of_card(folder: Path) -> str | None:
     return found[2] if found else None
 
 
-def _every_linear(
-    linears: Sequence[LinearPlan], numbers: Mapping[str, int], records: Mapping[str, LinearRecord]
-) -> str:
-    columns = ("linear", "out x in", "rank", "parameters", "after", "energy kept", "weight error", "output error")
-    rows = []
-    for p in linears:
-        record = records.get(p.name, LinearRecord())
-        energy = _energy_kept(record, p)
-        cells = (
-            f"{p.shape[0]} x {p.shape[1]}", "dense" if p.rank is None else str(p.rank),
-            f"{p.dense_parameters:,}", f"{numbers.get(p.name, p.dense_parameters):,}",
-            "" if energy is None else f"{energy:.1%}", _error_text(record.weight_error), _error_text(record.output_error),
-        )  # fmt: skip
-        rows.append(f"<tr><th scope=row>{escape(p.name)}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
-    head = "".join(f"<th scope=col>{c}</th>" for c in columns)
-    table = f"<table><caption>Linears</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f"<details><summary>{len(linears)} linears</summary><div class=wide>{table}</div></details>"
+def _cells(checkpoint: Checkpoint, p: LinearPlan, record: LinearRecord) -> tuple[str, ...]:
+    """One row, see ``_COLUMNS``."""
+    energy = _energy_kept(record, p)
+    return (
+        p.name, f"{p.shape[0]} x {p.shape[1]}", "dense" if p.rank is None else str(p.rank),
+        f"{p.dense_parameters:,}", f"{checkpoint.comparison.numbers.get(p.name, p.dense_parameters):,}",
+        "" if energy is None else f"{energy:.1%}", _error_text(record.weight_error), _error_text(record.output_error),
+    )  # fmt: skip
 
 
 def _energy_kept(record: LinearRecord, p: LinearPlan) -> float | None:

@@ -15,7 +15,8 @@ from lowrank_ft.console import human_count
 from lowrank_ft.costs.flops import Comparison
 from lowrank_ft.errors import DataError
 
-Evaluation = Mapping[str, Any]
+Results = Mapping[str, Any]
+"""What ``lowrank-ft eval --json`` prints."""
 
 FLOPS_NOTE = (
     "FLOPs: two per multiply-add, over all linears, output head included, each once per token. Attention scores, which "
@@ -43,7 +44,7 @@ class Row(NamedTuple):
     change: str
 
 
-def read_evaluation(path: str | Path) -> Evaluation:
+def read_evaluation(path: str | Path) -> Results:
     """The output of ``lowrank-ft eval --json``.
 
     Raises:
@@ -73,7 +74,7 @@ def size_rows(comparison: Comparison) -> list[Row]:
     ]  # fmt: skip
 
 
-def evaluation_rows(evaluation: Evaluation | None) -> list[Row]:
+def evaluation_rows(evaluation: Results | None) -> list[Row]:
     """The known numbers first, then tasks and others by name."""
     if not evaluation:
         return []
@@ -108,7 +109,7 @@ def _scores(entry: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def main_table(comparison: Comparison, evaluation: Evaluation | None = None) -> str:
+def main_table(comparison: Comparison, evaluation: Results | None = None) -> str:
     """The table in Markdown."""
     rows = [*size_rows(comparison), *evaluation_rows(evaluation)]
     lines = ["| | dense | low-rank | change |", "|---|---:|---:|---:|"]

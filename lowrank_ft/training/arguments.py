@@ -12,7 +12,6 @@ from transformers import HfArgumentParser
 
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.reading import read_yaml
-from lowrank_ft.training.length import require_guided_phase
 from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments, option_names
 from lowrank_ft.training.values import checked
 
@@ -38,11 +37,8 @@ def parse_args(
         )
     if model.guide == "dense" and train.trainable != "all":
         raise ConfigError(
-            f"trainable is {train.trainable}, and a dense guide is trained in full; "
-            "choose the guide residual, frozen or none"
+            f"trainable is {train.trainable}, and a dense guide is trained in full; choose the guide residual or none"
         )
-    if model.guide == "none":
-        require_guided_phase(train, "guide is none")
     return model, data, train
 
 

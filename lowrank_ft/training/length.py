@@ -52,12 +52,12 @@ def run_length(model: nn.Module, args: TrainArguments, planned: int, sequence_le
     """
     guides = [layer for _, layer in guided_layers(model)]
     if not guides:
-        require_guided_phase(args, "this model has no guide")
+        _require_guided_phase(args, "this model has no guide")
     if not args.fixed_flops:
         ratio = args.guided_ratio or 0.0
         guided = round(ratio * planned) if guides else 0
         if guided == 0:
-            require_guided_phase(args, "this run has no guided step")
+            _require_guided_phase(args, "this run has no guided step")
             if guides and ratio > 0:
                 warnings.warn(
                     f"guided_ratio {ratio:g} of {planned} steps rounds to no guided step; the guides are dropped at once",
@@ -79,7 +79,7 @@ def run_length(model: nn.Module, args: TrainArguments, planned: int, sequence_le
     else:
         guided = round(args.guided_ratio * planned)
     if guided == 0:
-        require_guided_phase(args, "this run has no guided step")
+        _require_guided_phase(args, "this run has no guided step")
     guide = cost.guide * mean_guide_cost(guided, args.alpha_schedule, args.guide_mode)
     return RunLength(planned, guided, repeated_steps(planned, guided, dense, factored, guide))
 
@@ -94,7 +94,7 @@ def _scores(model: nn.Module, sequence_length: float) -> int:
         return 0
 
 
-def require_guided_phase(args: TrainArguments, problem: str) -> None:
+def _require_guided_phase(args: TrainArguments, problem: str) -> None:
     """Raise a ConfigError where an option asks for something of guides that are not there."""
     asked = "guide_mode stochastic" if args.guide_mode == "stochastic" else "fixed_flops" if args.fixed_flops else None
     if asked:

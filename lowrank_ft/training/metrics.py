@@ -1,4 +1,4 @@
-"""What a run writes to be looked at: ``metrics.jsonl``, one JSON object a line. It is read by ``lowrank_ft.report.records``."""
+"""What a run writes to be looked at: ``metrics.jsonl``, one JSON object a line. It is read by ``lowrank_ft.report``."""
 
 import json
 from pathlib import Path

@@ -10,7 +10,7 @@ from lowrank_ft.errors import ConfigError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.options import SizeOptions
 from lowrank_ft.nn import GUIDES, check_guide_bits
-from lowrank_ft.schedule import ALPHA_SCHEDULES, GUIDE_MODES, LR_SCHEDULES
+from lowrank_ft.schedule import ALPHA_SCHEDULES, LR_SCHEDULES
 from lowrank_ft.training.optimizers import OPTIMIZERS
 from lowrank_ft.training.trainable import TRAINABLE
 
@@ -58,7 +58,7 @@ class ModelArguments:
         "the linears' parameters are left, else none",
     )
     guide_bits: int | None = option(
-        None, "store a residual or frozen guide in 16, 8 or 4 bits; 8 and 4 need bitsandbytes; default: as --dtype"
+        None, "4: store a residual guide in 4 bits, which needs bitsandbytes; default: as --dtype"
     )
     guide_model: str | None = option(
         None, "dense model of the guide and of distillation; default: the one the checkpoint was made from"
@@ -155,19 +155,13 @@ class TrainArguments:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never")
     alpha_schedule: str = option("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
     guided_ratio: float | None = option(0.25, "share of the steps in which the guide is there")
-    guide_mode: str = option(
-        "full", "full: every guide in every guided step; stochastic: each with probability alpha, at half the cost"
-    )
-    fixed_flops: bool = option(
-        False, "add unguided steps on the guided phase's data until the run costs what dense training would"
-    )
     distill_weight: float = option(0.0, "share w of distillation in the loss: (1-w) cross-entropy + w T^2 KL; 0: none")
     distill_temperature: float = option(1.0, "T, by which the logits of both models are divided before the KL")
     mixed_precision: str | None = option(None, "no, bf16 or fp16; default: what accelerate is configured for")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     torch_compile: bool = option(False, "compile the model with torch.compile")
     torch_compile_backend: str = option("inductor", "backend of torch.compile")
-    seed: int = option(42, "order of the data, dropout, which guides the stochastic mode keeps")
+    seed: int = option(42, "order of the data, dropout")
     logging_steps: int = option(10, "steps between two records of the loss")
     eval_steps: int = option(0, "steps between evaluations; 0: only at the end")
     save_steps: int = option(0, "steps between checkpoints to resume from; 0: none")
@@ -175,6 +169,10 @@ class TrainArguments:
     load_best_model_at_end: bool = option(True, "export the weights of the best evaluation rather than the last")
     report_to: list[str] = option([], "trackers of accelerate, such as tensorboard or wandb")
     run_name: str = option("lowrank-ft", "name of the run for the trackers")
+
+    # Without annotations, so no options: the loop asks for both, and PretrainArguments alone offers them.
+    guide_mode = "full"
+    fixed_flops = False
 
     def __post_init__(self) -> None:
         self.output_dir = os.path.expanduser(self.output_dir)  # or there would be a folder of that name
@@ -184,7 +182,6 @@ class TrainArguments:
         require_choice("trainable", self.trainable, TRAINABLE)
         require_choice("lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULES)
         require_choice("alpha_schedule", self.alpha_schedule, ALPHA_SCHEDULES)
-        require_choice("guide_mode", self.guide_mode, GUIDE_MODES)
         if self.mixed_precision is not None:
             require_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -205,16 +202,6 @@ class TrainArguments:
         _require_range("distill_weight", self.distill_weight, 0, 1)
         if not 0 < self.distill_temperature < math.inf:
             raise ConfigError(f"distill_temperature is {self.distill_temperature}; it must be above 0 and finite")
-        if self.fixed_flops and self.distill_weight:
-            raise ConfigError(
-                f"fixed_flops and distill_weight {self.distill_weight} exclude each other: the dense run has no teacher "
-                "whose FLOPs could be matched; leave one of them out"
-            )
-        if self.fixed_flops and self.trainable != "all":
-            raise ConfigError(
-                f"fixed_flops counts a run in which every linear is trained, and trainable is {self.trainable}; "
-                "leave one of them out"
-            )
         _require_range("save_total_limit", self.save_total_limit, 1)
         if self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError(

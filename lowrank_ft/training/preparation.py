@@ -80,7 +80,7 @@ def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.Optimi
         {"params": [p for p in own if p.ndim <= 1], "weight_decay": args.weight_decay if args.decay_vectors else 0.0},
         {"params": [p for p in trainable if id(p) in guide_ids], "weight_decay": args.weight_decay},
     ]
-    # torch refuses no empty group, and the last one is empty where guides are frozen or gone.
+    # torch refuses no empty group, and the last one is empty where guides are not trained or gone.
     return build_adamw(args.optim, groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
 
 

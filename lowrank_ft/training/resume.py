@@ -173,6 +173,32 @@ def write_description(folder: Path, model: nn.Module, architecture: str, state: 
     (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
+def save(
+    final: Path, model: nn.Module, architecture: str, optimizer: Any, accelerator: Any, state: TrainerState, keep: int,
+    sharded: bool,
+) -> None:  # fmt: skip
+    """Write a whole checkpoint, or none. All processes call this.
+
+    Args:
+        optimizer: torch's own, or accelerate's around it.
+        keep: how many checkpoints of the run are left.
+    """
+    draft = final.with_name(f".{final.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)  # what a killed run left
+    accelerator.wait_for_everyone()
+    draft.mkdir(parents=True, exist_ok=True)
+    write_rng(draft, accelerator.process_index)
+    if sharded or accelerator.is_main_process:
+        write_tensors(draft, model, getattr(optimizer, "optimizer", optimizer), sharded)
+    if accelerator.is_main_process:
+        write_description(draft, model, architecture, state)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        commit(draft, final, keep)
+    accelerator.wait_for_everyone()
+
+
 def write_best(output_dir: Path, model: nn.Module, accelerator: Any, sharded: bool) -> None:
     """The compact weights of the best evaluation so far, in place of the former ones. All processes call this."""
     folder = output_dir / FOLDER / BEST

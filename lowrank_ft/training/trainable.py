@@ -43,7 +43,7 @@ def restrict_training(model: nn.Module, trainable: str, r: int = 16, alpha: int 
         raise ConfigError(f"trainable is {trainable}, and the model has no factored linears; use trainable all")
     if any(p.requires_grad for _, layer in guided_layers(model) for p in layer.guide.parameters()):
         raise ConfigError(
-            f"trainable is {trainable}, and a dense guide is trained in full; choose the guide residual, frozen or none"
+            f"trainable is {trainable}, and a dense guide is trained in full; choose the guide residual or none"
         )
     model.requires_grad_(False)
     if trainable == "factors":

@@ -47,13 +47,12 @@ MODELS: dict[str, dict[str, Any]] = {
 SMALL, LARGE = "llama 256 x 4", "llama 512 x 6"
 VARIANTS: list[tuple[str, Mode, dict[str, Any]]] = [
     *((model, mode, {}) for model in MODELS for mode in MODES if mode.method != "qlora" or "llama" in model),
-    *((LARGE, mode, {"gradient_checkpointing": True}) for mode in MODES if mode.guide_bits in (None, 4)),
-    *((LARGE, mode, {"mixed_precision": "bf16"}) for mode in MODES if mode.method != "qlora" and mode.guide_bits in (None, 4)),
-    *((LARGE, mode, {"dtype": "bfloat16"}) for mode in MODES if mode.method != "qlora" and mode.guide_bits in (None, 4)),
-    *((LARGE, mode, {"optim": "adamw_8bit"}) for mode in MODES if mode.method == "full" or mode.guide_bits == 4),
-    *((LARGE, mode, {"batch_size": 1}) for mode in MODES if mode.method != "qlora" and mode.guide_bits in (None, 4)),
+    *((LARGE, mode, {"gradient_checkpointing": True}) for mode in MODES),
+    *((LARGE, mode, {"mixed_precision": "bf16"}) for mode in MODES if mode.method != "qlora"),
+    *((LARGE, mode, {"dtype": "bfloat16"}) for mode in MODES if mode.method != "qlora"),
+    *((LARGE, mode, {"optim": "adamw_8bit"}) for mode in MODES if mode.method == "full" or mode.guide_bits),
+    *((LARGE, mode, {"batch_size": 1}) for mode in MODES if mode.method != "qlora"),
     *((LARGE, Mode(f"residual, train {t}", "factors", "residual", None, t), {}) for t in ("factors", "lora", "leading")),
-    (LARGE, Mode("guide frozen", "factors", "frozen"), {}),
     (LARGE, Mode("no guide", "factors"), {"gradient_accumulation_steps": 2}),
 ]  # fmt: skip
 

@@ -28,7 +28,7 @@ from lowrank_ft.costs.flops import step_cost
 from lowrank_ft.nn import end_guidance, guided_layers, set_alpha
 from tests.benchmarks import common
 
-GUIDES = ("residual", "frozen", "dense")
+GUIDES = ("residual", "dense")
 TOLERANCE = 0.15  # of the time of unguided steps over their share of the FLOPs
 Step = Callable[[], None]
 

@@ -6,7 +6,6 @@ torchrun --standalone --nproc_per_node 2 -m tests.distributed.packed_guide_drive
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_ft.nn import GUIDE_BITS, end_guidance
+from lowrank_ft.nn import end_guidance
 from tests.numerics.test_quantized_guides import guided
 
 
@@ -34,21 +33,20 @@ def compare(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tens
 
 def main(output: Path) -> None:
     dist.init_process_group("gloo")
-    report: dict[str, Any] = {"world": dist.get_world_size()}
-    for bits in GUIDE_BITS:
-        whole, sharded, copied = (guided("residual", bits)[1] for _ in range(3))
-        expected = run(whole)
-        # Rounds every float parameter to bfloat16; the packed bytes and their scales are none.
-        fully_shard(sharded.guide, mp_policy=MixedPrecisionPolicy(torch.bfloat16, cast_forward_inputs=False))
-        fully_shard(sharded)
-        local = [p.to_local() for p in sharded.guide.parameters() if isinstance(p, DTensor)]
-        report[str(bits)] = {
-            "fsdp": compare(run(sharded), expected),
-            "ddp": compare(run(DistributedDataParallel(copied)), expected),
-            "share": sum(t.nbytes for t in local) / sum(p.nbytes for p in whole.guide.parameters()),
-            "dropped": end_guidance(sharded) == end_guidance(whole),
-            "left": len([n for n, _ in sharded.named_parameters() if "guide" in n]),
-        }
+    whole, sharded, copied = (guided()[1] for _ in range(3))
+    expected = run(whole)
+    # Rounds every float parameter to bfloat16; the packed bytes and their scales are none.
+    fully_shard(sharded.guide, mp_policy=MixedPrecisionPolicy(torch.bfloat16, cast_forward_inputs=False))
+    fully_shard(sharded)
+    local = [p.to_local() for p in sharded.guide.parameters() if isinstance(p, DTensor)]
+    report = {
+        "world": dist.get_world_size(),
+        "fsdp": compare(run(sharded), expected),
+        "ddp": compare(run(DistributedDataParallel(copied)), expected),
+        "share": sum(t.nbytes for t in local) / sum(p.nbytes for p in whole.guide.parameters()),
+        "dropped": end_guidance(sharded) == end_guidance(whole),
+        "left": len([n for n, _ in sharded.named_parameters() if "guide" in n]),
+    }
     (output / f"rank-{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

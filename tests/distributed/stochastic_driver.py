@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.examples import pack
 from lowrank_ft.nn import guided_layers
-from lowrank_ft.training import TrainArguments, Trainer
+from lowrank_ft.pretraining.options import PretrainArguments
+from lowrank_ft.training import Trainer
 from lowrank_ft.training.resume import unique_tensors
 from tests.conftest import tiny_llama
 
@@ -38,7 +39,7 @@ def main(output: Path, batch_size: int) -> None:
             seen.update(world=accelerator.num_processes, type=type(trainer.model).__name__)
             (output / f"rank-{accelerator.process_index}.json").write_text(json.dumps(seen))
 
-    args = TrainArguments(
+    args = PretrainArguments(
         output_dir=str(output / "run"), max_steps=STEPS, guided_ratio=GUIDED / STEPS, learning_rate=1e-3, seed=SEED,
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, logging_steps=1, guide_mode="stochastic",
         fixed_flops=True,

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.distributed import fsdp2_driver
 from tests.distributed.fsdp2_driver import ACCUMULATION, GUIDED, STEPS
 
-GUIDES = ("residual", "frozen", "dense")
+GUIDES = ("residual", "dense")
 EARLY, LATE = "checkpoints/step-00000002", "checkpoints/step-00000004"  # GUIDED is between them
 SAVING = {"save_steps": 2, "eval_steps": 3, "save_total_limit": 9}
 KINDS = {

@@ -21,10 +21,8 @@ def test_two_processes_compute_what_one_does(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(2):
         report = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-        assert report.pop("world") == 2
-        assert set(report) == {"16", "8", "4"}
-        for entry in report.values():
-            assert max(entry["fsdp"], entry["ddp"]) < 1e-5
-            assert entry["share"] == pytest.approx(0.5, abs=0.01)
-            assert entry["dropped"]
-            assert entry["left"] == 0
+        assert report["world"] == 2
+        assert max(report["fsdp"], report["ddp"]) < 1e-5
+        assert report["share"] == pytest.approx(0.5, abs=0.01)
+        assert report["dropped"]
+        assert report["left"] == 0

@@ -56,6 +56,6 @@ def test_what_cannot_be_split_is_an_error():
     with pytest.raises(ConfigError, match="give the roles"):
         tensor_parallel_plan(nn.Sequential(), 2)
     guided = tiny_llama()
-    convert(guided, rank=8, guide="frozen")
+    convert(guided, rank=8, guide="residual")
     with pytest.raises(ConfigError, match="end guidance first"):
         tensor_parallel_plan(guided, 2)

@@ -13,13 +13,14 @@ from lowrank_ft_cli.main import main
 from transformers import AutoModelForCausalLM
 
 from lowrank_ft.checkpoints.source import Source, load_model
-from lowrank_ft.evaluation.tasks import FOLDER
-from tests.conftest import DEMO_MODEL
+from tests.conftest import DEMO_MODEL, ROOT
 
 harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason='lm-eval is not installed: pip install "lowrank-ft[eval]"'
 )
+FOLDER = ROOT / "tests" / "tasks"
 TASKS = {"lowrank_ft_agreement": 2, "lowrank_ft_cloze": 4}
+CLOZE = FOLDER / "lowrank_ft_cloze.yaml"
 
 
 @pytest.fixture
@@ -61,9 +62,9 @@ WRONG = [
     (["--data", "DATA", "--batch-size", "0"], "--batch-size is 0; it must be 1 or more"),
     (["--data", "DATA", "--block-size", "513"], "block size 513 exceeds the 512 positions"),
     (["--data", "DATA", "--limit", "5"], "--limit is about --tasks, which is not given"),
-    (["--tasks", "lowrank_ft", "--limit", "0"], "--limit is 0; it must be 1 or more"),
-    (["--tasks", "lowrank_ft", "--stride", "8"], "--stride is about --data, which is not given"),
-    (["--tasks", "lowrank_ft", "--max-tokens", "8"], "--max-tokens is about --data, which is not given"),
+    (["--tasks", "tests/tasks", "--limit", "0"], "--limit is 0; it must be 1 or more"),
+    (["--tasks", "tests/tasks", "--stride", "8"], "--stride is about --data, which is not given"),
+    (["--tasks", "tests/tasks", "--max-tokens", "8"], "--max-tokens is about --data, which is not given"),
 ]
 
 
@@ -76,23 +77,26 @@ def test_tasks_without_the_harness(evaluate, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in [n for n in sys.modules if n.startswith("lm_eval.")]:
         monkeypatch.delitem(sys.modules, name)
-    done = evaluate(DEMO_MODEL, "--tasks", "lowrank_ft")
+    done = evaluate(DEMO_MODEL, "--tasks", FOLDER)
     assert_one_line_error(done, "--tasks needs lm-evaluation-harness")
     assert 'pip install "lowrank-ft[eval]"' in done.stderr
 
 
 @harness
-def test_unknown_tasks_and_those_that_need_a_network(evaluate, monkeypatch):
-    done = evaluate(DEMO_MODEL, "--tasks", "lowrank_ft_close")
-    assert_one_line_error(done, "--tasks 'lowrank_ft_close' is no task; did you mean lowrank_ft_cloze")
+def test_unknown_tasks_and_those_that_need_a_network(evaluate, monkeypatch, tmp_path):
+    done = evaluate(DEMO_MODEL, "--tasks", "lambada_opena")
+    assert_one_line_error(done, "--tasks 'lambada_opena' is no task; did you mean lambada_openai")
+    assert "a task of your own is named by its YAML file or folder" in done.stderr
+    done = evaluate(DEMO_MODEL, "--tasks", tmp_path)
+    assert_one_line_error(done, "holds no task; name a folder with YAML files of tasks")
     from lm_eval.tasks import TaskManager
 
     def unreachable(self, names):
         raise ConnectionError("no route\nto the Hub")
 
     monkeypatch.setattr(TaskManager, "load", unreachable)
-    done = evaluate(DEMO_MODEL, "--tasks", "lowrank_ft_cloze")
-    assert_one_line_error(done, "--tasks lowrank_ft_cloze cannot be read: no route; tasks of the harness download")
+    done = evaluate(DEMO_MODEL, "--tasks", CLOZE)
+    assert_one_line_error(done, "lowrank_ft_cloze.yaml cannot be read: no route; tasks of the harness download")
 
 
 def test_stride_and_max_tokens(evaluate, data):
@@ -205,8 +209,8 @@ def naive_accuracy(model, tokenizer, items) -> float:
 
 @harness
 def test_tasks(evaluate, compact):
-    """No ``--data``; one tag for both tasks; the compact model, the dense one, and the difference."""
-    done = evaluate(compact, "--baseline", DEMO_MODEL, "--tasks", "lowrank_ft", "--dtype", "float32", "--json")
+    """No ``--data``; a folder for both tasks; the compact model, the dense one, and the difference."""
+    done = evaluate(compact, "--baseline", DEMO_MODEL, "--tasks", "tests/tasks", "--dtype", "float32", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found) == {"model", "baseline", "difference"}
@@ -228,7 +232,7 @@ def test_tasks(evaluate, compact):
 
 @harness
 def test_tasks_beside_a_text_with_a_limit(evaluate, compact, data):
-    flags = ["--tasks", "lowrank_ft_c*", "--limit", "8", "--data", data, "--max-tokens", "400"]
+    flags = ["--tasks", CLOZE, "--limit", "8", "--data", data, "--max-tokens", "400"]
     assert (
         json.loads(evaluate(compact, *flags, "--json").stdout)["model"]["tasks"]["lowrank_ft_cloze"]["acc"]["items"]
         == 8
@@ -243,7 +247,7 @@ def test_a_task_file_of_ones_own(evaluate, tmp_path):
     """By the path of its YAML file, as the harness allows; a file that does not load is one line."""
     for file in ("data.py", "cloze.jsonl"):
         shutil.copy(FOLDER / file, tmp_path)
-    text = (FOLDER / "lowrank_ft_cloze.yaml").read_text(encoding="utf-8").replace("lowrank_ft_cloze", "mine")
+    text = CLOZE.read_text(encoding="utf-8").replace("lowrank_ft_cloze", "mine")
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     done = evaluate(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml", "--limit", "4", "--json")
     assert json.loads(done.stdout)["model"]["tasks"]["mine"]["acc"]["items"] == 4
@@ -254,7 +258,7 @@ def test_a_task_file_of_ones_own(evaluate, tmp_path):
 @harness
 def test_nothing_else_is_printed(cli, compact):
     """No progress bars and no warnings of the harness where stderr is no terminal."""
-    done = cli("eval", compact, "--tasks", "lowrank_ft_agreement", "--limit", "4", "--json")
+    done = cli("eval", compact, "--tasks", FOLDER / "lowrank_ft_agreement.yaml", "--limit", "4", "--json")
     json.loads(done.stdout)
     assert done.stderr == ""
 

@@ -27,7 +27,7 @@ from lowrank_ft.training.metrics import read_metrics
 from tests.callback_driver import GUIDED, STEPS, Watch, make_data, make_model, make_trainer, series
 from tests.conftest import DEMO_MODEL, ROOT, tiny_llama
 
-KINDS = ["dense", "frozen", "residual", "peft-residual", "peft-frozen"]
+KINDS = ["dense", "residual", "peft-residual"]
 ALPHAS = [alpha_at(step, GUIDED) for step in range(STEPS)]
 
 
@@ -63,7 +63,7 @@ def assert_same_weights(found, expected):
 def test_alpha_falls_by_the_step_and_the_guide_is_let_go(straight, kind):
     trainer, watch, _ = straight(kind)
     assert series(trainer, "alpha") == ALPHAS  # two micro-batches a step do not count twice
-    tensors = {"peft-residual": 28, "peft-frozen": 0}.get(kind, 14)
+    tensors = 28 if kind == "peft-residual" else 14
     assert [watch.alive[step] for step in (1, 3, 4, 8)] == [tensors, tensors, 0, 0]
     assert not any(guided_layers(trainer.model))
     names = {id(p) for p in trainer.model.parameters()}
@@ -84,8 +84,6 @@ def test_alpha_falls_by_the_step_and_the_guide_is_let_go(straight, kind):
         ("residual", GUIDED + 2),
         ("peft-residual", GUIDED - 2),
         ("peft-residual", GUIDED + 2),
-        ("peft-frozen", GUIDED - 2),
-        ("peft-frozen", GUIDED + 2),  # its weights do not tell the phase
     ],
 )
 def test_resumed_is_the_same_run_bit_for_bit(straight, tmp_path, kind, step):
@@ -317,7 +315,9 @@ def test_a_model_without_a_guide(tmp_path):
 
 
 def test_a_guided_phase_longer_than_the_training(tmp_path):
-    refused(ConfigError, "guided_steps is 9.*8 steps", make_model("frozen"), tmp_path, GuidanceCallback(guided_steps=9))
+    refused(
+        ConfigError, "guided_steps is 9.*8 steps", make_model("residual"), tmp_path, GuidanceCallback(guided_steps=9)
+    )
 
 
 def test_a_guided_phase_that_rounds_to_nothing_is_told(tmp_path):

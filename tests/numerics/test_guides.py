@@ -131,7 +131,7 @@ def test_the_guide_is_really_garbage_after_the_drop():
     import gc
     import weakref
 
-    _, layer = make("frozen")
+    _, layer = make("residual")
     reference_to_weight = weakref.ref(layer.guide.weight)
     end_guidance(layer)
     gc.collect()
@@ -139,7 +139,7 @@ def test_the_guide_is_really_garbage_after_the_drop():
 
 
 def test_compact_view_skips_the_guide_entirely():
-    _, layer = make("frozen")
+    _, layer = make("residual")
     calls = []
     layer.guide.register_forward_hook(lambda *_: calls.append(1))
     with compact_view(layer):

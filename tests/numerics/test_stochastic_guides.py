@@ -65,7 +65,7 @@ def test_forward_and_gradients_are_those_of_the_kept_guides(kind, alpha):
         actual.backward(upstream)
         expected.backward(upstream)
         for name, parameter in model.named_parameters():
-            if leaves[name].grad is None:  # frozen, or left out: no gradient at all, so that AdamW skips it
+            if leaves[name].grad is None:  # not trained, or left out: no gradient at all, so that AdamW skips it
                 assert parameter.grad is None, name
             else:
                 torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-11, atol=1e-12)
@@ -108,9 +108,8 @@ def test_gradient_checkpointing_computes_the_same_guides_again(kind, ids):
     check_checkpointing(model.double().train(), ids, {n: layer.guide for n, layer in guided_layers(model)})
 
 
-@pytest.mark.parametrize("kind", ["residual", "frozen"])
-def test_gradient_checkpointing_of_a_peft_adapter(kind, ids):
-    model = get_peft_model(tiny_llama().double(), LowRankConfig(r=8, guide=kind, alpha=1.0)).double().train()
+def test_gradient_checkpointing_of_a_peft_adapter(ids):
+    model = get_peft_model(tiny_llama().double(), LowRankConfig(r=8, guide="residual", alpha=1.0)).double().train()
     check_checkpointing(model, ids, {})
 
 

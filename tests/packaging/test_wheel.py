@@ -38,11 +38,7 @@ def test_contents(wheel):
     assert others == {
         "lowrank_ft/py.typed",
         *(f"lowrank_ft/demo/model/{p.name}" for p in (ROOT / "lowrank_ft/demo/model").iterdir()),
-        *(
-            f"lowrank_ft/evaluation/tasks/{p.name}"
-            for p in (ROOT / "lowrank_ft/evaluation/tasks").iterdir()
-            if p.suffix in (".yaml", ".jsonl")
-        ),
+        *(f"lowrank_ft/report/templates/{p.name}" for p in (ROOT / "lowrank_ft/report/templates").iterdir()),
         *(f"lowrank_ft_recipes/configs/{p.name}" for p in (ROOT / "recipes/configs").glob("*.yaml")),
     }
     assert sum(s for n, s in sizes.items() if n.startswith("lowrank_ft/demo/model/")) <= 6_000_000
@@ -63,7 +59,6 @@ def test_it_works_from_the_wheel_alone(wheel, tmp_path):
         "from lowrank_ft_cli.main import main\n"
         "import lowrank_ft; assert lowrank_ft.__file__.startswith(sys.path[0]), lowrank_ft.__file__\n"
         f"model = {str(tmp_path / 'site' / 'lowrank_ft' / 'demo' / 'model')!r}\n"
-        "from lowrank_ft.evaluation.tasks.data import load; assert len(load('cloze.jsonl')['test']) == 60\n"
         f"assert main(['convert', model, '--rank', '16', '--method', 'svd', '--output-dir', {str(tmp_path / 'out')!r}]) == 0\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

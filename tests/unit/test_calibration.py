@@ -1,6 +1,7 @@
 """Calibration against naive computations in float64, and on every kind of architecture."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -254,7 +255,7 @@ def test_at_full_rank_every_architecture_computes_what_it_did(case):
     record = ConversionRecord()
     convert(model, plan, calibration=settings(batches, distill_epochs=0, damping=1e-4), record=record)
     assert len(list(lowrank_layers(model))) == len(plan.linears)
-    assert all(b["error_after"] <= b["error_before"] < 1e-3 for b in record.blocks)
+    assert all(b.error_after <= b.error_before < 1e-3 for b in record.blocks)
     for batch, expected in zip(batches, wanted, strict=True):
         torch.testing.assert_close(answer(model, batch), expected, atol=1e-3, rtol=1e-3)
 
@@ -426,8 +427,8 @@ def test_the_error_of_a_decoder_block_counts_the_tokens_of_the_decoder():
             handle.remove()
         a, b = (x[batch["decoder_attention_mask"].bool()] for x in left)
         errors.append(((a - b).norm() / b.norm()).item())
-    assert [b["name"] for b in record.blocks] == ["decoder.block.0"]
-    assert record.blocks[0]["error_before"] == pytest.approx(sum(errors) / 3, rel=1e-4)
+    assert [b.name for b in record.blocks] == ["decoder.block.0"]
+    assert record.blocks[0].error_before == pytest.approx(sum(errors) / 3, rel=1e-4)
 
 
 # --- the methods
@@ -475,9 +476,9 @@ def test_without_data_it_is_the_truncated_svd(make):
         torch.testing.assert_close(product(model.get_submodule(name)), wanted, atol=1e-6, rtol=1e-5)
         assert torch.equal(product(also.get_submodule(name)), product(model.get_submodule(name)))
         entry = record.linears[name]
-        torch.testing.assert_close(torch.tensor(entry["spectrum"]).double(), s, rtol=1e-4, atol=1e-6)
-        assert entry["weight_error"] == pytest.approx((s[5:].square().sum() / s.square().sum()).sqrt().item(), rel=1e-4)
-        assert entry["output_error"] is None
+        torch.testing.assert_close(torch.tensor(entry.spectrum).double(), s, rtol=1e-4, atol=1e-6)
+        assert entry.weight_error == pytest.approx((s[5:].square().sum() / s.square().sum()).sqrt().item(), rel=1e-4)
+        assert entry.output_error is None
     assert record.blocks == []
 
 
@@ -487,12 +488,12 @@ def test_refinement_lowers_the_error_of_each_block_and_moves_factors_only():
     other = copy.deepcopy(model)
     convert(other, rank=5, calibration=bare(batches), record=rough)
     convert(model, rank=5, calibration=settings(batches, refine_epochs=8, distill_epochs=0), record=record)
-    assert [b["name"] for b in record.blocks] == ["model.layers.0", "model.layers.1"]
-    assert record.blocks[0]["error_before"] == pytest.approx(rough.blocks[0]["error_before"])
+    assert [b.name for b in record.blocks] == ["model.layers.0", "model.layers.1"]
+    assert record.blocks[0].error_before == pytest.approx(rough.blocks[0].error_before)
     for block, plain in zip(record.blocks, rough.blocks, strict=True):
-        assert block["error_after"] < 0.97 * block["error_before"]
-        assert block["error_after"] < 0.97 * plain["error_after"]
-        assert plain["error_after"] == plain["error_before"]
+        assert block.error_after < 0.97 * block.error_before
+        assert block.error_after < 0.97 * plain.error_after
+        assert plain.error_after == plain.error_before
 
 
 @pytest.mark.parametrize("case", ["llama", "bert", "bert, one logit", "vit", "t5"])
@@ -532,15 +533,15 @@ def test_the_record_holds_what_the_naive_computation_gives():
         # `activation` uses the inputs of the dense block behind the dense blocks before it.
         x = torch.cat([inputs_of(dense, [name], b)[name].flatten(0, -2) for b in batches])
         entry = record.linears[name]
-        assert entry["weight_error"] == pytest.approx((lost.norm() / weight.norm()).item(), rel=1e-4)
-        assert entry["output_error"] == pytest.approx(((x @ lost.T).norm() / (x @ weight.T).norm()).item(), rel=1e-3)
-        assert entry["spectrum_index"] == list(range(1, min(weight.shape) + 1))
+        assert entry.weight_error == pytest.approx((lost.norm() / weight.norm()).item(), rel=1e-4)
+        assert entry.output_error == pytest.approx(((x @ lost.T).norm() / (x @ weight.T).norm()).item(), rel=1e-3)
+        assert entry.spectrum_index == tuple(range(1, min(weight.shape) + 1))
     errors = []
     for batch in batches:
         with torch.no_grad():
             a, b = (m(**batch, output_hidden_states=True).hidden_states[1] for m in (converted, dense))
         errors.append(((a - b).norm() / b.norm()).item())
-    assert record.blocks[0]["error_before"] == pytest.approx(sum(errors) / 3, rel=1e-3)
+    assert record.blocks[0].error_before == pytest.approx(sum(errors) / 3, rel=1e-3)
     calibration = bare(batches, source="some text")
     data = record.to_dict(
         plan, command="c", base_model="m", method=None, allocation=None, calibration=calibration, seconds=1.23
@@ -548,6 +549,10 @@ def test_the_record_holds_what_the_naive_computation_gives():
     assert data["method"] == "anchored"
     assert data["calibration"] == {"source": "some text", "tokens": 3 * 4 * 24}
     assert (data["refine_epochs"], data["distill_epochs"], data["seconds"]) == (0, 0, 1.2)
+    again = ConversionRecord.from_dict(json.loads(json.dumps(data)))
+    assert (again.linears, again.blocks, again.plan) == (record.linears, record.blocks, plan)
+    assert (again.command, again.base_model, again.calibration) == ("c", "m", data["calibration"])
+    assert again.facts["method"] == "anchored"
 
 
 @pytest.mark.parametrize("guide", GUIDES)
@@ -567,7 +572,7 @@ def test_bfloat16():
     record = ConversionRecord()
     convert(model, param_ratio=0.5, calibration=settings(batches), allocation="loss", record=record)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert all(b["error_after"] <= b["error_before"] for b in record.blocks)
+    assert all(b.error_after <= b.error_before for b in record.blocks)
     plain = copy.deepcopy(dense)
     convert(plain, param_ratio=0.5)
     with torch.no_grad():
@@ -645,7 +650,7 @@ def test_a_linear_before_the_blocks_does_not_change_what_the_blocks_are_held_to(
         with torch.no_grad():
             x, y = (m.layers[0](m.first(m.embed(batch["input_ids"]))) for m in (model, dense))
         errors.append(((x - y).norm() / y.norm()).item())
-    assert record.blocks[0]["error_after"] == pytest.approx(sum(errors) / 3, rel=1e-3)
+    assert record.blocks[0].error_after == pytest.approx(sum(errors) / 3, rel=1e-3)
 
 
 # --- mixtures of experts
@@ -663,8 +668,8 @@ def test_an_expert_that_no_token_reached_is_factorized_by_its_weight(calls_empty
         name = f"layers.0.experts.3.{leaf}"
         u, s, v = torch.linalg.svd(dense.get_submodule(name).weight.double())
         torch.testing.assert_close(product(model.get_submodule(name)), (u[:, :5] * s[:5]) @ v[:5], atol=1e-6, rtol=1e-5)
-        assert record.linears[name]["output_error"] is None
-    assert record.linears["layers.0.experts.0.up"]["output_error"] is not None
+        assert record.linears[name].output_error is None
+    assert record.linears["layers.0.experts.0.up"].output_error is not None
 
 
 def test_an_expert_that_only_a_later_batch_reaches_is_calibrated():
@@ -684,7 +689,7 @@ def test_an_expert_that_only_a_later_batch_reaches_is_calibrated():
         )  # fmt: skip
     assert not [w for w in caught if "calibration token" in str(w.message)]
     assert len(record.linears) == 9
-    assert all(e["output_error"] is not None for e in record.linears.values())
+    assert all(e.output_error is not None for e in record.linears.values())
 
 
 def test_tokens_that_a_router_chose_are_not_crossed_with_others():

@@ -79,9 +79,9 @@ def test_a_guide_of_another_model_is_refused():
     model = tiny_llama()
     convert(model, rank=6)
     with pytest.raises(PlanError, match=r"mlp\.gate_proj is \(48, 32\), but \(56, 32\) in the guide model"):
-        attach_guides(model, tiny_llama(intermediate_size=56), "frozen")
+        attach_guides(model, tiny_llama(intermediate_size=56), "residual")
     with pytest.raises(PlanError, match="no dense linear"):
-        attach_guides(model, tiny_gpt2(), "frozen")
+        attach_guides(model, tiny_gpt2(), "residual")
 
 
 def test_a_guide_with_other_weights_is_refused():

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from lowrank_ft_cli.main import build_parser
 
-from lowrank_ft.pretraining.options import ScratchArguments
+from lowrank_ft.pretraining.options import PretrainArguments, ScratchArguments
 from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArguments, option_names
 from tests.conftest import ROOT
 
@@ -29,10 +29,10 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def recipe_flags(command: str) -> set[str]:
-    groups = {"finetune": ModelArguments, "pretrain": ScratchArguments}
+    groups = {"finetune": (ModelArguments, TrainArguments), "pretrain": (ScratchArguments, PretrainArguments)}
     if command not in groups:
         return set()
-    names = option_names(groups[command], DataArguments, TrainArguments)
+    names = option_names(*groups[command], DataArguments)
     switches = {"load_best_model_at_end", "dense_first_block", "decay_vectors"}
     spelled = {f"--{n}" for n in [*names, *(f"no_{s}" for s in switches)]}
     return spelled | {f.replace("_", "-") for f in spelled} | {"--config", "--help"}

@@ -37,7 +37,7 @@ def test_what_is_offloaded_is_not_factorized(build, tmp_path):
             call()
 
 
-@pytest.mark.parametrize("guide", ["none", "frozen"])
+@pytest.mark.parametrize("guide", ["none", "residual"])
 def test_nor_is_an_adapter_computed_with_that_is_offloaded_later(guide, ids):
     model = get_peft_model(
         tiny_llama(), lowrank_ft.LowRankConfig(r=6, guide=guide, alpha=0.5 if guide != "none" else 0)

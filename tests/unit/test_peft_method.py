@@ -65,11 +65,9 @@ def dense_of(net: Net) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def reference(guide, alpha, x, w, u, v, u0, v0, bias):
-    """The three equations with explicit matrices."""
+    """Both equations with explicit matrices."""
     if guide == "residual":
         matrix = u @ v + alpha * (w - u0 @ v0)
-    elif guide == "frozen":
-        matrix = alpha * w + (1 - alpha) * (u @ v)
     else:
         matrix = u @ v
     y = x @ matrix.T
@@ -79,7 +77,7 @@ def reference(guide, alpha, x, w, u, v, u0, v0, bias):
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize(
     ("guide", "alpha"),
-    [("none", 0.0), *((g, a) for g in ("residual", "frozen") for a in (0.0, 0.25, 1.0))],
+    [("none", 0.0), *(("residual", alpha) for alpha in (0.0, 0.25, 1.0))],
 )
 def test_forward_and_gradients_match_the_reference(kind, guide, alpha):
     net = make_net(kind)
@@ -151,10 +149,9 @@ def test_alpha_zero_never_multiplies_by_the_dense_weight(kind):
 # The protocol of lowrank_ft.nn.guided
 
 
-@pytest.mark.parametrize("guide", ["residual", "frozen"])
-def test_guided_functions_drive_the_adapter(guide):
+def test_guided_functions_drive_the_adapter():
     net = make_net()
-    model = adapt(net, guide=guide)
+    model = adapt(net, guide="residual")
     disturb(model)
     x = torch.randn(2, IN, dtype=torch.float64)
     compact = model(x)
@@ -165,7 +162,7 @@ def test_guided_functions_drive_the_adapter(guide):
     with compact_view(model):
         assert torch.equal(model(x), compact)
     assert torch.equal(model(x), guided)
-    assert end_guidance(model) == (8 * RANK * (OUT + IN) if guide == "residual" else 0)
+    assert end_guidance(model) == 8 * RANK * (OUT + IN)
     assert torch.equal(model(x), compact)
     assert not list(guided_layers(model))
     net.linear.set_alpha(1.0)
@@ -235,7 +232,7 @@ def test_disable_adapter_is_the_base_model(kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize(("guide", "alpha"), [("none", 0.0), ("residual", 0.0), ("residual", 0.4), ("frozen", 0.4)])
+@pytest.mark.parametrize(("guide", "alpha"), [("none", 0.0), ("residual", 0.0), ("residual", 0.4)])
 def test_merge_keeps_the_function_and_unmerge_restores_the_bits(kind, guide, alpha):
     net = make_net(kind)
     model = adapt(net, guide=guide, alpha=alpha)
@@ -282,12 +279,13 @@ def test_two_adapters_take_turns_and_add_up():
     net = make_net()
     w, bias = dense_of(net)
     model = adapt(net, "one")
-    model.add_adapter("two", LowRankConfig(r=2, target_modules=["linear"], guide="frozen", alpha=0.5))
+    model.add_adapter("two", LowRankConfig(r=2, target_modules=["linear"], guide="residual", alpha=0.5))
     disturb(model)
     layer = net.linear
     x = torch.randn(4, IN, dtype=torch.float64)
     one = (layer.lowrank_U["one"] @ layer.lowrank_V["one"]).detach()
-    two = 0.5 * w + 0.5 * (layer.lowrank_U["two"] @ layer.lowrank_V["two"]).detach()
+    start = layer.lowrank_U0["two"] @ layer.lowrank_V0["two"]
+    two = (layer.lowrank_U["two"] @ layer.lowrank_V["two"]).detach() + 0.5 * (w - start)
     torch.testing.assert_close(model(x), x @ one.T + bias)
     model.set_adapter("two")
     torch.testing.assert_close(model(x), x @ two.T + bias)
@@ -524,7 +522,7 @@ def test_merge_and_unload_gives_a_stock_model():
     ("options", "message"),
     [
         ({"guide": "dense"}, "does not store W.*recipes/finetune.py"),
-        ({"guide": "teacher"}, "guide 'teacher' is unknown; choose one of residual, frozen, none"),
+        ({"guide": "teacher"}, "guide 'teacher' is unknown; choose one of residual, none"),
         ({"alpha": 1.5}, "alpha is 1.5"),
         ({"alpha": 0.5, "guide": "none"}, "guide 'none'"),
         ({"bias": "lora_only"}, "bias 'lora_only'"),

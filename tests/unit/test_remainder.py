@@ -73,7 +73,7 @@ def test_a_record_takes_no_svd(monkeypatch):
     monkeypatch.setattr(torch.linalg, "svdvals", lambda *_: pytest.fail("an SVD for the report alone"))
     record = lowrank_ft.conversion.ConversionRecord()
     lowrank_ft.convert(tiny_llama(), rank=4, record=record)
-    assert all(entry["spectrum"] for entry in record.linears.values())
+    assert all(entry.spectrum for entry in record.linears.values())
 
 
 def test_guides_are_made_as_their_dense_weights_go(monkeypatch):

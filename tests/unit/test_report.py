@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM
 
 import lowrank_ft
 from lowrank_ft.checkpoints.source import Source
+from lowrank_ft.conversion.record import read_conversion
 from lowrank_ft.costs.flops import compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, DataError, MissingPackageError
 from lowrank_ft.export import save_compact
 from lowrank_ft.factorization.plan import LinearPlan
 from lowrank_ft.report import plots
 from lowrank_ft.report.inspection import measure_linears, open_checkpoint
-from lowrank_ft.report.records import read_conversion
+from lowrank_ft.report.model_card import dense_card, model_card
 from lowrank_ft.report.report import build_report
 from lowrank_ft.report.summary import evaluation_rows, read_evaluation
 from lowrank_ft.training.metrics import read_metrics, run_figure
@@ -109,6 +110,21 @@ def test_names_from_files_are_harmless(folder):
     page = assert_self_contained(build_report(open_checkpoint(Source(str(folder))), evaluation=evaluation))
     assert page.words.count(evil) >= 5
     assert "evil.example" not in {a.get("src", "")[:30] for a in page.all("img")}
+
+
+def test_a_checkpoint_may_be_called_a_script(folder):
+    """The folder, the text it was measured on and the baseline; and a result in the card, which is Markdown."""
+    evil = "<script>alert(1)<!-- &amp;"
+    named = folder.rename(folder.with_name(evil))
+    evaluation = {"model": {"loss": 1.0}, "baseline": {"name": f"{evil}b", "loss": 2.0}}
+    text = build_report(open_checkpoint(Source(str(named))), evaluation=evaluation, evaluated_on=f"{evil}c")
+    page = assert_self_contained(text)
+    for shown in (f"{evil}: low-rank report", f"Measured on {evil}c.", f"Baseline: {evil}b."):
+        assert shown in page.words
+    model = tiny_llama()
+    for card in (model_card(model, results={evil: evil}), dense_card(model, {evil: evil}, "command")):
+        assert "<script" not in card
+        assert "&lt;script>alert(1)" in card
 
 
 def test_local_folders_are_not_told(folder):
@@ -216,7 +232,7 @@ def test_a_record_with_gaps(tmp_path):
     found = read_conversion(tmp_path)
     assert found is not None
     assert found.linears["a"].weight_error is None
-    assert found.blocks == ()
+    assert found.blocks == []
     assert found.calibration is None
 
 

@@ -34,7 +34,7 @@ def fsdp(**options):
 
 def guided(make=tiny_llama):
     model = make()
-    convert(model, rank=8, guide="frozen")
+    convert(model, rank=8, guide="residual")
     return model
 
 
@@ -98,7 +98,7 @@ def test_gradients_are_summed_in_float32_under_mixed_precision():
 
 def test_a_skeleton_has_the_shape_and_the_ties_but_no_weights():
     model = tiny_llama(tie_word_embeddings=True)
-    convert(model, rank=8, guide="frozen")
+    convert(model, rank=8, guide="residual")
     empty = sharding.skeleton(model)
     assert [(n, p.shape, p.requires_grad) for n, p in empty.named_parameters()] == [
         (n, p.shape, p.requires_grad) for n, p in model.named_parameters()

@@ -23,6 +23,7 @@ from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.arguments import parse_args
 from lowrank_ft.training.metrics import read_metrics
 from lowrank_ft.training.resume import find_checkpoints, load_optimizer_tensors, optimizer_tensors
+from lowrank_ft.training.step import OptimizerStep
 from tests.conftest import tiny_llama
 
 BLOCK = 16
@@ -48,7 +49,8 @@ def arguments(tmp_path, **overrides):
         output_dir=str(tmp_path / "run"), max_steps=8, guided_ratio=0.5, per_device_train_batch_size=4,
         learning_rate=3e-3, logging_steps=1, weight_decay=0.0, seed=0,
     )  # fmt: skip
-    return TrainArguments(**{**options, **overrides})
+    kind = PretrainArguments if {"guide_mode", "fixed_flops"} & overrides.keys() else TrainArguments
+    return kind(**{**options, **overrides})
 
 
 def records(tmp_path):
@@ -61,7 +63,7 @@ def distilled(on_other_text):
     return {"teacher": tiny_llama(), "distill_data": other}
 
 
-@pytest.mark.parametrize("guide", ["residual", "frozen", "dense"])
+@pytest.mark.parametrize("guide", ["residual", "dense"])
 def test_it_learns_follows_the_schedule_and_drops_the_guide(tmp_path, data, guide):
     model = guided(guide)
     Trainer(model, arguments(tmp_path, max_steps=40), data).train()
@@ -257,8 +259,9 @@ def test_bad_guide_options(tmp_path, data):
     adapter = get_peft_model(tiny_llama(), LowRankConfig(r=4, guide="residual"))
     with pytest.raises(ConfigError, match="this model has those of a PEFT adapter"):
         Trainer(adapter, arguments(tmp_path, fixed_flops=True), data)
-    with pytest.raises(ConfigError, match="guide_mode stochastic needs a guided phase, and guide is none"):
-        parse_args(["--model", "m", "--guide", "none", "--guide_mode", "stochastic"])
+    for flags in (["--guide_mode", "stochastic"], ["--fixed_flops"]):  # of training from scratch alone
+        with pytest.raises(ConfigError, match=f"there is no option {flags[0]}"):
+            parse_args(["--model", "m", *flags])
 
 
 def test_another_guide_mode_is_not_resumed(tmp_path, data):
@@ -453,8 +456,8 @@ def test_overwriting_forgets_the_earlier_runs_checkpoints(tmp_path, data):
 def test_another_guide_or_other_data_is_not_resumed(tmp_path, data):
     Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
     early = str(tmp_path / "run" / "checkpoints" / "step-00000002")
-    with pytest.raises(TrainingStateError, match=r"guides \['residual'\] -> \['frozen'\]"):
-        Trainer(guided("frozen"), arguments(tmp_path, resume_from_checkpoint=early), data).train()
+    with pytest.raises(TrainingStateError, match=r"guides \['residual'\] -> \['dense'\]"):
+        Trainer(guided("dense"), arguments(tmp_path, resume_from_checkpoint=early), data).train()
     other = pack(data.ids[::-1].copy(), BLOCK)
     with pytest.raises(TrainingStateError, match="train_data .* crc32"):
         Trainer(guided(), arguments(tmp_path, resume_from_checkpoint=early), other).train()
@@ -512,7 +515,7 @@ def test_a_diverged_run_stops_and_says_so(tmp_path, data):
 def test_the_speed_of_training_leaves_evaluations_out(data, tmp_path, monkeypatch):
     trainer = Trainer(guided(), arguments(tmp_path, eval_steps=1), *data.split(4))
     clock = [1.0]
-    step, evaluate = Trainer._optimizer_step, Trainer.evaluate
+    step, evaluate = OptimizerStep.take, Trainer.evaluate
 
     def timed(seconds, call):
         def run(*arguments):
@@ -522,7 +525,7 @@ def test_the_speed_of_training_leaves_evaluations_out(data, tmp_path, monkeypatc
         return run
 
     monkeypatch.setattr("time.perf_counter", lambda: clock.__setitem__(0, clock[0] + 1e-9) or clock[0])
-    monkeypatch.setattr(Trainer, "_optimizer_step", timed(1.0, step))
+    monkeypatch.setattr(OptimizerStep, "take", timed(1.0, step))
     monkeypatch.setattr(Trainer, "evaluate", timed(100.0, evaluate))
     trainer.train()
     assert {e["tokens_per_second"] for e in records(tmp_path)} == {4.0 * (BLOCK - 1)}

@@ -14,7 +14,7 @@ from lowrank_ft.factorization.plan import Plan, make_plan
 from lowrank_ft.factorization.targets import Patterns
 
 PEFT_TYPE = "LOWRANK"
-PEFT_GUIDES = ("residual", "frozen", "none")
+PEFT_GUIDES = ("residual", "none")
 BIASES = ("none", "all", "lowrank_only")
 
 
@@ -30,7 +30,7 @@ class LowRankConfig(PeftConfig):
             every linear of the repeated blocks, as everywhere in this package.
         exclude_modules: what to leave out of that.
         rank_pattern: module name or regular expression to rank, for linears that differ from ``r``.
-        guide: ``residual``, ``frozen`` or ``none`` (see :mod:`lowrank_ft.integrations.peft.layer`).
+        guide: ``residual`` or ``none`` (see :mod:`lowrank_ft.integrations.peft.layer`).
         alpha: share of the guide, 0 to 1. It is not LoRA's ``lora_alpha``: it scales no update. 0 trains the factors
             alone; a schedule sets it with :func:`lowrank_ft.nn.set_alpha`, and ``save_pretrained`` stores where it is.
         init_weights: True starts from the truncated SVD of ``W``, False from random factors.
@@ -51,7 +51,7 @@ class LowRankConfig(PeftConfig):
     rank_pattern: dict[str, int | float] = field(
         default_factory=dict, metadata={"help": "Name or regular expression to rank, where it differs from r."}
     )
-    guide: str = field(default="residual", metadata={"help": "Dense branch: residual, frozen or none."})
+    guide: str = field(default="residual", metadata={"help": "Dense branch: residual or none."})
     alpha: float = field(default=0.0, metadata={"help": "Share of the guide, 0 to 1; not lora_alpha."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the truncated SVD (True) or at random."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored (in, out); set automatically."})
@@ -78,16 +78,14 @@ class LowRankConfig(PeftConfig):
     def _check_guide(self) -> None:
         if self.guide == "dense":
             raise ConfigError(
-                "guide 'dense' trains W, and a PEFT adapter does not store W; use guide 'residual', 'frozen' or 'none' "
-                "here, or train with lowrank_ft.training or recipes/finetune.py, which offer the dense guide"
+                "guide 'dense' trains W, and a PEFT adapter does not store W; use guide 'residual' or 'none' here, "
+                "or train with lowrank_ft.training or recipes/finetune.py, which offer the dense guide"
             )
         require_choice("guide", self.guide, PEFT_GUIDES)
         if not 0.0 <= self.alpha <= 1.0:
             raise ConfigError(f"alpha is {self.alpha}; it is the share of the guide and must be between 0 and 1")
         if self.guide == "none" and self.alpha > 0:
-            raise ConfigError(
-                f"alpha is {self.alpha} with guide 'none'; set alpha to 0, or guide to residual or frozen"
-            )
+            raise ConfigError(f"alpha is {self.alpha} with guide 'none'; set alpha to 0, or guide to residual")
 
     def _check_layers(self) -> None:
         # PEFT ignores both silently where they cannot apply.

@@ -3,7 +3,6 @@
 With ``V (r, in)``, ``U (out, r)``, their initial values ``V0``, ``U0``, and the share ``alpha`` of the guide::
 
     residual   y = U (V x) + alpha * (W x - U0 (V0 x)) + bias
-    frozen     y = alpha * W x + (1 - alpha) * U (V x) + bias
     none       y = U (V x) + bias
 
 An adapter *replaces* ``W``. Several active adapters add up their changes to it, ``y = W x + sum_i (y_i - W x) + bias``,
@@ -35,7 +34,7 @@ class LowRankLayer(BaseTunerLayer):
         lowrank_U, lowrank_V: the factors, ``(out, r)`` and ``(r, in)``.
         lowrank_U0, lowrank_V0: their initial values, for the residual guide only. Saved buffers: nothing trains them.
         lowrank_alpha: share of the guide, float32 scalars, not saved (the config carries it).
-        lowrank_guide: kind of the guide; becomes ``none`` when it is dropped.
+        lowrank_guide: ``residual``, or ``none`` from when it is dropped.
         lowrank_share: ``alpha`` as a number, for saving.
         lowrank_guided: the adapters whose alpha is not 0. Forward decides by this set, so a compiled graph changes
             once, when guidance ends, and not with every value of alpha.
@@ -191,10 +190,7 @@ class LowRankLayer(BaseTunerLayer):
             product = self.lowrank_U[name].detach().to(dtype) @ self.lowrank_V[name].detach().to(dtype)
             if self._is_guided(name):
                 share = self.lowrank_share[name]
-                if self.lowrank_guide[name] == "residual":
-                    product -= share * (self.lowrank_U0[name].to(dtype) @ self.lowrank_V0[name].to(dtype))
-                else:
-                    product *= 1 - share
+                product -= share * (self.lowrank_U0[name].to(dtype) @ self.lowrank_V0[name].to(dtype))
                 dense_share += share
             result += product
         return result if dense_share == 0 else result + dense_share * dense.to(dtype)
@@ -278,10 +274,7 @@ class LowRankAdapterLinear(nn.Module, LowRankLayer):
             y = F.linear(F.linear(inputs, v), u)
             if self.guide_gate and self._is_guided(name):
                 alpha = self.lowrank_alpha[name]
-                if self.lowrank_guide[name] == "residual":
-                    y = y - alpha * F.linear(F.linear(inputs, self.lowrank_V0[name]), self.lowrank_U0[name])
-                else:
-                    y = (1 - alpha) * y
+                y = y - alpha * F.linear(F.linear(inputs, self.lowrank_V0[name]), self.lowrank_U0[name])
                 dense_share = dense_share + alpha
             terms.append(y)
         result = sum(terms[1:], start=terms[0])

@@ -10,14 +10,12 @@ the drop needs a model without guides *before* its weights and its optimizer sta
 there: what has to be changed about it is in :mod:`.patches`, and about the model in :mod:`.model_hooks`.
 """
 
-import gc
 import json
 import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,12 +25,12 @@ from lowrank_ft.errors import ConfigError, TrainingStateError, require_choice
 from lowrank_ft.integrations.transformers_trainer.model_hooks import hooks_of
 from lowrank_ft.integrations.transformers_trainer.patches import (
     calling_trainer,
-    drop_guides,
     prepare_before_training,
     require_units,
 )
-from lowrank_ft.nn import end_guidance, guided_layers, lowrank_layers, set_alpha
-from lowrank_ft.schedule import ALPHA_SCHEDULES, alpha_at
+from lowrank_ft.nn import end_guidance, guided_layers, lowrank_layers
+from lowrank_ft.schedule import ALPHA_SCHEDULES
+from lowrank_ft.training.guidance import drop_guides, guide_step, remake_ddp, require_guides
 
 STATE_FILE = "trainer_state.json"
 GUIDED, COMPACT = "guided", "compact"
@@ -124,8 +122,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             )
         if record["phase"] == COMPACT:
             end_guidance(model)
-        elif not any(guided_layers(model)):
-            raise TrainingStateError(_LACKS_GUIDES.format(checkpoint))
+        else:
+            require_guides(model, checkpoint, _MAKE_GUIDES)
 
     # Events of the Trainer
 
@@ -154,9 +152,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._alpha = alpha_at(state.global_step, self.recorded["guided_steps"], self.alpha_schedule)
-        if self.recorded["phase"] == GUIDED:
-            set_alpha(kwargs["model"], self._alpha)
+        self._alpha = guide_step(kwargs["model"], state.global_step, self.recorded["guided_steps"], self.alpha_schedule)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Before Trainer saves the checkpoint of this step, so that its weights and its phase agree.
@@ -186,9 +182,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     def _check_phase(self, state: TrainerState, model: nn.Module) -> str:
         """The phase in which this training begins; raises where checkpoint, model and arguments disagree."""
-        guided = any(guided_layers(model))
         if state.global_step == 0:
-            if not guided:
+            if not any(guided_layers(model)):
                 raise ConfigError(_no_guide(model))
             return GUIDED
         record = _record_in(state.stateful_callbacks)
@@ -200,8 +195,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         if record["phase"] == COMPACT:
             self.recorded = record
             return COMPACT
-        if not guided:
-            raise TrainingStateError(_LACKS_GUIDES.format(f"the checkpoint of step {state.global_step}"))
+        require_guides(model, f"the checkpoint of step {state.global_step}", _MAKE_GUIDES)
         now = {"guided_steps": self._resolve_steps(state.max_steps), "alpha_schedule": self.alpha_schedule}
         changed = [f"{name} {record[name]!r} -> {value!r}" for name, value in now.items() if record[name] != value]
         if changed:
@@ -231,11 +225,14 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     def _drop(self, model: nn.Module, optimizer: Any) -> None:
         hooks_of(model).stop_skipping()
-        drop_guides(model, optimizer)
+        trainer = hooks_of(model).trainer()
+
+        def rewrap() -> None:
+            if trainer is not None:
+                remake_ddp(trainer.accelerator, trainer.model_wrapped)
+
+        drop_guides(model, optimizer, rewrap)
         self.recorded["phase"] = COMPACT
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def phase_out(
@@ -268,9 +265,8 @@ def phase_out(
     return callback
 
 
-_LACKS_GUIDES = (
-    "{} is of the guided phase, and this model has no guide; make the model as for the first step, with "
-    "lowrank_ft.convert(model, ..., guide=...) or LowRankConfig(guide=...)"
+_MAKE_GUIDES = (
+    "make the model as for the first step, with lowrank_ft.convert(model, ..., guide=...) or LowRankConfig(guide=...)"
 )
 
 
@@ -296,7 +292,7 @@ def _no_guide(model: nn.Module) -> str:
     if type(model).__module__.startswith("peft.") or hasattr(model, "peft_config"):
         return (
             "no active adapter of the model has a guide for GuidanceCallback to phase out; use "
-            "LowRankConfig(guide='residual') or 'frozen', or leave the callback out"
+            "LowRankConfig(guide='residual'), or leave the callback out"
         )
     if any(lowrank_layers(model)):
         return (

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_ft.nn import GuidedLowRankLinear, guided_layers, lowrank_layers
+from lowrank_ft.training.guidance import skip_guides_in_evaluation
 
 
 class ModelHooks:
@@ -28,11 +29,7 @@ class ModelHooks:
         model = self._model()
         assert model is not None
         self.stop_skipping()
-        for _, layer in guided_layers(model):
-            self._skipping += [
-                layer.register_forward_pre_hook(_hide_guide),
-                layer.register_forward_hook(_show_guide, always_call=True),
-            ]
+        self._skipping += skip_guides_in_evaluation(model)
 
     def stop_skipping(self) -> None:
         for handle in self._skipping:
@@ -67,13 +64,3 @@ def _leave_out_guides(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> 
         prefixes += [f"{name}.{part}." for part in getattr(module, "guide_state", ())]
     for name in [k for k in state_dict if k.startswith(tuple(prefixes))]:
         del state_dict[name]
-
-
-def _hide_guide(layer: Any, _: Any) -> None:
-    if not layer.training:
-        layer.guide_enabled = False
-
-
-def _show_guide(layer: Any, *_: Any) -> None:
-    if not layer.training:
-        layer.guide_enabled = True

@@ -4,11 +4,9 @@ A callback hears of a checkpoint only after its weights and its optimizer state 
 
     in train(), first    the model takes the shape of the checkpoint that will be read, and under FSDP2 every guide
                          becomes a unit of its own (:func:`prepare_before_training`)
-    at the drop          DDP and FSDP2 forget the guides (:func:`drop_guides`)
 """
 
 import functools
-import gc
 import inspect
 import weakref
 from collections.abc import Callable
@@ -19,13 +17,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.integrations.transformers_trainer.model_hooks import hooks_of
-from lowrank_ft.nn import end_guidance, guided_layers
+from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import fsdp
 
 
@@ -99,41 +96,3 @@ def require_units(model: nn.Module) -> None:
             "the model was sharded before GuidanceCallback could make its guides units of FSDP2; hand the callback to "
             "Trainer as callbacks=[...] instead of add_callback"
         )
-
-
-def drop_guides(model: nn.Module, optimizer: Any) -> None:
-    """Take the guides from model, optimizer and whatever spreads the model over processes.
-
-    Args:
-        model: the one that Trainer holds: sharded under FSDP2, the inner one under DDP.
-        optimizer: accelerate's or torch's, or None before there is one.
-    """
-    had_guides = any(guided_layers(model))
-    fsdp.reshard(model)  # after an evaluation parameters may be gathered, and not those that the optimizer has
-    units = fsdp.guide_units(model)
-    end_guidance(model, getattr(optimizer, "optimizer", optimizer))
-    if units:
-        fsdp.forget_units(model, units)
-    elif had_guides:
-        _remake_ddp(hooks_of(model).trainer())
-
-
-def _remake_ddp(trainer: Trainer | None) -> None:
-    """Let DDP forget the guides. Nothing happens on one process.
-
-    DDP holds every parameter that it was made with, and waits for the gradients of those that had one, so it has to be
-    made anew. But Trainer's running loop has the old wrapper in a local variable, which nobody can exchange. So the old
-    object is emptied, and takes over the attributes of the new one: both are then the same wrapper.
-    """
-    if trainer is None:
-        return
-    held, accelerator = trainer.model_wrapped, trainer.accelerator
-    if not isinstance(held, DistributedDataParallel):
-        return
-    # Mixed precision wraps forward, and would do so twice.
-    bare = accelerator.unwrap_model(held, keep_fp32_wrapper=False)
-    accelerator._models.clear()  # accelerate keeps a reference, and has no way to drop one model
-    vars(held).clear()  # with its reducer go the hooks on the gradients
-    gc.collect()
-    fresh = accelerator.prepare_model(bare)
-    object.__setattr__(held, "__dict__", vars(fresh))

@@ -1,6 +1,6 @@
 """The items of the tasks in this folder, for lm-evaluation-harness, which calls this file by its path.
 
-A path in a YAML file would be relative to wherever the command is run; this one is relative to the package.
+A path in a YAML file would be relative to wherever the command is run; this one is relative to this file.
 """
 
 import json

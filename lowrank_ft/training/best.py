@@ -1,0 +1,50 @@
+"""The weights of the best evaluation: kept aside during the run, put back at its end."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from lowrank_ft.training import resume
+
+
+class Best:
+    """The lowest evaluation loss so far, and where it was reached; both None before the first evaluation.
+
+    Args:
+        output_dir: the folder of the run, which holds the weights meanwhile.
+        keep: whether the weights are kept, and not the numbers alone.
+        max_steps: of the run; after the last step the model itself has the weights.
+    """
+
+    def __init__(self, output_dir: Path, keep: bool, max_steps: int) -> None:
+        self.output_dir, self.keep, self.max_steps = output_dir, keep, max_steps
+        self.loss: float | None = None
+        self.step: int | None = None
+
+    def see(self, loss: float, step: int, model: nn.Module, accelerator: Accelerator, sharded: bool) -> None:
+        """Note the loss of this step, and keep the weights where it is the lowest. All processes call this."""
+        if self.loss is not None and not loss < self.loss:  # a NaN is no better
+            return
+        self.loss, self.step = loss, step
+        if self.keep and step < self.max_steps:
+            resume.write_best(self.output_dir, model, accelerator, sharded)
+
+    def load(self, model: Any, accelerator: Accelerator) -> None:
+        """Put the weights into the model, which has no guides any more. All processes call this."""
+        accelerator.wait_for_everyone()
+        if self.step is None or self.step == self.max_steps:
+            return
+        if not resume.read_best(self.output_dir, model):
+            folder = self.output_dir / resume.FOLDER
+            warnings.warn(f"{folder}/best is missing; the weights of the last step are kept instead", stacklevel=3)
+            self.loss = self.step = None
+        elif self.step == 0 and accelerator.is_main_process:
+            warnings.warn(
+                f"no step of this training was better on the held-out data than the start (loss {self.loss:.4f}), so the "
+                "result is the model AS IT WAS BEFORE TRAINING; lower learning_rate, give more or other data, or keep the "
+                "last weights with --no_load_best_model_at_end",
+                stacklevel=4,
+            )
