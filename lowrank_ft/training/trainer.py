@@ -16,6 +16,7 @@ what FSDP2 needs beyond it is in :mod:`lowrank_ft.training.fsdp`.
 import gc
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
