@@ -82,6 +82,7 @@ def run_demo(output_dir: Path, param_ratio: float = 0.6, max_steps: int = 120) -
         model, param_ratio=param_ratio, calibration=training_calibration(train_data, CALIBRATION_TOKENS), progress=True
     )
     _save(model, output_dir / "converted")
+    model = _reload_here(output_dir / "converted")  # pivoted, as it is stored and counted
     rows.append(_row("converted", model, output_dir / "converted", held_out))
 
     _say(f"2. fine-tune, {max_steps} steps, the dense weight phased out over the first quarter: lowrank-ft finetune")
