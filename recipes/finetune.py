@@ -128,6 +128,7 @@ def prepare_model(
         raise ConfigError(f"{source.name} is dense; say how small it should become with --rank or --param_ratio")
 
     model = load_model(source, dtype)
+    origin: Any = getattr(model.config, "quantization_config", None)  # unpivot writes this entry anew, as a dictionary
     lowrank_ft.unpivot(model)
     if not compact:
         check_finite(model)
@@ -160,7 +161,6 @@ def prepare_model(
         )
         return model, source.name, teacher
 
-    origin = model.config.quantization_config
     base_model = args.guide_model or origin.base_model
     guide = args.guide_at(compare(model).kept)
     if args.guide == "auto" and not base_model:
