@@ -133,6 +133,9 @@ def print_plan(plan: Plan, to_stderr: bool = False) -> None:
           f" (param ratio {plan.param_ratio:.3f}; as plain factors, in training, {human_count(plan.trained_parameters)})",
           file=stream)  # fmt: skip
     print(f"model     {human_count(before)} -> {human_count(after)} parameters ({after / before:.1%})", file=stream)
+    if plan.trained_parameters > plan.target_parameters:
+        print("note      in training the factors have more parameters than the dense linears; finetune --trainable lora "
+              "trains few of them, and plan --memory compares", file=stream)  # fmt: skip
     dense = [p for p in plan.linears if p.rank is None]
     if dense:
         print(
