@@ -41,9 +41,9 @@ def test_outputs_and_gradients_are_those_of_one_process_and_only_ranks_are_sent(
         shapes = facts["local"]
         assert shapes["model.layers.0.self_attn.q_proj.U.weight"] == [WIDTH // 2, RANK]
         assert shapes["model.layers.0.self_attn.o_proj.V.weight"] == [RANK, WIDTH // 2]
-        # Pivoted on the side that is split: q, k and v on their outputs. o and down are on theirs, which are whole.
+        # Pivoted on the side that is split: the outputs of k and v, and the inputs of o, which is square as q is.
         kinds = {name.rpartition(".")[2] for name in facts["unpivoted"]}
-        assert kinds == ({"q_proj", "k_proj", "v_proj"} if form == "pivoted" else set())
+        assert kinds == ({"k_proj", "v_proj", "o_proj"} if form == "pivoted" else set())
         for whole in ("q_proj.V.weight", "o_proj.U.weight", "o_proj.bias"):
             assert f"model.layers.0.self_attn.{whole}" not in facts["split"]
 
