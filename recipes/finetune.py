@@ -9,6 +9,7 @@ What is left in ``output_dir`` at the end is a compact checkpoint that ``AutoMod
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ from lowrank_ft.training import (
     make_accelerator,
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
+from lowrank_ft.training.preparation import writes_explained
+from lowrank_ft.training.resume import remove_all
 
 
 @one_line_errors
@@ -44,7 +47,7 @@ def main() -> None:
     source = Source(model_args.model, model_args.revision, model_args.trust_remote_code, adapter=model_args.adapter)
     source.check_adapter()
 
-    checkpoint_to_resume(train_args)  # refuses a folder in use before any work is done
+    checkpoint_to_resume(train_args, source.folder)  # refuses a folder in use before any work is done
 
     # 1. The data first: a misspelt column should not cost the time of a conversion.
     config = source.load_config()
@@ -71,24 +74,27 @@ def main() -> None:
 
     # 3. Train; at the end the guides are gone and the best weights are in place.
     trainer = Trainer(model, train_args, train_data, eval_data, accelerator, teacher=teacher, distill_data=distill_data)
-    trainer.starting_point()  # a resumption that is refused leaves its folder as it was
-    if accelerator.is_main_process:
-        begin_run(train_args.output_dir, folder, export_dtype)
-    model = trainer.train()
-    assert isinstance(model, PreTrainedModel)
+    checkpoint, _ = trainer.starting_point()  # a resumption that is refused leaves its folder as it was
+    with writes_explained(train_args.output_dir):
+        if accelerator.is_main_process:
+            if checkpoint is None:
+                remove_all(Path(train_args.output_dir))
+            begin_run(train_args.output_dir, folder, export_dtype, resumes=checkpoint is not None)
+        model = trainer.train()
+        assert isinstance(model, PreTrainedModel)
 
-    # 4. Export.
-    if accelerator.is_main_process:
-        results = {"training steps": trainer.max_steps, "guide": f"{guide}, {trainer.guided_steps} steps"}
-        if trainer.best_loss is not None:
-            results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
-        if trainer.best_step == 0 and train_args.load_best_model_at_end:
-            results["note"] = "no step was better than the start: these are the weights before training"
-        lowrank_ft.save_compact(
-            model.to(export_dtype), train_args.output_dir, companions_from=folder, base_model=base_model,
-            results=results, command=shown_command("recipes/finetune.py", sys.argv[1:]), keep_existing=True,
-        )  # fmt: skip
-        print(train_args.output_dir)
+        # 4. Export.
+        if accelerator.is_main_process:
+            results = {"training steps": trainer.max_steps, "guide": f"{guide}, {trainer.guided_steps} steps"}
+            if trainer.best_loss is not None:
+                results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
+            if trainer.best_step == 0 and train_args.load_best_model_at_end:
+                results["note"] = "no step was better than the start: these are the weights before training"
+            lowrank_ft.save_compact(
+                model.to(export_dtype), train_args.output_dir, companions_from=folder, base_model=base_model,
+                results=results, command=shown_command("recipes/finetune.py", sys.argv[1:]), keep_existing=True,
+            )  # fmt: skip
+            print(train_args.output_dir)
 
 
 def prepare_model(
@@ -109,8 +115,8 @@ def prepare_model(
         raise ConfigError(f"{source.name} is dense; say how small it should become with --rank or --param_ratio")
 
     model = load_model(source, dtype)
+    check_finite(model, source.name)
     if not compact:
-        check_finite(model)
         teacher = None
         if distill:
             teacher = load_dense(args, args.guide_model, None, distill) if args.guide_model else copy.deepcopy(model)

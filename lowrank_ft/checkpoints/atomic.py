@@ -91,7 +91,7 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
         _sync_folder(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OutputError) or not _is_write_failure(error):
+        if isinstance(error, OutputError) or not is_write_failure(error):
             raise
         free = shutil.disk_usage(path.parent).free / 2**30
         raise OutputError(
@@ -182,6 +182,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _is_write_failure(error: Exception) -> bool:
+def is_write_failure(error: BaseException) -> bool:
     """A write that the system refused: safetensors wraps the system's error in one of its own."""
-    return not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+    if isinstance(error, SafetensorError):
+        return "os error" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
