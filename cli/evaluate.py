@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,12 +11,12 @@ import torch
 from lowrank_ft_cli.options import device_of, dtype_of, folder_bytes, source_of
 from torch import Tensor
 
-from lowrank_ft.checkpoints.source import Source, check_causal_lm, load_model
+from lowrank_ft.checkpoints.source import Source, check_causal_lm, check_finite, load_model
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column, texts
-from lowrank_ft.errors import ConfigError
+from lowrank_ft.errors import ConfigError, NonFiniteError
 from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
 from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, to_blocks, windows
 from lowrank_ft.factorization.plan import count_parameters
@@ -118,6 +119,12 @@ def measure(
         if options.stride is not None:
             blocks, labels = windows(ids, block_size, options.stride)
         result = evaluate_blocks(model, blocks, options.batch_size, progress=True, labels=labels)
+        if not math.isfinite(result.loss):
+            check_finite(model, source.name)
+            raise NonFiniteError(
+                f"{source.name}: the loss is {result.loss}, though every weight is a number; its values overflow in "
+                f"{model.dtype}, so try --dtype float32"
+            )
         numbers |= {
             "block_size": block_size,
             "stride": options.stride,

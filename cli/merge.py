@@ -7,7 +7,7 @@ from lowrank_ft_cli.options import dtype_of, output_dir_of, shard_size, source_o
 
 import lowrank_ft
 from lowrank_ft.checkpoints.atomic import check_output_dir
-from lowrank_ft.checkpoints.source import is_compact, load_model
+from lowrank_ft.checkpoints.source import check_finite, is_compact, load_model
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.export import save_dense
 
@@ -19,7 +19,9 @@ def run(options: argparse.Namespace) -> None:
     check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     if not is_compact(source.load_config()):
         raise CheckpointError(f"{source.name} is dense already; merge takes what convert or finetune wrote")
-    model = lowrank_ft.merge(load_model(source, dtype_of(options)))
+    model = load_model(source, dtype_of(options))
+    check_finite(model, source.name)
+    model = lowrank_ft.merge(model)
     save_dense(
         model, options.output_dir, companions_from=source.download(), overwrite=options.overwrite,
         max_shard_size=shard_size(options),

@@ -448,13 +448,14 @@ def check_written(folder: Path, model: PreTrainedModel) -> None:
             )
 
 
-def check_finite(model: torch.nn.Module) -> None:
-    """Raise a NonFiniteError that names the first weight with NaN or infinity."""
+def check_finite(model: torch.nn.Module, where: object = "") -> None:
+    """Raise a NonFiniteError that names the first weight with NaN or infinity, and ``where`` it was read from."""
+    of = f"{where}: " if where else ""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
-                f"{name} {tuple(tensor.shape)} holds {bad} NaN or infinite values; "
+                f"{of}{name} {tuple(tensor.shape)} holds {bad} NaN or infinite values; "
                 "the checkpoint is damaged, download or train it again"
             )
 
