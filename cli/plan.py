@@ -14,7 +14,7 @@ from lowrank_ft_cli.options import device_of, dtype_of, size_options, source_of
 from lowrank_ft_cli.preset import print_training_cost, run_preset, sequence_length_of
 from torch import nn
 
-from lowrank_ft.checkpoints.source import Source, TensorInfo, is_compact, load_model, skeleton
+from lowrank_ft.checkpoints.source import Source, TensorInfo, check_fits, is_compact, load_model, skeleton
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion.convert import allocate, spectrum_of
 from lowrank_ft.costs.flops import training_cost
@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
             plan = allocate(model, plan, allocation, read_calibration(options, source, model), progress=True)
     else:
         model = skeleton(config, source.name, source.trust_remote_code)
+        check_fits(model, tensors, source.name)
         plan = make_plan(model, **size_options(options))
     cost = None if length is None else training_cost(model, plan, options.tokens, length)
     memory = memory_of(plan, options, model) if options.memory else None

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lowrank_ft.checkpoints.companions import COMPANION_FOLDERS, COMPANIONS
-from lowrank_ft.checkpoints.folders import check_folder, check_writable
+from lowrank_ft.checkpoints.folders import check_folder, check_name, check_writable
 from lowrank_ft.errors import OutputError
 
 # --overwrite replaces a folder only where each entry looks like a part of a checkpoint.
@@ -44,6 +44,7 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
         OutputError: see :func:`check_folder`; or the path holds ``keep``.
     """
     path = Path(path)
+    check_name(path)
     _recover(path)
     if keep is not None and Path(keep).exists() and Path(keep).resolve().is_relative_to(path.resolve()):
         raise OutputError(f"--output-dir {path} holds the source {keep}; write somewhere else")

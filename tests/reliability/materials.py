@@ -50,8 +50,8 @@ def make_dense(folder: Path) -> Path:
         model.save_pretrained(folder / name, max_shard_size=size)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(DEMO_MODEL / file, folder / name)
-    words = ["to be or not to be, that is the question;", "whether it is nobler in the mind to suffer", "the slings"]
-    lines = [{"text": " ".join(words[i % 3 :] * 3) + f" {i}."} for i in range(60)]
+    words = "to be or not to be that is the question whether it is nobler in the mind to suffer".split()  # noqa: SIM905
+    lines = [{"text": " ".join(words[i % 7 :] * 3) + f" {i}."} for i in range(60)]
     (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "plan.json").write_text(json.dumps(make_plan(model, param_ratio=0.5).to_dict()))
     return folder

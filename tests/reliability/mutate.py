@@ -13,8 +13,8 @@ _ODD: tuple[Any, ...] = ("text", "", [1], [], {"a": 1}, {}, 3, 1.5, True)
 _IN_TREE = ("delete", "wrong type", "null", "huge", "negative", "zero", "deep", "NaN", "duplicate key")
 _RAW = ("not UTF-8", "truncated", "bytes flipped", "empty file", "list at the top")
 _OF_TENSORS = (
-    "delete", "wrong type", "null", "huge", "negative", "truncated", "header flipped", "payload flipped", "more bytes",
-    "NaN in weights", "infinity in weights", "renamed tensor", "length of header", "empty file",
+    "delete", "wrong type", "null", "huge", "negative", "truncated", "header flipped", "payload flipped", "NaN in weights",
+    "infinity in weights", "renamed tensor", "length of header", "empty file", "more bytes",
 )  # fmt: skip
 
 
