@@ -30,7 +30,7 @@ bench-throughput: .venv/dev.stamp  ## tokens per second of dense, low-rank and w
 bench-training-step: .venv/dev.stamp  ## what an optimizer step costs in each guide mode; a few minutes
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/training_step.py
 
-reliability: .venv/dev.stamp  ## damaged inputs, kills at random times, full disks; half an hour, and goes on where it was broken off
+reliability: .venv/dev.stamp  ## damaged inputs, kills at random times, full disks; twenty minutes, and goes on where it was broken off
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.run
 
 lint: .venv/dev.stamp  ## style, types, import directions

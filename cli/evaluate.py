@@ -121,10 +121,8 @@ def measure(
         result = evaluate_blocks(model, blocks, options.batch_size, progress=True, labels=labels)
         if not math.isfinite(result.loss):
             check_finite(model, source.name)
-            raise NonFiniteError(
-                f"{source.name}: the loss is {result.loss}, though every weight is a number; its values overflow in "
-                f"{model.dtype}, so try --dtype float32"
-            )
+            advice = "correct its config.json" if model.dtype == torch.float32 else "try --dtype float32"
+            raise NonFiniteError(f"{source.name}: the loss is {result.loss}, though every weight is a number; {advice}")
         numbers |= {
             "block_size": block_size,
             "stride": options.stride,

@@ -39,7 +39,9 @@ def begin_run(output_dir: str | Path, source: Path, export_dtype: torch.dtype, r
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not resumes and (folder / RUN_FILE).exists():  # a tokenizer of another model would be taken for this one's
-        for path in [p for pattern in (*COMPANIONS, *_OF_A_RUN) for p in folder.glob(pattern)]:
+        for name in COMPANION_FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for path in [p for pattern in (*COMPANIONS, *_OF_A_RUN) for p in folder.glob(pattern) if not p.is_dir()]:
             path.unlink(missing_ok=True)
     copy_companions(source, folder)
     run = {"export_dtype": str(export_dtype).removeprefix("torch.")}
@@ -56,8 +58,11 @@ def copy_companions(source: Path | None, target: Path) -> None:
         if not (target / name).exists():
             (target / name).parent.mkdir(exist_ok=True)
             draft = target / f".{Path(name).name}.partial"  # half a tokenizer of a killed run would stay for good
-            shutil.copyfile(source / name, draft)
-            os.replace(draft, target / name)
+            try:
+                shutil.copyfile(source / name, draft)
+                os.replace(draft, target / name)
+            finally:
+                draft.unlink(missing_ok=True)
 
 
 def companions(folder: Path, more: Sequence[str] = ()) -> list[str]:

@@ -12,6 +12,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,9 @@ def _hash(folder: Path) -> str:
 
 def _state(folder: Path) -> list[tuple[str, int]]:
     found = []
-    for path in folder.rglob("*"):
-        try:
-            found.append((str(path), os.lstat(path).st_mtime_ns))
-        except FileNotFoundError:
-            continue
+    for parent, folders, files in os.walk(folder):  # unlike rglob, it bears that a folder vanishes meanwhile
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            with suppress(FileNotFoundError):
+                found.append((path, os.lstat(path).st_mtime_ns))
     return sorted(found)

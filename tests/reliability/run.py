@@ -14,7 +14,11 @@ from typing import Any
 
 from tests.reliability import disk, kills, mutants
 
-RESULTS = Path(__file__).parent / "results.json"
+HERE = Path(__file__).parent
+RESULTS, BEFORE = HERE / "results.json", HERE / "before.json"
+PAGE = HERE.parents[1] / "docs" / "explanation" / "reliability.md"
+MARK = "<!-- figures: tests/reliability/run.py writes them from its results -->"
+NAMES = {"mutants": "commands on damaged inputs", "kills": "kills", "disk": "full disks, read-only folders, odd names"}
 GOOD = ("ok", "error")
 PARTS: dict[str, Any] = {"mutants": mutants.run, "kills": kills.run, "disk": disk.run}
 
@@ -45,6 +49,28 @@ def main() -> None:
         counts = Counter(r["verdict"] for r in results.values())
         print(f"{name}: {len(results)} cases, {time.monotonic() - began:.0f} s; {dict(counts)}")
     write_summary(options.work, options.seed)
+    head, _, tail = PAGE.read_text(encoding="utf-8").split(MARK)
+    PAGE.write_text(MARK.join((head, f"\n{figures()}\n", tail)), encoding="utf-8")
+
+
+def figures() -> str:
+    """The tables of the page."""
+    now, before = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, BEFORE))
+    rows = ["| | cases | usable result | one sentence | wrong | wrong before mending |", "|---|---|---|---|---|---|"]
+    for part, name in NAMES.items():
+        if part in now:
+            good = [now[part]["verdicts"].get(verdict, 0) for verdict in GOOD]
+            first = before[part]["verdicts"]
+            wrong = ", ".join(f"{n} {verdict}" for verdict, n in first.items() if verdict not in GOOD) or "none"
+            rows.append(
+                f"| {name} | {now[part]['cases']} | {good[0]} | {good[1]} | {len(now[part]['bad'])} | {wrong} |"
+            )
+    rows += ["", "| damaged file | commands | usable result | one sentence | wrong |", "|---|---|---|---|---|"]
+    for target, found in now["mutants"]["by_target"].items():
+        good = [found.get(verdict, 0) for verdict in GOOD]
+        total = sum(found.values())
+        rows.append(f"| `{target}` | {total} | {good[0]} | {good[1]} | {total - sum(good)} |")
+    return "\n".join(rows)
 
 
 def read_lines(path: Path) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 import json
 
 from tests.reliability import materials, mutants
-from tests.reliability.run import read_lines
+from tests.reliability.run import MARK, PAGE, figures, read_lines
 
 FEW = ("0/dense/config.json/0", "0/dense/model.safetensors/5", "0/plan.json/1")
 
@@ -22,6 +22,10 @@ def test_the_judge_tells_sentences_from_accidents():
         assert mutants.is_internal(f"error: {message}")
     sentence = "m/config.json: rope is [1], which transformers refuses (TypeError: x); correct it"
     assert not mutants.is_internal(f"error: {sentence}")
+
+
+def test_the_page_shows_the_results():
+    assert PAGE.read_text(encoding="utf-8").split(MARK)[1].strip() == figures()
 
 
 def test_the_newest_result_counts(tmp_path):
