@@ -82,7 +82,7 @@ def writes_explained(output_dir: str | Path) -> Iterator[None]:
         way_on = (
             f"{resume.FOLDER}/{whole[-1].name} is whole: free some space, then go on with --resume_from_checkpoint auto"
             if whole
-            else "there was no checkpoint yet: free some space, then start anew with --overwrite_output_dir"
+            else "There was no checkpoint yet: free some space, then start anew with --overwrite_output_dir"
         )
         raise OutputError(
             f"writing {folder} failed ({first_line(cause)}); {free:.1f} GiB are free there. {way_on}"
