@@ -4,7 +4,7 @@ BIN := .venv/bin
 SUITE ?= ../shared/tools/peft_suite.py
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-lowest lint check fmt peft-suite bench-quality bench-finetune bench-guides bench-memory bench-pretraining bench-throughput bench-training-step docs wheel clean help
+.PHONY: demo test test-lowest lint check fmt peft-suite bench-quality bench-finetune bench-guides bench-memory bench-pretraining bench-throughput bench-training-step reliability docs wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | expand -t 14
@@ -29,6 +29,9 @@ bench-throughput: .venv/dev.stamp  ## tokens per second of dense, low-rank and w
 
 bench-training-step: .venv/dev.stamp  ## what an optimizer step costs in each guide mode; a few minutes
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/training_step.py
+
+reliability: .venv/dev.stamp  ## damaged inputs, kills at random times, full disks; twenty minutes, and goes on where it was broken off
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.run
 
 lint: .venv/dev.stamp  ## style, types, import directions
 	$(BIN)/ruff check .

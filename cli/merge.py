@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> None:
 
     import lowrank_ft
     from lowrank_ft.checkpoints.atomic import check_output_dir
-    from lowrank_ft.checkpoints.source import is_compact, load_model
+    from lowrank_ft.checkpoints.source import check_finite, is_compact, load_model
     from lowrank_ft.errors import CheckpointError
     from lowrank_ft.export import save_dense
 
@@ -29,9 +29,10 @@ def run(options: argparse.Namespace) -> None:
     check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     if not is_compact(source.load_config()):
         raise CheckpointError(f"{source.name} is dense already; merge takes what convert or finetune wrote")
-    model = lowrank_ft.merge(load_model(source, dtype_of(options)))
+    model = load_model(source, dtype_of(options))
+    check_finite(model, source.name)
     save_dense(
-        model, options.output_dir, companions_from=source.download(), overwrite=options.overwrite,
+        lowrank_ft.merge(model), options.output_dir, companions_from=source.download(), overwrite=options.overwrite,
         max_shard_size=shard_size(options),
     )  # fmt: skip
     print(Path(options.output_dir))

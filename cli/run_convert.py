@@ -54,7 +54,7 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     start = time.monotonic()
     stored, computed = dtypes(options, config, device)
     model = load_model(source, computed, device)
-    check_finite(model)
+    check_finite(model, source.name)
     if plan is None:
         plan = make_plan(model, **vars(sizes), spectrum=spectrum_of(model))
     ran = check_runs(model) is None

@@ -14,7 +14,15 @@ from lowrank_ft_cli.options import calibration_options, device_of, dtype_of, siz
 from lowrank_ft_cli.preset import print_training_cost, sequence_length_of
 from torch import nn
 
-from lowrank_ft.checkpoints.source import Source, TensorInfo, is_compact, load_model, refuse_quantized, skeleton
+from lowrank_ft.checkpoints.source import (
+    Source,
+    TensorInfo,
+    check_fits,
+    is_compact,
+    load_model,
+    refuse_quantized,
+    skeleton,
+)
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion.convert import allocate, spectrum_of
 from lowrank_ft.costs.flops import training_cost
@@ -46,6 +54,7 @@ def show_plan(options: argparse.Namespace) -> None:
             plan = allocate(model, plan, allocation, read_calibration(calibrated, source, model), progress=True)
     else:
         model = skeleton(config, source.name, source.trust_remote_code)
+        check_fits(model, tensors, source.name)
         plan = make_plan(model, **vars(sizes))
     cost = None if length is None else training_cost(model, plan, options.tokens, length)
     memory = memory_of(plan, options, model) if options.memory else None
@@ -133,6 +142,9 @@ def print_plan(plan: Plan, to_stderr: bool = False) -> None:
           f" (param ratio {plan.param_ratio:.3f}; as plain factors, in training, {human_count(plan.trained_parameters)})",
           file=stream)  # fmt: skip
     print(f"model     {human_count(before)} -> {human_count(after)} parameters ({after / before:.1%})", file=stream)
+    if plan.trained_parameters > plan.target_parameters:
+        print("note      in training the factors have more parameters than the dense linears; finetune --trainable lora "
+              "trains few of them, and plan --memory compares", file=stream)  # fmt: skip
     dense = [p for p in plan.linears if p.rank is None]
     if dense:
         print(

@@ -6,6 +6,7 @@ from pathlib import Path
 from lowrank_ft_cli.options import device_of, evaluation_settings
 
 from lowrank_ft.checkpoints.atomic import write_text
+from lowrank_ft.checkpoints.folders import check_name
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.evaluation.compare import compare
@@ -53,6 +54,7 @@ def _output(options: argparse.Namespace, folder: Path) -> Path:
     if options.output is None:
         return folder / REPORT_FILE
     path = Path(options.output)
+    check_name(path)
     if path.is_dir() or not path.parent.is_dir():
         raise OutputError(f"--output {path} cannot be written; name a file in a folder that exists")
     if path.exists() and not options.overwrite:

@@ -5,6 +5,7 @@ is not installed. Without either, loading stops with an error.
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,9 @@ from lowrank_ft.checkpoints.atomic import whole_folder
 from lowrank_ft.checkpoints.companions import copy_companions
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, RANK_MAP_FILE, describe_in_config
 from lowrank_ft.checkpoints.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
-from lowrank_ft.checkpoints.source import check_finite, check_written
+from lowrank_ft.checkpoints.source import Source, check_finite, check_written
 from lowrank_ft.costs.flops import compare
+from lowrank_ft.errors import CheckpointError, first_line
 from lowrank_ft.nn.forms import stored_as
 from lowrank_ft.report.model_card import dense_card, model_card
 from lowrank_ft.report.plots import save_rank_map
@@ -68,6 +70,7 @@ def save_compact(
         _save(model, folder, max_shard_size)
         check_written(folder, model)
         copy_companions(companions_from, folder)
+        _warn_of_tokenizer(folder, companions_from)
         if conversion is not None:
             (folder / CONVERSION_FILE).write_text(json.dumps(conversion, indent=1) + "\n", encoding="utf-8")
         drawn = save_rank_map(compare(model).linears, folder / RANK_MAP_FILE)
@@ -120,8 +123,24 @@ def save_dense(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         check_written(folder, model)
         copy_companions(companions_from, folder)
+        _warn_of_tokenizer(folder, companions_from)
         if command is not None:
             (folder / "README.md").write_text(dense_card(model, results or {}, command), encoding="utf-8")
+
+
+def _warn_of_tokenizer(folder: Path, origin: Path | None) -> None:
+    """Weights are worth keeping without a tokenizer, but whoever loads them should not be the first to find out."""
+    names = [n for n in ("tokenizer.json", "tokenizer_config.json") if (folder / n).is_file()]
+    if not names or origin is None:
+        return
+    try:
+        Source(str(folder)).load_tokenizer()
+    except CheckpointError as error:
+        warnings.warn(
+            f"the tokenizer that came along from {origin} does not load ({first_line(error.__cause__ or error)}); copy "
+            "tokenizer.json and tokenizer_config.json of its base model into the result",
+            stacklevel=3,
+        )
 
 
 def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:

@@ -45,6 +45,8 @@ from lowrank_ft.training import (
     make_accelerator,
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
+from lowrank_ft.training.preparation import writes_explained
+from lowrank_ft.training.resume import remove_all
 
 
 @one_line_errors
@@ -53,7 +55,8 @@ def main() -> None:
     source = Source(model_args.model, model_args.revision, model_args.trust_remote_code, adapter=model_args.adapter)
     source.check_adapter()
 
-    checkpoint = checkpoint_to_resume(train_args)  # refuses a folder in use before any work is done
+    # Refuses a folder in use before any work is done.
+    checkpoint = checkpoint_to_resume(train_args, source.folder)
 
     # 1. The data first: a misspelt column should not cost the time of a conversion.
     config = source.load_config()
@@ -85,24 +88,27 @@ def main() -> None:
         model, train_args, train_data, eval_data, accelerator, teacher=teacher, distill_data=distill_data,
         facts=conversion_facts(model_args),
     )  # fmt: skip
-    trainer.starting_point()  # a resumption that is refused leaves its folder as it was
-    if accelerator.is_main_process:
-        begin_run(train_args.output_dir, folder, export_dtype)
-    model = trainer.train()
-    assert isinstance(model, PreTrainedModel)
+    checkpoint, _ = trainer.starting_point()  # a resumption that is refused leaves its folder as it was
+    with writes_explained(train_args.output_dir):
+        if accelerator.is_main_process:
+            if checkpoint is None:
+                remove_all(Path(train_args.output_dir))
+            begin_run(train_args.output_dir, folder, export_dtype, resumes=checkpoint is not None)
+        model = trainer.train()
+        assert isinstance(model, PreTrainedModel)
 
-    # 4. Export.
-    if accelerator.is_main_process:
-        results = {"training steps": trainer.max_steps, "guide": f"{guide}, {trainer.guided_steps} steps"}
-        if trainer.best_loss is not None:
-            results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
-        if trainer.best_step == 0 and train_args.load_best_model_at_end:
-            results["note"] = "no step was better than the start: these are the weights before training"
-        lowrank_ft.save_compact(
-            model, train_args.output_dir, dtype=export_dtype, companions_from=folder, base_model=base_model,
-            results=results, command=shown_command("recipes/finetune.py", sys.argv[1:]), keep_existing=True,
-        )  # fmt: skip
-        print(train_args.output_dir)
+        # 4. Export.
+        if accelerator.is_main_process:
+            results = {"training steps": trainer.max_steps, "guide": f"{guide}, {trainer.guided_steps} steps"}
+            if trainer.best_loss is not None:
+                results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
+            if trainer.best_step == 0 and train_args.load_best_model_at_end:
+                results["note"] = "no step was better than the start: these are the weights before training"
+            lowrank_ft.save_compact(
+                model, train_args.output_dir, dtype=export_dtype, companions_from=folder, base_model=base_model,
+                results=results, command=shown_command("recipes/finetune.py", sys.argv[1:]), keep_existing=True,
+            )  # fmt: skip
+            print(train_args.output_dir)
 
 
 def prepare_model(
@@ -128,10 +134,10 @@ def prepare_model(
         raise ConfigError(f"{source.name} is dense; say how small it should become with --rank or --param_ratio")
 
     model = load_model(source, dtype)
+    check_finite(model, source.name)
     origin: Any = getattr(model.config, "quantization_config", None)  # unpivot writes this entry anew, as a dictionary
     lowrank_ft.unpivot(model)
     if not compact:
-        check_finite(model)
         teacher = None
         if distill:
             teacher = load_dense(args, args.guide_model, None, distill) if args.guide_model else copy.deepcopy(model)

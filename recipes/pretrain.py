@@ -35,6 +35,8 @@ from lowrank_ft.pretraining.presets import Preset, preset
 from lowrank_ft.training import Trainer, checkpoint_to_resume, load_data, make_accelerator
 from lowrank_ft.training.arguments import as_rank, parse_groups
 from lowrank_ft.training.options import DataArguments
+from lowrank_ft.training.preparation import writes_explained
+from lowrank_ft.training.resume import remove_all
 
 _OPTIONS_INSTEAD = {
     "rank": "--rank", "dense_first_block": "--no_dense_first_block", "tokens": "--max_steps",
@@ -52,6 +54,7 @@ def main() -> None:
 
     # 1. The tokenizer decides how many embeddings there are, so it comes first; then the data.
     source = Source(tokenizer_name(scratch, data_args), trust_remote_code=scratch.trust_remote_code)
+    checkpoint_to_resume(train_args, source.folder)
     folder, tokenizer = source.download(), source.load_tokenizer()
     config = build_config(scratch, tokenizer_facts(tokenizer, source.name)["vocab_size"])
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -70,24 +73,29 @@ def main() -> None:
         model, train_args, train_data, eval_data, accelerator, facts=run_facts(scratch, model.config, plan)
     )
     export_dtype = getattr(torch, scratch.export_dtype)
-    trainer.starting_point()  # a resumption that is refused leaves its folder as it was
-    if accelerator.is_main_process:
-        begin_run(train_args.output_dir, folder, export_dtype)
-    trained = trainer.train()
+    checkpoint, _ = trainer.starting_point()  # a resumption that is refused leaves its folder as it was
+    with writes_explained(train_args.output_dir):
+        if accelerator.is_main_process:
+            if checkpoint is None:
+                remove_all(Path(train_args.output_dir))
+            begin_run(train_args.output_dir, folder, export_dtype, resumes=checkpoint is not None)
+        trained = trainer.train()
 
-    # 4. Export.
-    if accelerator.is_main_process:
-        results = {"training steps": trainer.max_steps, "guided steps": trainer.guided_steps}
-        if trainer.best_loss is not None:
-            results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
-        told = dict(companions_from=folder, results=results, command=shown_command("recipes/pretrain.py", sys.argv[1:]))
-        if plan is None:
-            save_dense(trained.to(export_dtype), train_args.output_dir, keep_existing=True, **told)
-        else:
-            lowrank_ft.save_compact(
-                trained, train_args.output_dir, dtype=export_dtype, from_scratch=True, keep_existing=True, **told
+        # 4. Export.
+        if accelerator.is_main_process:
+            results = {"training steps": trainer.max_steps, "guided steps": trainer.guided_steps}
+            if trainer.best_loss is not None:
+                results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
+            told = dict(
+                companions_from=folder, results=results, command=shown_command("recipes/pretrain.py", sys.argv[1:])
             )
-        print(train_args.output_dir)
+            if plan is None:
+                save_dense(trained.to(export_dtype), train_args.output_dir, keep_existing=True, **told)
+            else:
+                lowrank_ft.save_compact(
+                    trained, train_args.output_dir, dtype=export_dtype, from_scratch=True, keep_existing=True, **told
+                )
+            print(train_args.output_dir)
 
 
 def tokenizer_name(scratch: ScratchArguments, data: DataArguments) -> str:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lowrank_ft.checkpoints.companions import COMPANION_FOLDERS, COMPANIONS
-from lowrank_ft.checkpoints.folders import check_folder, check_writable
+from lowrank_ft.checkpoints.folders import check_folder, check_name, check_writable
 from lowrank_ft.errors import OutputError
 
 # --overwrite replaces a folder only where each entry looks like a part of a checkpoint.
@@ -45,6 +45,7 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
         OutputError: see :func:`check_folder`; or the path holds ``keep``.
     """
     path = Path(path)
+    check_name(path)
     _recover(path)
     if keep is not None and Path(keep).exists() and Path(keep).resolve().is_relative_to(path.resolve()):
         raise OutputError(f"--output-dir {path} holds the source {keep}; write somewhere else")
@@ -92,7 +93,7 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
         _sync_folder(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OutputError) or not _is_write_failure(error):
+        if isinstance(error, OutputError) or not is_write_failure(error):
             raise
         free = shutil.disk_usage(path.parent).free / 2**30
         raise OutputError(
@@ -225,6 +226,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _is_write_failure(error: Exception) -> bool:
+def is_write_failure(error: BaseException) -> bool:
     """A write that the system refused: safetensors wraps the system's error in one of its own."""
-    return not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+    if isinstance(error, SafetensorError):
+        return "os error" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)

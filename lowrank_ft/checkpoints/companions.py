@@ -1,6 +1,7 @@
 """The files that belong to a model beside its weights: tokenizer, processor, chat template, licence."""
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -24,13 +25,24 @@ COMPANIONS = (
     "USE_POLICY.*", "COPYING", "COPYING.*",
 )  # fmt: skip
 COMPANION_FOLDERS = ("additional_chat_templates",)
+# What a run and its export write beside weights and checkpoints; what says that it is a run is removed last.
+_OF_A_RUN = ("README.md", "conversion.json", "training.png", "rank_map.png", "report.html", "metrics.jsonl", RUN_FILE)
 _IN_FOLDERS = ("*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "*.model")
 
 
-def begin_run(output_dir: str | Path, source: Path, export_dtype: torch.dtype) -> None:
-    """Put what an export of any checkpoint of a run will need into its folder, before the run starts."""
+def begin_run(output_dir: str | Path, source: Path, export_dtype: torch.dtype, resumes: bool = False) -> None:
+    """Put what an export of any checkpoint of a run will need into its folder, before the run starts.
+
+    Args:
+        resumes: the run goes on with what is there. Otherwise the files of an earlier run are taken away first.
+    """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if not resumes and (folder / RUN_FILE).exists():  # a tokenizer of another model would be taken for this one's
+        for name in COMPANION_FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for path in [p for pattern in (*COMPANIONS, *_OF_A_RUN) for p in folder.glob(pattern) if not p.is_dir()]:
+            path.unlink(missing_ok=True)
     copy_companions(source, folder)
     run = {"export_dtype": str(export_dtype).removeprefix("torch.")}
     (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
@@ -45,7 +57,12 @@ def copy_companions(source: Path | None, target: Path) -> None:
         assert source is not None
         if not (target / name).exists():
             (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+            draft = target / f".{Path(name).name}.partial"  # half a tokenizer of a killed run would stay for good
+            try:
+                shutil.copyfile(source / name, draft)
+                os.replace(draft, target / name)
+            finally:
+                draft.unlink(missing_ok=True)
 
 
 def companions(folder: Path, more: Sequence[str] = ()) -> list[str]:

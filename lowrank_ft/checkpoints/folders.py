@@ -33,12 +33,27 @@ def check_folder(path: Path, overwrite: bool, index: str, parts: tuple[str, ...]
         raise OutputError(f"--output-dir {path} {problem}, and --overwrite replaces nothing but {what}; name another")
 
 
+def check_name(path: Path) -> None:
+    """Raise an OutputError for a name that there cannot be, such as one that is too long, or that libraries refuse."""
+    try:
+        str(path).encode()
+        path.lstat()
+    except UnicodeEncodeError:
+        raise OutputError(f"the name {str(path)[:60]!r} is not UTF-8, which safetensors needs; name another") from None
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"nothing can be called {str(path)[:60]!r}... ({reason}); name another") from None
+
+
 def check_writable(path: Path) -> None:
     """Refuse, before any work is done, a path at which no folder can be made or written.
 
     Raises:
-        OutputError: it, or one above it, is a file, or belongs to somebody else.
+        OutputError: it, or one above it, is a file, or belongs to somebody else; or there can be none of that name.
     """
+    check_name(path)
     nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not os.path.isdir(nearest):
         raise OutputError(f"the output folder {path} cannot be made: {nearest} is no folder; name another")

@@ -1,17 +1,19 @@
 """Load what is ready to export: a checkpoint of our trainer, a PEFT adapter, or a compact checkpoint."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lowrank_ft.checkpoints import sharded as tensor_files
-from lowrank_ft.checkpoints.source import RUN_FILE, Source, is_compact, load_model, model_class
-from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
+from lowrank_ft.checkpoints.configs import in_one_line
+from lowrank_ft.checkpoints.source import RUN_FILE, Source, check_finite, is_compact, load_model, model_class
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, first_line
 from lowrank_ft.reading import kind_of, read_object
 
 _HEADS = {  # of PEFT's task types: the class, and how the weight is called whose rows are the labels
@@ -41,6 +43,7 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
     run = _folder_of_run(folder)
     if (run / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(str(run))
+    check_finite(model, folder)
     if (run / RUN_FILE).is_file():
         model.to(_dtype(run / RUN_FILE))
     return model, model.config.quantization_config.base_model, run
@@ -81,7 +84,12 @@ def _base_of_adapter(source: Source, task: str | None, folder: Path) -> PreTrain
     """The base model with the head of the task, whose weights the adapter brings."""
     if task not in _HEADS:
         return load_model(source)
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+    path = folder / "adapter_model.safetensors"
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is truncated or corrupt ({first_line(error)}); copy it again") from error
+    with file:
         names = [n for n in file.keys() if n.endswith(_HEADS[task][1])]  # noqa: SIM118 (safe_open is no mapping)
         labels = file.get_slice(names[0]).get_shape()[0] if names else None
     if labels is None:
@@ -111,9 +119,22 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrai
     if not isinstance(name, str) or not name:
         raise CheckpointNotFoundError(f"{folder}/adapter_config.json names no base model; add base_model_name_or_path")
     source = Source(name, entry.get("revision"), trust_remote_code)
-    model: Any = PeftModel.from_pretrained(_base_of_adapter(source, entry.get("task_type"), folder), str(folder))
+    base = _base_of_adapter(source, entry.get("task_type"), folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model: Any = PeftModel.from_pretrained(base, str(folder))
+        compact = model.base_model.compact_and_unload()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever PEFT stumbles over in the two files
+        raise CheckpointError(
+            f"the adapter in {folder} does not load: adapter_config.json or adapter_model.safetensors is damaged, or of "
+            f"another base model ({type(error).__name__}: {in_one_line(error)})"
+        ) from error
+    check_finite(compact, folder)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()  # with a chat template of its own, perhaps
-    return model.base_model.compact_and_unload(), name, folder if own_tokenizer else source.download()
+    return compact, name, folder if own_tokenizer else source.download()
 
 
 def load_compact(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, str | None, Path]:
@@ -126,6 +147,7 @@ def load_compact(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrai
     if not is_compact(source.load_config()):
         raise CheckpointError(f"{folder} is dense; export takes what training left, or a compact checkpoint")
     model: Any = load_model(source)
+    check_finite(model, folder)
     return model, model.config.quantization_config.base_model, folder
 
 

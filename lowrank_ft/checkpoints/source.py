@@ -58,7 +58,7 @@ class Source:
     def folder(self) -> Path | None:
         """The local folder, or None for a Hub id."""
         path = Path(self.name).expanduser()
-        return path if path.is_dir() else None
+        return path if os.path.isdir(path) else None  # False also for a name that is too long
 
     def load_config(self) -> Any:
         """The transformers config.
@@ -200,6 +200,10 @@ class Source:
 
     def _require_config_file(self) -> Path:
         """The local path of ``config.json``; that of a model on the Hub is downloaded."""
+        if not _is_utf8(self.name):
+            raise CheckpointNotFoundError(
+                f"the name {self.name[:60]!r} is not UTF-8, which safetensors needs; rename the folder"
+            )
         if self.folder is not None:
             path = self.folder / "config.json"
             if not path.is_file():
@@ -207,7 +211,7 @@ class Source:
                 raise CheckpointNotFoundError(f"{self.folder} has no config.json (found {found}); name a model folder")
             return path
         path = Path(self.name).expanduser()
-        if path.is_file():
+        if os.path.isfile(path):
             raise CheckpointNotFoundError(f"{path} is a file; name the folder of the model, or its Hub id")
         # A Hub id is `model` or `name/model`; anything else, or a name below a folder that exists, means a path.
         looks_local = self.name.startswith((".", "/", "~")) or len(path.parts) > 2
@@ -279,6 +283,15 @@ class Source:
 
 class _HubUnreachableError(CheckpointNotFoundError):
     """The Hub gave no answer, which its local cache may have."""
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name can be written as UTF-8; that of a folder may hold any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -396,6 +409,33 @@ def skeleton(config: Any, name: str, trust_remote_code: bool = False) -> PreTrai
         raise CheckpointError(message) from error
 
 
+def check_fits(model: torch.nn.Module, tensors: dict[str, "TensorInfo"], where: str) -> None:
+    """Compare a model that was built from its config with the headers of the weights, where their names are the same.
+
+    A field that the config lacks has a default, so a model can be built that the weights do not belong to.
+
+    Raises:
+        CheckpointError: a weight has another shape, or is missing.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if not tensors or not tensors.keys() <= own.keys():  # renamed while it is loaded, or packed by a quantizer
+        return
+    for name, info in tensors.items():
+        if own[name] != info.shape:
+            raise CheckpointError(
+                f"{where}: config.json describes {name} as {own[name]}, and the weights have it as {info.shape}; a field "
+                "is missing or wrong, so download the file again"
+            )
+    tied = {*(getattr(model, "_tied_weights_keys", None) or {}), *(getattr(model, "all_tied_weights_keys", None) or {})}
+    spared = "|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"])
+    missing = [name for name in own if name not in tensors and name not in tied and not re.search(spared, name)]
+    if missing:
+        raise CheckpointError(
+            f"{where}: config.json describes a model of {len(own)} weights, and the first of {len(missing)} that are not "
+            f"there is {missing[0]}; a field is missing or wrong, or the checkpoint is incomplete"
+        )
+
+
 def load_model(
     source: Source,
     dtype: str | torch.dtype = "auto",
@@ -492,13 +532,14 @@ def check_written(folder: Path, model: PreTrainedModel) -> None:
             )
 
 
-def check_finite(model: torch.nn.Module) -> None:
-    """Raise a NonFiniteError that names the first weight with NaN or infinity."""
+def check_finite(model: torch.nn.Module, where: object = "") -> None:
+    """Raise a NonFiniteError that names the first weight with NaN or infinity, and ``where`` it was read from."""
+    of = f"{where}: " if where else ""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
-                f"{name} {tuple(tensor.shape)} holds {bad} NaN or infinite values; "
+                f"{of}{name} {tuple(tensor.shape)} holds {bad} NaN or infinite values; "
                 "the checkpoint is damaged, download or train it again"
             )
 

@@ -4,6 +4,7 @@ The numbers are plain, so that they can be written as JSON: under ``model``, and
 ``difference`` and ``agreement``.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_ft.checkpoints.source import Source, check_causal_lm, load_model
+from lowrank_ft.checkpoints.source import Source, check_causal_lm, check_finite, load_model
 from lowrank_ft.data.encoding import check_vocabulary, text_ends, token_ids
 from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column, texts
-from lowrank_ft.errors import ConfigError
+from lowrank_ft.errors import ConfigError, NonFiniteError
 from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
 from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, sequences
 from lowrank_ft.factorization.plan import count_parameters
@@ -160,6 +161,10 @@ def measure(
         blocks, labels = sequences(ids, block_size, settings.stride, text_ends(tokenizer)[0])
         check_vocabulary(model, blocks, str(settings.data), source.name)
         result = evaluate_blocks(model, blocks, settings.batch_size, progress=progress, labels=labels)
+        if not math.isfinite(result.loss):
+            check_finite(model, source.name)
+            advice = "correct its config.json" if model.dtype == torch.float32 else "try --dtype float32"
+            raise NonFiniteError(f"{source.name}: the loss is {result.loss}, though every weight is a number; {advice}")
         numbers |= {
             "block_size": block_size,
             "stride": settings.stride,

@@ -52,12 +52,14 @@ class Pivoted(NamedTuple):
 
 
 def pivot_side(shape: Shape, rank: int) -> str | None:
-    """The side on which a layer of this shape is pivoted: the shorter one, outputs if both are equal.
+    """The side on which a layer of this shape is pivoted: the shorter one, where the gather is cheap.
+
+    Of a square one the inputs: gathering them is faster than gathering what two products have put together.
 
     None where nothing is gained: the rank is the length of both sides.
     """
     out_features, in_features = shape
-    side = "output" if out_features <= in_features else "input"
+    side = "output" if out_features < in_features else "input"
     if rank < min(shape):
         return side
     return None if out_features == in_features else "input" if side == "output" else "output"

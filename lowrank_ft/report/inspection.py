@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from lowrank_ft.checkpoints.source import Source, is_compact, load_model, safetensors_files, skeleton
+from lowrank_ft.checkpoints.source import Source, check_fits, is_compact, load_model, skeleton
 from lowrank_ft.conversion.record import (
     ConversionRecord,
     LinearRecord,
@@ -67,11 +67,12 @@ def open_checkpoint(source: Source) -> Checkpoint:
     config = source.load_config()
     if not is_compact(config):
         raise CheckpointError(f"{source.name} is not a compact checkpoint; report on what convert or finetune wrote")
-    safetensors_files(source.folder)
+    tensors = source.tensors()
     entry = config.quantization_config
     entry = entry if isinstance(entry, Mapping) else entry.to_dict()
     model = skeleton(config, source.name, source.trust_remote_code)
     _factorize_skeleton(model, entry.get("ranks"), entry.get("pivots") or {}, f"{source.name}/config.json")
+    check_fits(model, tensors, source.name)
     base_model, revision = entry.get("base_model"), entry.get("base_revision")
     conversion = read_conversion(source.folder)
     if not base_model and conversion is not None:

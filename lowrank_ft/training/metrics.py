@@ -1,6 +1,7 @@
 """What a run writes to be looked at: ``metrics.jsonl``, one JSON object a line. It is read by ``lowrank_ft.report``."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         kept = [e for e in read_metrics(self.path) if e["step"] <= first_step] if first_step else []
-        self.path.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
+        draft = folder / f".{METRICS_FILE}.partial"
+        draft.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
+        os.replace(draft, self.path)
 
     def write(self, **entry: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -1,5 +1,8 @@
 """What a run needs before its first step: where it goes on from, its Accelerator, its optimizer."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lowrank_ft.checkpoints.atomic import is_write_failure
 from lowrank_ft.checkpoints.folders import check_writable
-from lowrank_ft.errors import ConfigError, OutputError
+from lowrank_ft.errors import ConfigError, OutputError, first_line
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import fsdp, resume
 from lowrank_ft.training.metrics import METRICS_FILE
@@ -18,8 +23,11 @@ from lowrank_ft.training.optimizers import build_adamw, check_optimizer
 from lowrank_ft.training.options import TrainArguments
 
 
-def checkpoint_to_resume(args: TrainArguments) -> Path | None:
+def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Path | None:
     """The checkpoint that the options mean, or None for a fresh start.
+
+    Args:
+        source: the folder with the model from which the run starts; it may not be in what a fresh start removes.
 
     Raises:
         TrainingStateError: it does not exist.
@@ -30,20 +38,55 @@ def checkpoint_to_resume(args: TrainArguments) -> Path | None:
     check_writable(folder)
     if args.resume_from_checkpoint:
         return resume.resolve_checkpoint(folder, args.resume_from_checkpoint)
+    home = folder.resolve()
+    if source is not None and (source.resolve() == home or source.resolve().is_relative_to(home / resume.FOLDER)):
+        raise OutputError(
+            f"the run starts from {source}, which is in --output_dir {folder} and would be replaced; name another --output_dir"
+        )
     # What a run or an export left, or token files: nothing that a process of this run has put there meanwhile.
     taken = (METRICS_FILE, "config.json", resume.FOLDER, "README.md", "index.json", "*.safetensors")
     used = sorted(p.name for pattern in taken for p in folder.glob(pattern))
     if used and not args.overwrite_output_dir:
         if METRICS_FILE in used or "config.json" in used:
+            can_go_on = bool(resume.find_checkpoints(folder))
+            state = "" if can_go_on else " without a checkpoint"
+            go_on = "--resume_from_checkpoint auto to go on, " if can_go_on else ""
             raise OutputError(
-                f"{folder} holds an earlier run; add --resume_from_checkpoint auto to go on, "
-                "--overwrite_output_dir to start anew, or name another --output_dir"
+                f"{folder} holds an earlier run{state}; add {go_on}--overwrite_output_dir to start anew, or name another "
+                "--output_dir"
             )
         raise OutputError(
             f"{folder} holds {used[0]}, and a run wants a folder of its own; name another --output_dir, or add "
             "--overwrite_output_dir"
         )
     return None
+
+
+@contextmanager
+def writes_explained(output_dir: str | Path) -> Iterator[None]:
+    """Around all that a run writes: where the disk refuses it, what is whole and how to go on.
+
+    Raises:
+        OutputError: in place of the system's error, with drafts removed.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = error.__cause__ if isinstance(error, OutputError) else error
+        if cause is None or not is_write_failure(cause):
+            raise
+        folder = Path(output_dir)
+        resume.remove_drafts(folder)
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
+        whole = resume.find_checkpoints(folder)
+        way_on = (
+            f"{resume.FOLDER}/{whole[-1].name} is whole: free some space, then go on with --resume_from_checkpoint auto"
+            if whole
+            else "There was no checkpoint yet: free some space, then start anew with --overwrite_output_dir"
+        )
+        raise OutputError(
+            f"writing {folder} failed ({first_line(cause)}); {free:.1f} GiB are free there. {way_on}"
+        ) from error
 
 
 def make_accelerator(args: TrainArguments) -> Accelerator:

@@ -27,15 +27,22 @@ from torch import Tensor, nn
 
 from lowrank_ft.checkpoints import sharded as tensor_files
 from lowrank_ft.checkpoints.atomic import take_place
-from lowrank_ft.checkpoints.sharded import unique_tensors
+from lowrank_ft.checkpoints.sharded import is_sharded, unique_tensors
 from lowrank_ft.errors import TrainingStateError
 from lowrank_ft.nn import compact_state_dict
+from lowrank_ft.reading import kind_of, read_object
 from lowrank_ft.training.optimizers import restore_state, saved_state
 
 FOLDER = "checkpoints"
 BEST = "best"
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"step-(\d{8})")
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "step": (int,), "guided": (bool,), "best_loss": (int, float, type(None)), "best_step": (int, type(None)),
+    "must_match": (dict,), "scaler": (dict,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,18 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
 
 
+def remove_drafts(output_dir: Path) -> None:
+    """Remove checkpoints that were being written, such as when the disk was full."""
+    folder = output_dir / FOLDER
+    for draft in (*folder.glob(".step-*.partial"), folder / BEST / ".draft"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 def remove_all(output_dir: Path) -> None:
-    """Remove the checkpoints of a run, finished or not, and nothing else."""
+    """Remove the weights and the checkpoints of a run, finished or not, and nothing else."""
+    # The config first: weights without one do not load, so they are not taken for the result of the next run.
+    for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
+        path.unlink(missing_ok=True)
     folder = output_dir / FOLDER
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir() and (
@@ -91,7 +108,8 @@ def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
         found = find_checkpoints(output_dir)
         if not found:
             raise TrainingStateError(
-                f"{output_dir / FOLDER} holds no checkpoint to resume from; start without resuming"
+                f"{output_dir / FOLDER} holds no checkpoint to resume from; start anew, with --overwrite_output_dir "
+                "in place of --resume_from_checkpoint"
             )
         return found[-1]
     path = Path(wanted)
@@ -146,6 +164,8 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
             raise TrainingStateError(
                 f"{where}: {name} is {tensor.dtype}, and {state[name].dtype} in this run; resume with the same guide_bits"
             )
+        if not is_sharded(tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainingStateError(f"{where}: {name} holds NaN or infinity; resume from an earlier checkpoint")
         state[name].copy_(tensor)
 
 
@@ -252,11 +272,26 @@ def read_rng(folder: Path, rank: int) -> None:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """Raises TrainingStateError where the file is not one that this release wrote."""
-    try:
-        return TrainerState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise TrainingStateError(f"{folder / STATE_FILE} cannot be read: {error}") from error
+    """Raises TrainingStateError where the file is not one that this release wrote, or not of this checkpoint."""
+    path = folder / STATE_FILE
+    found = read_object(path, TrainingStateError, nan=True)
+    for name, kinds in _KINDS.items():
+        if name not in found:
+            raise TrainingStateError(f"{path} lacks {name}; resume from an earlier checkpoint")
+        value = found[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise TrainingStateError(
+                f"{path}: {name} is {kind_of(value)}, which a run does not write; resume from an earlier checkpoint"
+            )
+    unknown = sorted(found.keys() - _KINDS.keys())
+    named = _NAME.fullmatch(folder.resolve().name)
+    if unknown:
+        raise TrainingStateError(f"{path} holds {unknown[0]}, which this release does not know; update it")
+    if found["step"] < 0 or (named and int(named[1]) != found["step"]):
+        raise TrainingStateError(
+            f"{path}: step is {found['step']}, and the folder is {folder.name}; resume from an earlier checkpoint"
+        )
+    return TrainerState(**found)
 
 
 def commit(draft: Path, final: Path, keep: int) -> None:

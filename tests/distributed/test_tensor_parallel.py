@@ -16,7 +16,8 @@ from tests.conftest import ROOT, tiny_llama
 TOKENS, RANK, WIDTH, FLOAT64 = 3 * 11, 8, 32, 8
 
 
-def test_outputs_and_gradients_are_those_of_one_process_and_only_ranks_are_sent(tmp_path):
+@pytest.mark.parametrize("form", ["factors", "pivoted"])
+def test_outputs_and_gradients_are_those_of_one_process_and_only_ranks_are_sent(tmp_path, form):
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -24,7 +25,7 @@ def test_outputs_and_gradients_are_those_of_one_process_and_only_ranks_are_sent(
     }
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "tests.distributed.tensor_parallel_driver", str(tmp_path)],
+         "-m", "tests.distributed.tensor_parallel_driver", str(tmp_path), form],
         capture_output=True, text=True, cwd=ROOT, env=env, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -40,6 +41,9 @@ def test_outputs_and_gradients_are_those_of_one_process_and_only_ranks_are_sent(
         shapes = facts["local"]
         assert shapes["model.layers.0.self_attn.q_proj.U.weight"] == [WIDTH // 2, RANK]
         assert shapes["model.layers.0.self_attn.o_proj.V.weight"] == [RANK, WIDTH // 2]
+        # Pivoted on the side that is split: the outputs of k and v, and the inputs of o, which is square as q is.
+        kinds = {name.rpartition(".")[2] for name in facts["unpivoted"]}
+        assert kinds == ({"k_proj", "v_proj", "o_proj"} if form == "pivoted" else set())
         for whole in ("q_proj.V.weight", "o_proj.U.weight", "o_proj.bias"):
             assert f"model.layers.0.self_attn.{whole}" not in facts["split"]
 

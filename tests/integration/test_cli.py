@@ -109,7 +109,7 @@ ARGUMENTS = [
     (["--rank", "0"], "rank 0 for model.layers.0.self_attn.q_proj is not positive"),
     (["--rank", "-4"], "rank -4 for"),
     (["--rank", "500"], "rank 500 exceeds min(out_features, in_features)=128 for model.layers.0.self_attn.q_proj"),
-    (["--rank", "127"], "every one of the 35 targeted linears stays dense; lower the rank"),
+    (["--rank", "128"], "every one of the 35 targeted linears stays dense; lower the rank"),
     (["--param-ratio", "1.5"], "param ratio 1.5 is out of range"),
     (["--energy", "0"], "energy 0.0 is out of range"),
     ([], "give exactly one of rank, param_ratio, energy; found none"),

@@ -123,7 +123,7 @@ def test_in_bfloat16_it_loses_about_as_much_as_plain_factors():
 
 @pytest.mark.parametrize(
     ("shape", "rank", "side"),
-    [((8, 16), 4, "output"), ((16, 8), 4, "input"), ((8, 8), 4, "output"), ((8, 16), 8, "input"), ((8, 8), 8, None)],
+    [((8, 16), 4, "output"), ((16, 8), 4, "input"), ((8, 8), 4, "input"), ((8, 16), 8, "input"), ((8, 8), 8, None)],
 )
 def test_the_shorter_side_is_pivoted(shape, rank, side):
     assert pivot_side(shape, rank) == side

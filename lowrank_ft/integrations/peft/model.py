@@ -18,6 +18,7 @@ from lowrank_ft.integrations.peft.config import LowRankConfig
 from lowrank_ft.integrations.peft.layer import LowRankAdapterLinear, LowRankLayer
 from lowrank_ft.integrations.peft.quantized import dequantized, is_quantized
 from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn.forms import pivoted
 from lowrank_ft.nn.replace import factorized, swap
 
 
@@ -103,9 +104,9 @@ class LowRankModel(BaseTuner):
         """End with the model that fine-tuning was for: the bare model, smaller, with factors instead of ``W``.
 
         Every adapted linear becomes a :class:`~lowrank_ft.nn.LowRankLinear`, or a dense linear holding ``U @ V``
-        where it has full rank. Modules in ``modules_to_save``
-        are put in place. The result computes what this model computes at alpha 0, and its ``save_pretrained`` writes
-        a checkpoint that ``AutoModel`` loads.
+        where it has full rank. The factors are pivoted, as they are stored; :func:`lowrank_ft.unpivot` undoes that.
+        Modules in ``modules_to_save`` are put in place. The result computes what this model computes at alpha 0, and
+        its ``save_pretrained`` writes a checkpoint that ``AutoModel`` loads.
 
         Args:
             adapter_name: which adapter; the active one by default.
@@ -194,7 +195,7 @@ def _compact(layer: LowRankLayer, adapter_name: str, dtype: torch.dtype) -> nn.M
     if is_quantized(base):
         layer.base_layer = dequantized(base, dtype)
     if v.shape[0] < min(layer.out_features, layer.in_features):
-        return factorized(layer.get_base_layer(), Factors(u, v))
+        return pivoted(factorized(layer.get_base_layer(), Factors(u, v)))
     layer.merge(adapter_names=[adapter_name])
     return layer.get_base_layer()
 

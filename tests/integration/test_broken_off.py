@@ -1,0 +1,108 @@
+"""Fine-tuning that is killed, or whose disk is full: what is left is no result, and the next sentence works."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+
+import pytest
+from lowrank_ft_recipes import finetune
+from transformers import AutoModelForCausalLM
+
+from lowrank_ft.training.metrics import MetricsLog
+from tests.reliability.materials import SHORT, make_dense
+
+OLD = "weights of the earlier run"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_dense(tmp_path_factory.mktemp("inputs") / "given")
+
+
+@pytest.fixture
+def recipe(inputs, tmp_path, monkeypatch, capfd, fresh_accelerate):
+    """The recipe in a forked process, into ``run``; returns its exit code and the last line of stderr."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    fixed = {**SHORT, "model": inputs / "dense", "dataset": inputs / "text.jsonl", "rank": 4, "output_dir": "run"}
+
+    def run(*flags, at_record=None, do=None, **options):
+        def start():
+            os.chdir(tmp_path)
+            write = MetricsLog.write
+
+            def hooked(self, **entry):
+                write(self, **entry)
+                if entry["step"] == at_record:
+                    do()
+
+            MetricsLog.write = hooked
+            sys.argv = ["finetune.py", *(f"--{k}={v}" for k, v in {**fixed, **options}.items()), *flags]
+            finetune.main()
+
+        capfd.readouterr()
+        process = multiprocessing.get_context("fork").Process(target=start)
+        process.start()
+        process.join()
+        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        return process.exitcode, errors[-1] if errors else ""
+
+    return run
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_disk():
+    """From now on no file can grow beyond what a record needs."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def test_a_killed_run_over_an_earlier_one_leaves_nothing_that_looks_whole(recipe, tmp_path):
+    out = tmp_path / "run"
+    assert recipe()[0] == 0
+    (out / "chat_template.jinja").write_text(OLD)
+    (out / "mine.txt").write_text("x")
+    assert recipe("--overwrite_output_dir", at_record=0, do=kill)[0] == -signal.SIGKILL
+    assert not (out / "config.json").exists()
+    assert not list(out.glob("model*"))
+    assert not (out / "chat_template.jinja").exists()  # the model of this run has none
+    assert (out / "mine.txt").exists()
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_what_works(recipe):
+    assert recipe(at_record=1, do=kill)[0] == -signal.SIGKILL
+    code, error = recipe()
+    assert (code, "holds an earlier run without a checkpoint; add --overwrite_output_dir to start anew" in error) == (
+        1,
+        True,
+    )
+    assert "resume" not in error
+    code, error = recipe("--resume_from_checkpoint=auto")
+    assert (code, "--overwrite_output_dir in place of --resume_from_checkpoint" in error) == (1, True)
+    assert recipe("--overwrite_output_dir")[0] == 0
+    # With checkpoints, it is the other advice.
+    assert "add --resume_from_checkpoint auto to go on" in recipe()[1]
+
+
+def test_a_full_disk_says_which_checkpoint_is_whole_and_going_on_works(recipe, tmp_path):
+    code, error = recipe(at_record=3, do=fill_disk)
+    assert code == 1
+    assert "checkpoints/step-00000002 is whole: free some space, then go on with --resume_from_checkpoint auto" in error
+    assert "File too large" in error
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["best", "step-00000002"]
+    assert recipe("--resume_from_checkpoint=auto")[0] == 0
+
+    code, error = recipe(at_record=1, do=fill_disk, output_dir="other")
+    assert (code, "start anew with --overwrite_output_dir" in error) == (1, True)
+
+
+def test_a_run_does_not_start_from_what_it_would_remove(recipe, tmp_path):
+    assert recipe()[0] == 0
+    code, error = recipe("--overwrite_output_dir", model=str(tmp_path / "run"))
+    assert (code, "which is in --output_dir run and would be replaced" in error) == (1, True)
+    assert (tmp_path / "run" / "model.safetensors").exists()
