@@ -16,16 +16,18 @@ from typing import Any
 
 def add_model(parser: argparse.ArgumentParser, or_preset: bool = False) -> None:
     """The model, and how it is opened."""
-    model = parser.add_argument("model", help="folder or Hub id")
+    model = parser.add_argument("model", help="folder or Hub id of the model")
     if or_preset:
         parser.add_argument(
             "--preset", metavar="NAME", action=_InPlaceOf, replaces=model,
-            help="in place of a model, one of Wei et al. (2024): wei2024-{s,m,l,xl}[-r63|-r32] or wei2024-{m,l}-wide",
+            help="instead of MODEL, a model of Wei et al. (2024): wei2024-{s,m,l,xl}[-r63|-r32] or wei2024-{m,l}-wide",
         )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--token", help="Hub token (default: the stored one)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
-    parser.add_argument("--adapter", action="store_true", help="merge the PEFT adapter that lies beside the weights")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the checkpoint")
+    parser.add_argument(
+        "--adapter", action="store_true", help="merge the PEFT adapter in the same folder into the weights"
+    )
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
@@ -64,35 +66,38 @@ def add_text(parser: argparse.ArgumentParser, help: str, batches_of: str = "bloc
     parser.add_argument("--data-split", default="test", help="split of a dataset on the Hub (default: test)")
     parser.add_argument("--data-config", help="configuration of a dataset on the Hub")
     parser.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
-    parser.add_argument("--block-size", type=int, help="tokens of context (default: 1024, or what the model allows)")
+    parser.add_argument("--block-size", type=int, help="tokens per sequence (default: 1024, or the limit of the model)")
     parser.add_argument("--batch-size", type=int, default=8, help=f"{batches_of} per forward pass (default: 8)")
 
 
 def add_output(parser: argparse.ArgumentParser, suffix: str) -> None:
     """Where the result goes."""
     parser.add_argument(
-        "--output-dir", help=f"folder for the result; it appears whole or not at all (default: NAME-{suffix})"
+        "--output-dir", help=f"folder for the result, written completely or not at all (default: NAME-{suffix})"
     )
     parser.set_defaults(output_suffix=suffix)
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint there")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint in the output folder")
+    parser.add_argument("--max-shard-size", default="5GB", help="size limit of each weight file (default: 5GB)")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype (default: its own)"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the weights (default: that of the checkpoint)",
     )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda or mps if there is one)")
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda or mps, if available)")
 
 
 def add_hub(parser: argparse.ArgumentParser) -> None:
     """Whether the result is pushed, and to where."""
     hub = parser.add_argument_group("Hub")
-    hub.add_argument("--push-to-hub", action="store_true", help="push the result")
-    hub.add_argument("--hub-model-id", help="its name on the Hub, such as me/llama-lowrank")
+    hub.add_argument("--push-to-hub", action="store_true", help="push the result to the Hub")
+    hub.add_argument("--hub-model-id", help="name of the repository, such as me/llama-lowrank")
     hub.add_argument("--private", action="store_true", help="make a new repository private")
 
 

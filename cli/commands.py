@@ -36,15 +36,15 @@ PASS_ON = ("finetune", "pretrain")
 _DESCRIPTION = """\
 Fine-tune a Hugging Face model into a smaller one.
 
-  lowrank-ft plan    MODEL --param-ratio 0.6                        what would change, what it saves
-  lowrank-ft plan    --preset wei2024-s-r63                         what a training from scratch costs
-  lowrank-ft convert MODEL --param-ratio 0.6 --output-dir compact   factorize every linear of the blocks
+  lowrank-ft plan    MODEL --param-ratio 0.6                        ranks and sizes
+  lowrank-ft plan    --preset wei2024-s-r63                         cost of a training from scratch
+  lowrank-ft convert MODEL --param-ratio 0.6 --output-dir compact   make a compact checkpoint
   lowrank-ft finetune --model compact --dataset text.jsonl --output_dir tuned
   lowrank-ft eval    tuned --data held-out.txt --baseline MODEL     perplexity, size, speed
-  lowrank-ft report  tuned --baseline MODEL                         one page of HTML about it
+  lowrank-ft report  tuned --baseline MODEL                         one HTML page about the model
   lowrank-ft push    tuned --repo-id me/model
-  lowrank-ft tokenize texts/ --tokenizer MODEL --output-dir tokens  a large text, once, for many runs
-  lowrank-ft pretrain --preset wei2024-s-r32 --dataset tokens       from scratch, with low rank
+  lowrank-ft tokenize texts/ --tokenizer MODEL --output-dir tokens  tokenize a large text once
+  lowrank-ft pretrain --preset wei2024-s-r32 --dataset tokens       train a low-rank model from scratch
 """
 
 

@@ -18,7 +18,7 @@ HELP = "factorize a dense checkpoint into a compact one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_size(parser)
-    parser.add_argument("--plan", metavar="FILE", help="ranks from a file that plan --json wrote, edited or not")
+    parser.add_argument("--plan", metavar="FILE", help="take the ranks from a file that plan --json wrote")
     add_calibration(parser)
     add_output(parser, "lowrank")
     add_dtype(parser)

@@ -3,12 +3,14 @@
 import argparse
 from pathlib import Path
 
-HELP = "the whole path on a small model that ships with the package; no network needed"
+HELP = "run all steps on a small model that ships with the package; no network is needed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output-dir", default="lowrank-ft-demo", help="where to (default: lowrank-ft-demo)")
-    parser.add_argument("--param-ratio", type=float, default=0.6, help="share of the linears to keep (default: 0.6)")
+    parser.add_argument("--output-dir", default="lowrank-ft-demo", help="output folder (default: lowrank-ft-demo)")
+    parser.add_argument(
+        "--param-ratio", type=float, default=0.6, help="share of the linears' parameters to keep (default: 0.6)"
+    )
     parser.add_argument("--max-steps", type=int, default=120, help="optimizer steps of each training (default: 120)")
 
 

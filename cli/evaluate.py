@@ -9,18 +9,18 @@ HELP = "measure perplexity, size, speed and task scores, alone or against a base
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_text(parser, "a text, jsonl or parquet file, or a dataset on the Hub", batches_of="blocks or items")
+    add_text(parser, "a text, jsonl or parquet file, or a dataset on the Hub", batches_of="sequences or items")
     parser.add_argument("--baseline", metavar="MODEL", help="a second model, such as the dense one, to compare with")
     parser.add_argument(
         "--stride", type=int, metavar="N",
-        help="overlap the blocks: each begins N tokens after the one before, and only tokens that are new count",
+        help="overlap the sequences: each begins N tokens after the one before, and only its new tokens count",
     )  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of the text only")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="use only the first N tokens of the text")
     parser.add_argument(
         "--tasks", nargs="+", metavar="NAME",
-        help="tasks of lm-evaluation-harness (needs the extra eval) by name, or YAML files of tasks, or folders of them",
+        help="tasks of lm-evaluation-harness: names, YAML files, or folders of these (needs lowrank-ft[eval])",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N items of each task")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     add_dtype(parser)
     add_device(parser)

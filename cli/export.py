@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowrank_ft_cli.arguments import add_dtype, add_hub, add_output
 
-HELP = "write the compact checkpoint of a training checkpoint or of a PEFT adapter, or one in another form"
+HELP = "write a compact checkpoint from a training checkpoint or a PEFT adapter, or change the form of one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--form", choices=("pivoted", "factors"), default="pivoted",
-        help="pivoted: the fewest numbers, format version 2; factors: U and V, version 1 (default: pivoted)",
+        help="how factors are stored: pivoted (smallest, format version 2) or factors (U and V, version 1) (default: pivoted)",
     )  # fmt: skip
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the checkpoint")
     add_output(parser, "compact")
     add_dtype(parser)
     add_hub(parser)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lowrank_ft_cli.arguments import add_dtype, add_model, add_output
 
-HELP = "multiply U V back into dense weights, for software that knows nothing else"
+HELP = "multiply U V back into dense weights, for software that reads only those"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

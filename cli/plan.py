@@ -4,7 +4,7 @@ import argparse
 
 from lowrank_ft_cli.arguments import add_calibration, add_device, add_dtype, add_model, add_size, count
 
-HELP = "show what would change and what it saves; reads headers, not weights"
+HELP = "show the ranks and sizes of a conversion; reads headers, not weights"
 _TRAINS = ("method", "refine_epochs", "distill_epochs", "activations_dir")  # a plan trains nothing
 
 
@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost = parser.add_argument_group("cost of a training from scratch")
     cost.add_argument(
         "--tokens", type=count, metavar="N",
-        help="add training FLOPs for so many tokens: 2.2B, 300M (a preset has a number of its own)",
+        help="also show the FLOPs of training on N tokens, such as 2.2B or 300M (a preset has its own number)",
     )  # fmt: skip
     cost.add_argument(
         "--sequence-length", type=count, metavar="N",
-        help="tokens of context in the FLOPs (default: 1024, or what the model allows)",
+        help="context length for the FLOPs (default: 1024, or the limit of the model)",
     )  # fmt: skip
     cost.add_argument(
         "--set", nargs="+", action="extend", metavar="NAME=VALUE",
@@ -29,21 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the plan as JSON; convert --plan reads it back")
     parser.add_argument(
-        "--picture", metavar="FILE", help="draw the ranks into a .png, .svg or .pdf (needs the extra plot)"
+        "--picture", metavar="FILE", help="plot the ranks into a .png, .svg or .pdf file (needs lowrank-ft[plot])"
     )
-    memory = parser.add_argument_group("memory of training, and the options of the run that it is estimated for")
-    memory.add_argument("--memory", action="store_true", help="estimate the peak of a training step in every mode")
-    memory.add_argument("--batch-size", type=int, default=8, metavar="N", help="blocks per forward pass (default: 8)")
+    memory = parser.add_argument_group("memory of training, and the options of that training")
+    memory.add_argument("--memory", action="store_true", help="estimate the peak memory of a training step")
     memory.add_argument(
-        "--block-size", type=int, metavar="N", help="tokens per block (default: 1024, or what the model has)"
+        "--batch-size", type=int, default=8, metavar="N", help="sequences per forward pass (default: 8)"
+    )
+    memory.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens per sequence (default: 1024, or the limit of the model)"
     )
     memory.add_argument(
         "--gradient-accumulation-steps", type=int, default=1, metavar="N", help="forward passes per step (default: 1)"
     )
-    memory.add_argument("--gradient-checkpointing", action="store_true", help="activations are recomputed in backward")
+    memory.add_argument(
+        "--gradient-checkpointing", action="store_true", help="activations are recomputed in the backward pass"
+    )
     memory.add_argument(
         "--mixed-precision", choices=("no", "bf16", "fp16"), default="no",
-        help="arithmetic; weights are in --dtype, which stands for float32 here if it is not given (default: no)",
+        help="dtype of the arithmetic (default: no); the weights are in --dtype, here float32 by default",
     )  # fmt: skip
     memory.add_argument("--optim", default="adamw_torch", metavar="NAME", help="form of AdamW (default: adamw_torch)")
 

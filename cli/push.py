@@ -6,10 +6,10 @@ HELP = "upload a finished checkpoint to the Hub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="what convert, finetune or export wrote")
-    parser.add_argument("--repo-id", required=True, help="name on the Hub, such as me/llama-lowrank")
+    parser.add_argument("folder", help="folder that convert, finetune or export wrote")
+    parser.add_argument("--repo-id", required=True, help="name of the repository, such as me/llama-lowrank")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to push to; made if need be (default: main)")
+    parser.add_argument("--revision", help="branch to push to, created if it does not exist (default: main)")
     parser.add_argument("--commit-message", help="message of the commit")
     parser.add_argument("--token", help="Hub token (default: the stored one)")
 

@@ -20,32 +20,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="folder or Hub id with the tokenizer")
     parser.add_argument(
         "--output-dir", required=True,
-        help="folder for the result; it appears whole or not at all, and a run that was killed goes on",
+        help="folder for the result; if the command was killed, run it again to resume",
     )  # fmt: skip
     parser.add_argument(
         "--held-out", type=float, default=0.01, metavar="F",
-        help="share of the documents to hold out, by a hash of their text (default: 0.01)",
+        help="share of the documents to hold out, chosen by a hash of their text (default: 0.01)",
     )  # fmt: skip
     parser.add_argument(
         "--glob", nargs="+", default=[], metavar="PATTERN",
-        help="the files to read in folders, such as '*.py' (default: by the endings of text, json(l) and parquet)",
+        help="which files to read in folders, such as '*.py' (default: text, json(l) and parquet, by file extension)",
     )  # fmt: skip
     parser.add_argument(
         "--exclude", nargs="+", default=[], metavar="NAME",
-        help="names of files and folders in them to leave out, such as site-packages or 'test_*'",
+        help="files and subfolders to leave out, by name, such as site-packages or 'test_*'",
     )  # fmt: skip
     parser.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
     parser.add_argument("--data-split", default="train", help="split of a dataset on the Hub (default: train)")
     parser.add_argument("--data-config", help="configuration of a dataset on the Hub")
     parser.add_argument("--data-revision", help="branch, tag or commit of a dataset on the Hub")
-    parser.add_argument("--max-shard-size", default="128MB", help="largest token file (default: 128MB)")
+    parser.add_argument("--max-shard-size", default="128MB", help="size limit of each token file (default: 128MB)")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace token files there, and what an unfinished run left"
+        "--overwrite", action="store_true", help="replace token files in the output folder, finished or not"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--revision", help="branch, tag or commit of the tokenizer on the Hub")
     parser.add_argument("--token", help="Hub token (default: the stored one)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the tokenizer brings")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's Python code")
 
 
 def run(options: argparse.Namespace) -> int:

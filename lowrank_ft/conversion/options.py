@@ -25,34 +25,37 @@ class CalibrationOptions:
 
     method: str | None = _option(
         None,
-        "svd (the weight alone), activation, or anchored (default; svd for models that cannot write text, "
+        "svd (uses no text), activation, or anchored (default; svd for models that cannot write text, "
         "unless --calibration-data is given)",
         "NAME",
     )
-    refine_epochs: int | None = _option(None, "passes that train each block to match its dense twin (default: 1)", "N")
+    refine_epochs: int | None = _option(
+        None, "epochs of training each block to match the dense block (default: 1)", "N"
+    )
     distill_epochs: float | None = _option(
-        None, "passes that train all factors to match the dense model's output (default: 1)", "N"
+        None, "epochs of training all factors to match the dense model's output (default: 1)", "N"
     )
-    activations_dir: str | None = _option(
-        None, "keep hidden states in files there, where memory does not hold them", "DIR"
-    )
+    activations_dir: str | None = _option(None, "keep hidden states in files in this folder, to save memory", "DIR")
     allocation: str | None = _option(
         None,
-        "how ranks share the parameters: uniform, energy or loss; convert takes loss by default where "
-        "--param-ratio says how many there are",
+        "how the parameters are distributed over the linears: uniform, energy or loss "
+        "(convert: loss with --param-ratio, else uniform)",
         "NAME",
     )
     calibration_data: str | None = _option(
         None,
-        "a text, jsonl or parquet file, a dataset on the Hub, or self: text that the model writes (default)",
+        "a sample of the text your model will see: a text, jsonl or parquet file, a dataset on the Hub, or self: text "
+        "that the model writes (default)",
         "DATA",
     )
     calibration_split: str = _option("train", "split of a dataset on the Hub")
     calibration_config: str | None = _option(None, "configuration of a dataset on the Hub")
     calibration_column: str = _option("text", "column that holds the text")
-    calibration_tokens: int | None = _option(None, "at most so many tokens (default: 262144; of self, 65536)", "N")
-    calibration_block_size: int | None = _option(None, "tokens per text (default: 512, or what the model allows)", "N")
-    seed: int = _option(0, "choice and order of the calibration data")
+    calibration_tokens: int | None = _option(None, "number of tokens, at most (default: 262144; for self 65536)", "N")
+    calibration_block_size: int | None = _option(
+        None, "tokens per sequence (default: 512, or the limit of the model)", "N"
+    )
+    seed: int = _option(0, "seed for the choice and order of the calibration data")
 
     def __post_init__(self) -> None:
         """Refuse what is unknown or out of range."""

@@ -7,8 +7,8 @@ imports anything that takes time.
 from dataclasses import dataclass, field
 from typing import Any
 
-_KEPT = "how much is kept (one of)"
-_WHICH = "which linears (default: all of the repeated blocks)"
+_KEPT = "size (give one)"
+_WHICH = "which linears (default: all in the transformer blocks)"
 
 
 def _option(default: Any, help: str, group: str, metavar: str | None = None) -> Any:
@@ -19,9 +19,11 @@ def _option(default: Any, help: str, group: str, metavar: str | None = None) -> 
 class SizeOptions:
     """The arguments of :func:`lowrank_ft.make_plan` that people choose. What they mean is in the fields' metadata."""
 
-    rank: int | float | None = _option(None, "the same rank for all, or a fraction of full rank", _KEPT, "N")
-    param_ratio: float | None = _option(None, "factored over dense parameters: 0.6 removes 40 %", _KEPT, "F")
-    energy: float | None = _option(None, "share of the squared singular values; reads weights", _KEPT, "F")
+    rank: int | float | None = _option(
+        None, "rank of every linear: a whole number, or a fraction of full rank", _KEPT, "N"
+    )
+    param_ratio: float | None = _option(None, "share of the parameters to keep: 0.6 removes 40 %", _KEPT, "F")
+    energy: float | None = _option(None, "share of the squared singular values to keep; reads weights", _KEPT, "F")
     target_modules: str | list[str] | None = _option(
         None, "names or suffixes, as in PEFT; one regular expression for whole names; or all-linear", _WHICH, "NAME"
     )

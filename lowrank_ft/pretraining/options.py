@@ -20,14 +20,16 @@ class ScratchArguments:
     )
     config_name: str | None = option(None, "any other causal language model: folder with a config.json, or Hub id")
     config_overrides: dict | str | None = option(
-        None, "values of it that differ: {num_hidden_layers: 4, hidden_size: 256}"
+        None, "values of the config to change: {num_hidden_layers: 4, hidden_size: 256}"
     )
-    tokenizer_name: str | None = option(None, "folder or Hub id; default: the one that made the token files")
-    trust_remote_code: bool = option(False, "run Python code that the config brings")
+    tokenizer_name: str | None = option(
+        None, "folder or Hub id of the tokenizer; default: the one that made the token files"
+    )
+    trust_remote_code: bool = option(False, "run the Python code that comes with the config")
     rank: float | str | None = option(
         None, "rank of the factors; default: the preset's. No rank trains the dense model"
     )
-    param_ratio: float | None = option(None, "share of the targeted linears' parameters, instead of rank")
+    param_ratio: float | None = option(None, "share of the linears' parameters to keep, instead of rank")
     rank_pattern: dict | str | None = option(None, "ranks of linears that differ, as in PEFT: {up_proj: 64}")
     target_modules: list[str] | None = option(
         None, "names or suffixes of the linears that get a low rank, as in PEFT; default: those of the FFN"
@@ -54,23 +56,23 @@ class ScratchArguments:
 class PretrainArguments(TrainArguments):
     """How it is trained: the options of fine-tuning, with the habits of training from scratch."""
 
-    output_dir: str = option("out/pretrained", "the compact checkpoint; run records go into it too")
+    output_dir: str = option("out/pretrained", "folder for the compact checkpoint and the records of the run")
     learning_rate: float = option(6e-4, "peak learning rate of AdamW")
     warmup_ratio: float = option(0.01, "share of the steps in which the learning rate rises")
-    weight_decay: float = option(0.1, "of everything, or without decay_vectors of matrices only")
-    decay_vectors: bool = option(True, "weight decay of norms and biases, too: one group of parameters")
-    adam_beta2: float = option(0.95, "AdamW")
+    weight_decay: float = option(0.1, "weight decay of all weights; without decay_vectors of matrices only")
+    decay_vectors: bool = option(True, "also apply weight decay to norms and biases")
+    adam_beta2: float = option(0.95, "beta2 of AdamW")
     guided_ratio: float | None = option(
         None,
-        "share of the steps in which the guide is there; default: 0.5, or with fixed_flops such that each guided step "
+        "share of the steps that use the guide; default: 0.5, or with fixed_flops such that each guided step "
         "is repeated once",
     )
     guide_mode: str = option(
         "full",
-        "full: every guide in every guided step; stochastic: each with probability alpha, by the seed, at half the cost",
+        "full: every guide in every guided step; stochastic: each with probability alpha, at half the cost",
     )
     fixed_flops: bool = option(
-        False, "add unguided steps on the guided phase's data until the run costs what dense training would"
+        False, "add unguided steps on the data of the guided phase until the run costs as much as dense training"
     )
 
     def __post_init__(self) -> None:

@@ -38,16 +38,18 @@ class ModelArguments:
 
     model: str = option("", "compact checkpoint, or a dense one with rank or param_ratio; folder or Hub id")
     revision: str | None = option(None, "branch, tag or commit of the model on the Hub")
-    trust_remote_code: bool = option(False, "run Python code that the checkpoint brings")
-    adapter: bool = option(False, "merge the PEFT adapter that lies beside the weights")
+    trust_remote_code: bool = option(False, "run the Python code in the checkpoint")
+    adapter: bool = option(False, "merge the PEFT adapter in the same folder into the weights")
     rank: float | str | None = option(None, "rank for a dense model: a whole number, or a fraction of full rank (1.0)")
-    param_ratio: float | None = option(None, "share of the targeted linears' parameters to keep, for a dense model")
+    param_ratio: float | None = option(None, "share of the linears' parameters to keep, for a dense model")
     rank_pattern: dict | str | None = option(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")
     target_modules: list[str] | None = shared(SizeOptions, "target_modules")
     exclude_modules: list[str] | None = shared(SizeOptions, "exclude_modules")
     method: str = option("anchored", f"how factors of a dense model are found: {', '.join(METHODS)}")
     allocation: str | None = option(
-        None, f"how ranks share the parameters: {', '.join(ALLOCATIONS)}; default: loss with param_ratio, else uniform"
+        None,
+        f"how the parameters are distributed over the linears: {', '.join(ALLOCATIONS)}; default: loss with param_ratio, else "
+        "uniform",
     )
     calibration_tokens: int = option(
         65_536, "tokens of the training data that the factors of a dense model are fitted to"
@@ -95,21 +97,21 @@ class DataArguments:
         "", "datasets name on the Hub, a local .txt, .md, .jsonl, .json or .parquet file, or a folder of token files"
     )
     dataset_config: str | None = option(None, "configuration of a dataset on the Hub")
-    dataset_split: str = option("train", "its split")
+    dataset_split: str = option("train", "split of the dataset on the Hub")
     eval_dataset: str | None = option(None, "like dataset; default: the last eval_ratio of the training data")
     eval_split: str = option("validation", "split of eval_dataset, if that is on the Hub")
     eval_ratio: float = option(
-        0.1, "share held out for evaluation where there is neither an eval_dataset nor a held-out part; 0: none"
+        0.1, "share held out for evaluation, if there is neither an eval_dataset nor a held-out part; 0: none"
     )
     distill_dataset: str | None = option(
-        None, "like dataset: general text on which the model is held to the dense one; default: the training data"
+        None, "like dataset: general text for distillation; default: the training data"
     )
     distill_config: str | None = option(None, "configuration of distill_dataset, if that is on the Hub")
     distill_split: str = option("train", "its split, such as train[:10000]; all of it is tokenized at the start")
-    text_column: str = option("text", "column of plain text")
-    messages_column: str = option("messages", "column of chats, a list of {role, content}; used where it exists")
+    text_column: str = option("text", "column that holds plain text")
+    messages_column: str = option("messages", "column that holds chats, lists of {role, content}; used if it exists")
     block_size: int | None = option(
-        None, "tokens per packed block or at most per chat; default: 1024 or what the model has"
+        None, "tokens per sequence of text, and at most per chat; default: 1024, or the limit of the model"
     )
     strict_data: bool = option(False, "stop at the first row that cannot be used, instead of leaving it out")
     dataset_num_proc: int | None = option(
@@ -128,45 +130,47 @@ class DataArguments:
 class TrainArguments:
     """How it is trained."""
 
-    output_dir: str = option("out/finetuned", "the compact checkpoint; run records go into it too")
-    overwrite_output_dir: bool = option(False, "replace what an earlier run, or somebody else, left in output_dir")
-    resume_from_checkpoint: str | None = option(None, "auto: the newest checkpoint in output_dir; or its path")
-    resume_with_changes: bool = option(
-        False, "go on although settings differ from those of the checkpoint; they are shown"
+    output_dir: str = option("out/finetuned", "folder for the compact checkpoint and the records of the run")
+    overwrite_output_dir: bool = option(False, "replace the files of an earlier run, or other files, in output_dir")
+    resume_from_checkpoint: str | None = option(
+        None, "auto (the newest checkpoint in output_dir), or the path of a checkpoint"
     )
-    max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides")
+    resume_with_changes: bool = option(
+        False, "resume although settings differ from those of the checkpoint; the differences are shown"
+    )
+    max_steps: int = option(-1, "optimizer steps; -1: as num_train_epochs says")
     num_train_epochs: float = option(1.0, "passes over the data")
-    per_device_train_batch_size: int = option(8, "blocks or chats per process and forward pass")
-    per_device_eval_batch_size: int = option(8, "likewise in evaluation")
+    per_device_train_batch_size: int = option(8, "sequences or chats per process and forward pass")
+    per_device_eval_batch_size: int = option(8, "sequences or chats per process and forward pass in evaluation")
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
     optim: str = option("adamw_torch", f"form of AdamW: {', '.join(OPTIMIZERS)}; most of them need bitsandbytes")
     trainable: str = option(
         "all", f"what is trained: {', '.join(TRAINABLE)}; all but the first leave the other weights as they are"
     )
     lora_r: int = option(16, "rank of the adapters on U and V under --trainable lora or leading")
-    lora_alpha: int = option(32, "their scale is lora_alpha / lora_r; leading has 1")
+    lora_alpha: int = option(32, "scale of these adapters is lora_alpha / lora_r; with leading it is 1")
     learning_rate: float = option(2e-4, "peak learning rate of AdamW")
     lr_scheduler_type: str = option("cosine", f"decay after the warm-up: {', '.join(LR_SCHEDULES)}")
     warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises")
-    weight_decay: float = option(0.01, "of matrices; of vectors only with decay_vectors")
-    decay_vectors: bool = option(False, "weight decay of norms and biases, too")
-    adam_beta1: float = option(0.9, "AdamW")
-    adam_beta2: float = option(0.999, "AdamW")
+    weight_decay: float = option(0.01, "weight decay of matrices; with decay_vectors of all weights")
+    decay_vectors: bool = option(False, "also apply weight decay to norms and biases")
+    adam_beta1: float = option(0.9, "beta1 of AdamW")
+    adam_beta2: float = option(0.999, "beta2 of AdamW")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never")
     alpha_schedule: str = option("cosine", f"how the guide's share falls from 1 to 0: {', '.join(ALPHA_SCHEDULES)}")
-    guided_ratio: float | None = option(0.25, "share of the steps in which the guide is there")
+    guided_ratio: float | None = option(0.25, "share of the steps that use the guide")
     distill_weight: float = option(0.0, "share w of distillation in the loss: (1-w) cross-entropy + w T^2 KL; 0: none")
-    distill_temperature: float = option(1.0, "T, by which the logits of both models are divided before the KL")
+    distill_temperature: float = option(1.0, "T: the logits of both models are divided by it before the KL")
     mixed_precision: str | None = option(None, "no, bf16 or fp16; default: what accelerate is configured for")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     torch_compile: bool = option(False, "compile the model with torch.compile")
     torch_compile_backend: str = option("inductor", "backend of torch.compile")
-    seed: int = option(42, "order of the data, dropout")
+    seed: int = option(42, "seed for the order of the data and for dropout")
     logging_steps: int = option(10, "steps between two records of the loss")
     eval_steps: int = option(0, "steps between evaluations; 0: only at the end")
     save_steps: int = option(0, "steps between checkpoints to resume from; 0: none")
     save_total_limit: int = option(2, "checkpoints to keep")
-    load_best_model_at_end: bool = option(True, "export the weights of the best evaluation rather than the last")
+    load_best_model_at_end: bool = option(True, "export the weights of the best evaluation, not the last ones")
     report_to: list[str] = option([], "trackers of accelerate, such as tensorboard or wandb")
     run_name: str = option("lowrank-ft", "name of the run for the trackers")
 
