@@ -22,8 +22,8 @@ def read_calibration(options: CalibrationOptions, source: Source, model: Any) ->
     if name == SELF:
         tokens = OWN_TOKENS if options.calibration_tokens is None else options.calibration_tokens
         if options.calibration_data is None:
-            print(f"calibration: the model writes {tokens:,} tokens of text itself; --calibration-data FILE is faster "
-                  "and better, --method svd does without", file=sys.stderr)  # fmt: skip
+            print(f"calibration: the model writes {tokens:,} tokens of text; --calibration-data FILE is faster and "
+                  "gives a better model, --method svd needs no text", file=sys.stderr)  # fmt: skip
         batches = own_batches(model, tokens, length, seed, progress=True)
     else:
         tokens = CALIBRATION_TOKENS if options.calibration_tokens is None else options.calibration_tokens

@@ -44,7 +44,9 @@ def _run_group(command: list[str]) -> int:
             process.wait(_GRACE_SECONDS)
         with suppress(ProcessLookupError):  # all gone by themselves
             os.killpg(process.pid, signal.SIGKILL)
-        print("error: interrupted; if it had --save_steps, go on with --resume_from_checkpoint auto", file=sys.stderr)
+        print(
+            "error: interrupted; if it had --save_steps, resume it with --resume_from_checkpoint auto", file=sys.stderr
+        )
         return 1
 
 

@@ -63,7 +63,7 @@ def sequence_length_of(options: argparse.Namespace, config: Any, name: str) -> i
         raise ConfigError("--set changes values of a preset, and no --preset is given; edit the model's config.json")
     if options.tokens is None:
         if options.sequence_length is not None:
-            raise ConfigError("--sequence-length is about training FLOPs; give --tokens, too")
+            raise ConfigError("--sequence-length applies to training FLOPs; add --tokens")
         return None
     if not writes_text(config):
         found = (getattr(config, "architectures", None) or ["model without architectures in its config.json"])[0]
@@ -132,7 +132,9 @@ def _refuse_other_flags(options: argparse.Namespace, given: list[str]) -> None:
     for name in given:
         if name not in _ABOUT_PRESETS:
             flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} is about a model, not a preset; leave it out, or change the preset with --set")
+            raise ConfigError(
+                f"{flag} applies to a model, not to a preset; leave it out, or change the preset with --set"
+            )
 
 
 def _shape(made: Preset) -> str:

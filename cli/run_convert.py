@@ -46,7 +46,7 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     if options.plan is not None:
         given = [*sizes.given(), *(["allocation"] if options.allocation else [])]
         if given:
-            raise RankError(f"--plan says everything already; leave --{given[0].replace('_', '-')} out")
+            raise RankError(f"--plan sets all ranks; leave --{given[0].replace('_', '-')} out")
         plan = Plan.load(options.plan)
     elif options.energy is None:
         plan = make_plan(skeleton(config, source.name, source.trust_remote_code), **vars(sizes))
@@ -61,7 +61,7 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     wanted = calibrated.wants_data(writes_text(config))
     calibration = read_calibration(calibrated, source, model) if wanted else None
     if calibration is None and options.method is None:
-        print(f"note: a {type(model).__name__} writes no text of its own to calibrate on, so this is plain SVD; "
+        print(f"note: a {type(model).__name__} cannot write its own calibration text, so this is plain SVD; "
               "--calibration-data FILE gives a much better model", file=sys.stderr)  # fmt: skip
     allocation = options.allocation or default_allocation(options.param_ratio, calibration)
     plan = allocate(model, plan, allocation, calibration, progress=True)

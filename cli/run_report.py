@@ -20,7 +20,9 @@ from lowrank_ft.report.summary import read_evaluation
 def write_report(options: argparse.Namespace) -> None:
     require_plotting()
     if options.data and options.eval:
-        raise ConfigError("--data measures anew and --eval reads what was measured; give one of them")
+        raise ConfigError(
+            "--data runs an evaluation and --eval reads the results of an earlier one; give only one of them"
+        )
     if options.update_card and not (options.data or options.eval):
         raise ConfigError("--update-card needs numbers to put into the card; add --data TEXT or --eval FILE.json")
     device = device_of(options)

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
             held_out=options.held_out, max_shard_bytes=most, overwrite=options.overwrite, progress=True,
         )  # fmt: skip
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the last whole file", file=sys.stderr)
+        print("error: interrupted; the same command resumes after the last complete file", file=sys.stderr)
         return 1
     summary = summarize(index, options.output_dir)
     print(json.dumps(summary, indent=2) if options.json else shown(summary))

@@ -160,7 +160,9 @@ def build_model(args: ScratchArguments, config: PreTrainedConfig, seed: int) -> 
     if rank is None and args.param_ratio is None:
         named = [n for n in ("rank_pattern", "target_modules", "exclude_modules") if getattr(args, n)]
         if named:
-            raise ConfigError(f"{named[0]} is about factors, and there is no rank; give --rank or --param_ratio")
+            raise ConfigError(
+                f"{named[0]} applies to low-rank models, and no rank is given; add --rank or --param_ratio"
+            )
         return model, None
     plan = lowrank_ft.initialize_lowrank(
         model,

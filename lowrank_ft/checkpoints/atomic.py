@@ -193,7 +193,7 @@ def _recover(path: Path) -> None:
     for aside in path.parent.glob(f".{glob.escape(path.name)}.*.replaced"):
         if not path.exists() and (aside / "old").is_dir():
             os.replace(aside / "old", path)
-            print(f"note: {path} is back; a command that was killed had put it aside", file=sys.stderr)
+            print(f"note: {path} was restored; a command that was killed had moved it", file=sys.stderr)
         shutil.rmtree(aside, ignore_errors=True)
 
 

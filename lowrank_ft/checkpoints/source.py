@@ -518,7 +518,7 @@ def check_written(folder: Path, model: PreTrainedModel) -> None:
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"what was written does not load again, so it is not kept: {first_line(error)}"
+            f"the written checkpoint does not load, so it was deleted: {first_line(error)}"
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -527,7 +527,7 @@ def check_written(folder: Path, model: PreTrainedModel) -> None:
     for what in ("missing", "unexpected"):
         if keys := sorted(info[f"{what}_keys"]):
             raise CheckpointError(
-                f"what was written does not load again, so it is not kept: {len(keys)} weights of {cls.__name__} are "
+                f"the written checkpoint does not load, so it was deleted: {len(keys)} weights of {cls.__name__} are "
                 f"{what}, the first being {keys[0]}"
             )
 

@@ -158,7 +158,7 @@ class _Block:
             names = list(missing)
             warnings.warn(
                 f"no calibration token reached {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}; "
-                "factorized by the weight alone",
+                "factorized by plain SVD",
                 stacklevel=2,
             )
         return groups

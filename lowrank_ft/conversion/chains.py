@@ -158,7 +158,7 @@ def answer_of(output: Any) -> tuple[Tensor, bool]:
     hidden = output[0] if hidden is None else hidden
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.dim() == 0:
         raise DataError(
-            f"a model that returns {type(output).__name__} has no logits and no hidden states to be held to; use "
+            f"a model that returns {type(output).__name__} has no logits and no hidden states to compare; use "
             "--allocation uniform or energy, and --distill-epochs 0"
         )
     return hidden, False

@@ -160,8 +160,8 @@ def allocate(
     if unreached:
         warnings.warn(
             f"the calibration data do not reach {len(unreached)} of {len(names)} linears (the first is {unreached[0]}), so "
-            "that nothing tells what they are worth; they keep the ranks that their shapes give, and are factorized "
-            "by their weights alone. Give data that reach them, or leave them dense with --exclude-modules",
+            "their importance is not known; they get ranks by their shapes, and are factorized by plain SVD. Give "
+            "data that reach them, or leave them dense with --exclude-modules",
             stacklevel=2,
         )
     return reallocate(plan, spectra)

@@ -71,7 +71,7 @@ class CalibrationOptions:
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
         if self.activations_dir is not None and not Path(self.activations_dir).is_dir():
-            raise ConfigError(f"--activations-dir {self.activations_dir} is no folder; make it first")
+            raise ConfigError(f"--activations-dir {self.activations_dir} is no folder; create it first")
 
     def wants_data(self, writes_text: bool) -> bool:
         """Whether calibration data are needed, by what was asked for or by default.

@@ -167,7 +167,7 @@ def read_conversion(folder: Path) -> ConversionRecord | None:
     try:
         return ConversionRecord.from_dict(data)
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:  # a PlanError is a ValueError
-        raise CheckpointError(f"{path} lacks or garbles something ({_short(error)}); delete it") from None
+        raise CheckpointError(f"{path} is incomplete or damaged ({_short(error)}); delete it") from None
 
 
 def thinned_spectrum(weight: Tensor, name: str) -> tuple[list[float], list[int]]:

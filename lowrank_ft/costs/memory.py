@@ -80,7 +80,7 @@ class Architecture:
         if missing or experts or getattr(config, "is_encoder_decoder", False):
             why = f"its config has no {missing[0]}" if missing else "it has experts or an encoder"
             raise ConfigError(
-                f"the memory of {type(model).__name__} cannot be estimated: {why}; dense decoders are what is known"
+                f"the memory of {type(model).__name__} cannot be estimated: {why}; only dense decoders are supported"
             )
         linears = find_linears(model)
         leaves = {spec.name.rpartition(".")[2] for spec in linears}

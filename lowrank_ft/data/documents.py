@@ -83,7 +83,7 @@ class Corpus:
 
     Args:
         names: files, folders, glob patterns, or names on the Hub.
-        globs: in folders, the files to read, such as ``*.py``; default: by the endings of text, json(l) and parquet.
+        globs: in folders, the files to read, such as ``*.py``; default: by the file extensions of text, json(l) and parquet.
             Files that match and have another ending are read as plain text. Hidden files and folders are left out.
         exclude: in folders, names of files and folders to leave out, such as ``site-packages`` or ``test_*``.
         column: of json(l), parquet and the Hub: the column with the text.
@@ -238,7 +238,7 @@ def _files(name: str, globs: Sequence[str], exclude: Sequence[str]) -> list[Path
     if path.is_file():
         if path.suffix.lower() not in BUILDERS and not any(path.match(g) for g in globs):
             raise DataError(
-                f"{path} has the ending {path.suffix!r}; the endings read are {', '.join(BUILDERS)}; to read it as "
+                f"{path} has the file extension {path.suffix!r}; supported are {', '.join(BUILDERS)}; to read it as "
                 f"plain text, add --glob '*{path.suffix}'"
             )
         return [path]

@@ -72,7 +72,7 @@ def pack(ids: np.ndarray, block_size: int, name: str = "the data") -> TokenizedD
     """
     blocks = len(ids) // block_size
     if blocks == 0:
-        raise DataError(f"{name} has {len(ids)} tokens, less than one block of {block_size}; lower --block-size")
+        raise DataError(f"{name} has {len(ids)} tokens, less than one sequence of {block_size}; lower --block-size")
     return TokenizedData(ids[: blocks * block_size], np.arange(blocks + 1) * block_size)
 
 

@@ -28,7 +28,7 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
         if path.is_file():
             builder = BUILDERS.get(path.suffix.lower())
             if builder is None:
-                raise DataError(f"{path} has the ending {path.suffix!r}; the endings read are {', '.join(BUILDERS)}")
+                raise DataError(f"{path} has the file extension {path.suffix!r}; supported are {', '.join(BUILDERS)}")
             if path.stat().st_size == 0:
                 raise DataError(f"{path} is empty")
             if builder != "parquet" and (bad := _first_bad_line(path)):  # json reads something all the same

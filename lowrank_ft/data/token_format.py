@@ -123,7 +123,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} lacks or garbles something ({error!r}); tokenize the text again") from error
+        raise DataError(f"{path} is incomplete or damaged ({error!r}); tokenize the text again") from error
     return index
 
 

@@ -109,7 +109,7 @@ def write_token_files(
         if isinstance(error, OutputError):
             raise
         raise OutputError(
-            f"writing {output_dir} failed ({error}); what is done is kept, and the same command goes on from there"
+            f"writing {output_dir} failed ({error}); finished files are kept, and the same command resumes from there"
         ) from error
     return index
 
@@ -253,8 +253,8 @@ def _begin(work: Path, run: dict[str, Any], output_dir: Path, overwrite: bool) -
         if not overwrite:
             more = f"; and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
             raise OutputError(
-                f"{work} holds an unfinished run that differs: {'; '.join(changed[:_LISTED])}{more}; go on as it was "
-                "begun, name another --output-dir, or add --overwrite to begin anew"
+                f"{work} holds an unfinished run that differs: {'; '.join(changed[:_LISTED])}{more}; use its settings, "
+                "name another --output-dir, or add --overwrite to start anew"
             )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

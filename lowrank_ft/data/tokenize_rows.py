@@ -137,7 +137,9 @@ def _report(problems: Any, name: str, what: str, strict: bool, remedy: str) -> N
     cut = rows.pop(_TRUNCATED, [])
     if strict and rows:
         first = min(rows, key=lambda reason: rows[reason][0])
-        raise DataError(f"{name}, row {rows[first][0]}: {first}; mend it, or leave --strict-data out to skip such rows")
+        raise DataError(
+            f"{name}, row {rows[first][0]}: {first}; correct it, or leave --strict-data out to skip such rows"
+        )
     if os.environ.get("RANK", "0") != "0":
         return
     left_out, total = sum(map(len, rows.values())), len(problems)

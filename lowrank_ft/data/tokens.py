@@ -36,7 +36,7 @@ class TokenFiles(TokenizedData):
             raise DataError(f"the block size is {block_size}; it must be 1 or more")
         if len(ids) < block_size:
             raise DataError(
-                f"the part {part} of {folder} has {len(ids)} tokens, less than one block of {block_size}; "
+                f"the part {part} of {folder} has {len(ids)} tokens, less than one sequence of {block_size}; "
                 "lower --block-size, or tokenize more text"
             )
         super().__init__(ids, range(0, len(ids) + 1, block_size))

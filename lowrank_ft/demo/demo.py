@@ -185,9 +185,9 @@ def _report(rows: list[Row], output_dir: Path, text: str, seconds: float) -> Non
     )  # fmt: skip
     print(f"fine-tuned low-rank model, greedy: {text!r}" if text.startswith(PROMPT) else text)
     if (output_dir / "training.png").exists():
-        print(f"picture of loss and alpha: {output_dir / 'training.png'}")
+        print(f"plot of loss and alpha: {output_dir / 'training.png'}")
     else:
-        print('no picture: matplotlib is missing (pip install "lowrank-ft[plot]")')
+        print('no plot: matplotlib is missing (pip install "lowrank-ft[plot]")')
     print(f"compact checkpoint: {output_dir / 'finetuned'}   ({seconds:.0f} s in all)")
 
 

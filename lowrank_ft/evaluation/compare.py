@@ -61,7 +61,7 @@ class EvaluationSettings:
         for name, other in needs.items():
             if getattr(self, name) is not None and not getattr(self, other):
                 flag, about = _flag(name), _flag(other)
-                raise ConfigError(f"{flag} is about {about}, which is not given; add {about} or leave {flag} out")
+                raise ConfigError(f"{flag} applies to {about}, which is not given; add {about} or leave {flag} out")
 
 
 def compare(

@@ -158,7 +158,7 @@ class Plan:
 
 def _garbled(field: str, value: Any, allowed: str) -> PlanError:
     return PlanError(
-        f"the plan lacks or garbles {field}, which is {kind_of(value)}; it must be {allowed}; "
+        f"the plan has a wrong {field}, which is {kind_of(value)}; it must be {allowed}; "
         "make it anew with lowrank-ft plan --json"
     )
 
@@ -178,7 +178,7 @@ def _read_linear(where: str, entry: Any) -> LinearPlan:
     if not isinstance(shape, list) or len(shape) != 2:
         raise _garbled(f"{where}.shape", shape, "a list of two whole numbers")
     if "rank" not in entry:
-        raise PlanError(f"the plan lacks or garbles {where}.rank; write a whole number, or null for dense")
+        raise PlanError(f"the plan has no {where}.rank; write a whole number, or null for dense")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
         raise PlanError(f"{name} has rank {rank!r} in the plan; a rank there is a whole number, or null for dense")
     if not isinstance(note, str | None):

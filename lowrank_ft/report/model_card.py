@@ -105,7 +105,7 @@ def card_with_table(folder: Path, comparison: Comparison, evaluation: Results) -
     _, end, after = rest.partition(_TABLE_END)
     if not (begin and end):
         raise CheckpointError(
-            f"{path} lacks the lines {_TABLE_BEGIN} and {_TABLE_END}; put them where the table shall stand"
+            f"{path} lacks the lines {_TABLE_BEGIN} and {_TABLE_END}; add them where the table should be"
         )
     return f"{before}{begin}\n{main_table(comparison, evaluation)}\n{end}{after}"
 

@@ -30,14 +30,14 @@ def require_plotting() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise MissingPackageError(
-            'drawing needs matplotlib, which is not installed; pip install "lowrank-ft[plot]"'
+            'plots need matplotlib, which is not installed; pip install "lowrank-ft[plot]"'
         ) from None
 
 
 def check_picture_path(path: Path) -> None:
     """Raise a ConfigError or OutputError, before any work, where a picture cannot be written to ``path``."""
     if path.suffix.lower() not in _FORMATS:
-        raise ConfigError(f"--picture {path} has no known ending; name a file that ends in {', '.join(_FORMATS)}")
+        raise ConfigError(f"--picture {path} has no supported file extension; use one of {', '.join(_FORMATS)}")
     if path.is_dir() or not path.parent.is_dir():
         raise OutputError(f"--picture {path} cannot be written; name a file in a folder that exists")
 

@@ -40,7 +40,7 @@ def refuse_deepspeed() -> None:
     """Raises ConfigError where accelerate is configured for DeepSpeed."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ConfigError(
-            "accelerate is configured for DeepSpeed, whose engine lets no guide go during a run; use FSDP2 "
+            "accelerate is configured for DeepSpeed, which cannot remove a guide during a run; use FSDP2 "
             "(recipes/configs/fsdp2.yaml), or train the compact model in a DeepSpeed script of your own, in which "
             "nothing is dropped (docs/how-to/scale-out.md)"
         )

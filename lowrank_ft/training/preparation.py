@@ -50,7 +50,7 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
         if METRICS_FILE in used or "config.json" in used:
             can_go_on = bool(resume.find_checkpoints(folder))
             state = "" if can_go_on else " without a checkpoint"
-            go_on = "--resume_from_checkpoint auto to go on, " if can_go_on else ""
+            go_on = "--resume_from_checkpoint auto to resume it, " if can_go_on else ""
             raise OutputError(
                 f"{folder} holds an earlier run{state}; add {go_on}--overwrite_output_dir to start anew, or name another "
                 "--output_dir"
@@ -80,7 +80,7 @@ def writes_explained(output_dir: str | Path) -> Iterator[None]:
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
         whole = resume.find_checkpoints(folder)
         way_on = (
-            f"{resume.FOLDER}/{whole[-1].name} is whole: free some space, then go on with --resume_from_checkpoint auto"
+            f"{resume.FOLDER}/{whole[-1].name} is whole: free some space, then resume with --resume_from_checkpoint auto"
             if whole
             else "There was no checkpoint yet: free some space, then start anew with --overwrite_output_dir"
         )

@@ -89,7 +89,7 @@ class Trainer:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         if count := unpivot(model):
-            warnings.warn(f"{count} pivoted layers are plain factors now, which learn better", stacklevel=2)
+            warnings.warn(f"{count} pivoted layers were made plain factors, which learn better", stacklevel=2)
         self.args = args
         self.accelerator = accelerator or make_accelerator(args)
         fsdp.set_up(self.accelerator)

@@ -86,13 +86,15 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_what_works(recip
     assert (code, "--overwrite_output_dir in place of --resume_from_checkpoint" in error) == (1, True)
     assert recipe("--overwrite_output_dir")[0] == 0
     # With checkpoints, it is the other advice.
-    assert "add --resume_from_checkpoint auto to go on" in recipe()[1]
+    assert "add --resume_from_checkpoint auto to resume it" in recipe()[1]
 
 
 def test_a_full_disk_says_which_checkpoint_is_whole_and_going_on_works(recipe, tmp_path):
     code, error = recipe(at_record=3, do=fill_disk)
     assert code == 1
-    assert "checkpoints/step-00000002 is whole: free some space, then go on with --resume_from_checkpoint auto" in error
+    assert (
+        "checkpoints/step-00000002 is whole: free some space, then resume with --resume_from_checkpoint auto" in error
+    )
     assert "File too large" in error
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["best", "step-00000002"]
     assert recipe("--resume_from_checkpoint=auto")[0] == 0

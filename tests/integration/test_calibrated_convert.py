@@ -105,7 +105,7 @@ def test_ranks_by_loss_are_planned_edited_and_carried_out(command, texts, tmp_pa
     energy = command("plan", DEMO_MODEL, "--allocation", "energy", "--json", *size)
     assert [p["rank"] for p in json.loads(energy.stdout)["linears"]] != ranks
     done = command("convert", DEMO_MODEL, *flags, "--allocation", "loss", "--output-dir", tmp_path / "x")
-    assert_one_line_error(done, "--plan says everything already; leave --allocation out")
+    assert_one_line_error(done, "--plan sets all ranks; leave --allocation out")
 
 
 def test_a_picture_and_a_table_of_allocated_ranks(command, texts):
@@ -134,7 +134,7 @@ def test_a_model_that_cannot_write_text(command, texts, tmp_path):
     for number, flags in enumerate([[], ["--distill-epochs", "0"]]):
         done = command("convert", tmp_path / "bert", "--rank", "16", *flags, "--output-dir", tmp_path / f"svd{number}")
         assert done.returncode == 0, done.stderr
-        note = "note: a BertModel writes no text of its own to calibrate on, so this is plain SVD; --calibration-data"
+        note = "note: a BertModel cannot write its own calibration text, so this is plain SVD; --calibration-data"
         assert done.stderr.count(note) == 1
     assert json.loads((tmp_path / "svd0" / "conversion.json").read_text())["method"] == "svd"
     done = command("convert", tmp_path / "bert", "--rank", "16", "--method", "svd", "--output-dir", tmp_path / "quiet")
@@ -176,9 +176,9 @@ BAD = [
     (["--refine-epochs", "-1"], "--refine-epochs is -1; it must be 0 or more"),
     (["--distill-epochs", "-0.5"], "--distill-epochs is -0.5; it must be 0 or more"),
     (["--distill-epochs", "nan"], "--distill-epochs is nan; it must be 0 or more"),
-    (["--activations-dir", "nowhere"], "--activations-dir nowhere is no folder; make it first"),
+    (["--activations-dir", "nowhere"], "--activations-dir nowhere is no folder; create it first"),
     (["--calibration-data", "nowhere.txt"], "there is no file nowhere.txt; check the path"),
-    (["--calibration-data", "text.doc"], "has the ending '.doc'; the endings read are .txt"),
+    (["--calibration-data", "text.doc"], "has the file extension '.doc'; supported are .txt"),
     (["--calibration-data", "empty.txt"], "empty.txt is empty"),
     (["--calibration-data", "short.txt"], "short.txt has 401 tokens; calibration needs at least 1024, and 262,144 do"),
     (["--calibration-data", "other.jsonl"], "other.jsonl has no column 'text'; it has body"),

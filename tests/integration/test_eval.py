@@ -61,10 +61,10 @@ WRONG = [
     (["--data", "DATA", "--max-tokens", "1"], "--max-tokens is 1; it must be 2 or more"),
     (["--data", "DATA", "--batch-size", "0"], "--batch-size is 0; it must be 1 or more"),
     (["--data", "DATA", "--block-size", "513"], "block size 513 exceeds the 512 positions"),
-    (["--data", "DATA", "--limit", "5"], "--limit is about --tasks, which is not given"),
+    (["--data", "DATA", "--limit", "5"], "--limit applies to --tasks, which is not given"),
     (["--tasks", "tests/tasks", "--limit", "0"], "--limit is 0; it must be 1 or more"),
-    (["--tasks", "tests/tasks", "--stride", "8"], "--stride is about --data, which is not given"),
-    (["--tasks", "tests/tasks", "--max-tokens", "8"], "--max-tokens is about --data, which is not given"),
+    (["--tasks", "tests/tasks", "--stride", "8"], "--stride applies to --data, which is not given"),
+    (["--tasks", "tests/tasks", "--max-tokens", "8"], "--max-tokens applies to --data, which is not given"),
 ]
 
 

@@ -71,7 +71,7 @@ def test_from_token_files_to_a_checkpoint_that_loads_and_goes_on(cli, tokens, tm
     )
     refused = pretrain(cli, tokens, out, *resume, "--learning_rate", "1e-3", "--seed", "7", check=False)
     assert refused.returncode == 1
-    assert "learning_rate 0.0006 -> 0.001; seed 42 -> 7; go on with the old ones" in refused.stderr
+    assert "learning_rate 0.0006 -> 0.001; seed 42 -> 7; use the old ones" in refused.stderr
     again = pretrain(cli, tokens, out, *resume, "--learning_rate", "1e-3", "--resume_with_changes")
     assert "learning_rate 0.0006 -> 0.001" in again.stderr
     assert read_metrics(out / "metrics.jsonl")[-1]["step"] == start["max_steps"]

@@ -127,7 +127,7 @@ def test_stopping_finetune_stops_the_training(text, tmp_path):
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "interrupted; if it had --save_steps, go on with --resume_from_checkpoint auto" in err
+    assert "interrupted; if it had --save_steps, resume it with --resume_from_checkpoint auto" in err
     lines = len(read_metrics(metrics))
     time.sleep(2)
     assert len(read_metrics(metrics)) == lines

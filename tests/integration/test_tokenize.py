@@ -194,7 +194,7 @@ def test_an_interrupt_says_how_to_go_on(whole, arguments, command, tmp_path, mon
         patch.setattr(token_writer, "_write_index", interrupted)
         done = command(*arguments, tmp_path / "tokens")
     assert done.returncode == 1
-    assert done.stderr == "error: interrupted; the same command goes on from the last whole file\n"
+    assert done.stderr == "error: interrupted; the same command resumes after the last complete file\n"
     assert command(*arguments, tmp_path / "tokens").returncode == 0
     assert contents(tmp_path / "tokens") == contents(whole)
 
@@ -215,7 +215,7 @@ def test_a_changed_run_is_refused(source, arguments, command, tmp_path):
 
     options = ["0.2" if a == "0.1" else "30kB" if a == SHARD else a for a in mine]
     message = refused(*options, output)
-    assert "differs: held_out 0.1 -> 0.2; max_shard_bytes 20000 -> 30000; go on as it was begun" in message
+    assert "differs: held_out 0.1 -> 0.2; max_shard_bytes 20000 -> 30000; use its settings" in message
     assert f"{source / 'long.txt'} [" in refused(*[a for a in mine if not a.endswith("long.txt")], output)
     with own.open("a") as file:
         file.write('{"text": "one more"}\n')

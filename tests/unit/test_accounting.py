@@ -242,7 +242,7 @@ def test_values_of_a_preset_from_the_command_line(command):
         (["--preset", "wei2024-s-r63", "--rank", "8", "--set", "rank=8"], "rank is given twice"),
         (["--preset", "wei2024-s", "--set", "rank"], "--set 'rank' is not of the form NAME=VALUE"),
         (["--preset", "wei2024-s", "--set", "hidden_size=big"], "hidden_size 'big' is no whole number"),
-        (["--preset", "wei2024-s", "--param-ratio", "0.5"], "--param-ratio is about a model, not a preset"),
+        (["--preset", "wei2024-s", "--param-ratio", "0.5"], "--param-ratio applies to a model, not to a preset"),
         (["--preset", "wei2024-s", "some/model"], "give a model or --preset, not both"),
         (["--preset", "s"], "there is no preset 's'"),
     ],
@@ -267,7 +267,7 @@ def test_training_flops_of_a_model_that_is_only_a_config(command, tmp_path):
     longer = command(*plan, "--tokens", "300M", "--sequence-length", "2048")
     assert_one_line_error(longer, "--sequence-length 2048 exceeds the 1024 positions")
     alone = command(*plan, "--sequence-length", "512")
-    assert_one_line_error(alone, "--sequence-length is about training FLOPs; give --tokens, too")
+    assert_one_line_error(alone, "--sequence-length applies to training FLOPs; add --tokens")
     values = command(*plan, "--set", "hidden_size=8")
     assert_one_line_error(values, "--set changes values of a preset, and no --preset is given")
 

@@ -89,7 +89,7 @@ def test_packing_drops_only_the_tail():
     train, held_out = data.split(1)
     assert (len(train), len(held_out)) == (3, 1)
     assert torch.equal(held_out[0]["input_ids"], data[3]["input_ids"])
-    with pytest.raises(DataError, match="3 tokens, less than one block of 5"):
+    with pytest.raises(DataError, match="3 tokens, less than one sequence of 5"):
         pack(np.arange(3, dtype=np.int32), 5)
 
 
@@ -171,11 +171,11 @@ def test_chats_from_a_file(tokenizer, tmp_path):
     ("name", "content", "message"),
     [
         ("missing.txt", None, "there is no file"),
-        ("a.csv", "x", "the ending '.csv'; the endings read are .txt"),
+        ("a.csv", "x", "the file extension '.csv'; supported are .txt"),
         ("empty.txt", "", "is empty"),
         ("a.jsonl", '{"body": "x"}\n', "no column 'text' and no column 'messages'; it has body"),
         ("a.jsonl", "{broken", "cannot be read"),
-        ("a.txt", "too short", "less than one block"),
+        ("a.txt", "too short", "less than one sequence"),
     ],
 )
 def test_bad_data(tokenizer, tmp_path, name, content, message):
@@ -246,7 +246,9 @@ def test_odd_chats_are_read_or_left_out_counted_and_named(tokenizer, tmp_path, c
         assert reason is None or any(reason in line and str(number) in line for line in said.splitlines()), reason
     learned = tokenizer.decode([t for t in train[3]["labels"].tolist() if t != IGNORED])
     assert learned.split() == ["Ho"]
-    with pytest.raises(DataError, match=r"odd.jsonl, row 2: it has no messages; mend it, or leave --strict-data out"):
+    with pytest.raises(
+        DataError, match=r"odd.jsonl, row 2: it has no messages; correct it, or leave --strict-data out"
+    ):
         load_data(DataArguments(dataset=path, block_size=64, eval_ratio=0, strict_data=True), tokenizer)
 
 

@@ -164,7 +164,7 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path, capsys):
     fill(aside / "old", "old")
     check_output_dir(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "config.json").read_text() == "old"
-    assert "is back; a command that was killed had put it aside" in capsys.readouterr().err
+    assert "was restored; a command that was killed had moved it" in capsys.readouterr().err
     assert listing(tmp_path) == ["out"]
 
 

@@ -230,5 +230,5 @@ def test_a_garbled_plan_names_the_file_and_the_entry(tmp_path, where, value, mes
 def test_a_garbled_record_of_a_conversion_names_the_entry(tmp_path, name, value):
     (tmp_path / "conversion.json").write_text(json.dumps({"format_version": 1, name: value}))
     entry = "a" if name == "linears" and isinstance(value, dict) else name
-    with pytest.raises(CheckpointError, match=rf"conversion\.json lacks or garbles something .*in {entry}, "):
+    with pytest.raises(CheckpointError, match=rf"conversion\.json is incomplete or damaged .*in {entry}, "):
         read_conversion(tmp_path)

@@ -209,8 +209,11 @@ def test_a_baseline_that_does_not_fit(folder, tmp_path):
         (lambda f: edit_config(f, quant_method="awq"), "is not a compact checkpoint"),
         (lambda f: (f / "conversion.json").write_text("{"), "is no record of a conversion"),
         (lambda f: (f / "conversion.json").write_text('{"format_version": 7}'), "format_version 7, and this release"),
-        (lambda f: (f / "conversion.json").write_text(json.dumps(record(linears=[1]))), "lacks or garbles something"),
-        (lambda f: (f / "conversion.json").write_text(json.dumps(record(plan={"linears": []}))), "lacks or garbles"),
+        (lambda f: (f / "conversion.json").write_text(json.dumps(record(linears=[1]))), "is incomplete or damaged"),
+        (
+            lambda f: (f / "conversion.json").write_text(json.dumps(record(plan={"linears": []}))),
+            "is incomplete or damaged",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
     ],
 )

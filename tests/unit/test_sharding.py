@@ -40,7 +40,7 @@ def guided(make=tiny_llama):
 
 def test_deepspeed_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match="DeepSpeed, whose engine lets no guide go during a run; use FSDP2"):
+    with pytest.raises(ConfigError, match="DeepSpeed, which cannot remove a guide during a run; use FSDP2"):
         make_accelerator(TrainArguments(output_dir=str(tmp_path)))
 
 

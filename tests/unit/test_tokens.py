@@ -199,8 +199,8 @@ def other_version(path):
         (flip_a_byte, r"tokens-00002.safetensors has the right size \(\d+ bytes\) but other content: sha256 \w+"),
         (lambda path: path.unlink(), "tokens-00002.safetensors is missing"),
         (lambda path: (path.parent / "index.json").unlink(), "has no index.json"),
-        (garble_index, "index.json lacks or garbles something"),
-        (change_index(tokens={"train": 8}), "index.json lacks or garbles something"),
+        (garble_index, "index.json is incomplete or damaged"),
+        (change_index(tokens={"train": 8}), "index.json is incomplete or damaged"),
         (change_index(tokens={"train": 8, "held_out": 0}), r"8 train tokens, and \d+ in the shards"),
         (change_index(tokenizer={"sha256": "", "vocab_size": 1}), "the tokenizer or the largest id"),
         (change_index(largest_id=5), r"holds token ids up to \d+, and index.json says 5"),
@@ -238,7 +238,7 @@ def test_a_mix_of_two_folders_is_refused(folder, tokenizer, tmp_path):
 
 
 def test_parts_that_are_too_small(made):
-    with pytest.raises(DataError, match="less than one block of 100000"):
+    with pytest.raises(DataError, match="less than one sequence of 100000"):
         TokenFiles(made, 100_000)
     with pytest.raises(DataError, match="no part 'test'"):
         TokenFiles(made, 8, "test")
@@ -334,7 +334,7 @@ def test_folders_and_patterns(tmp_path):
     [
         (["nothing.txt"], {}, "there is no file or folder"),
         (["*.rst"], {}, "no file matches"),
-        (["a.bin"], {}, r"the ending '.bin'; the endings read are .*--glob '\*.bin'"),
+        (["a.bin"], {}, r"the file extension '.bin'; supported are .*--glob '\*.bin'"),
         (["a.txt", "a.txt"], {}, "named twice"),
         (["folder"], {}, "holds no file that matches"),
         (["a.jsonl"], {}, "no column 'text'; it has body; choose with --text-column"),

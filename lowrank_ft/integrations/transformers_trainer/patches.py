@@ -93,6 +93,6 @@ def require_units(model: nn.Module) -> None:
     guides = [layer.guide for _, layer in guided_layers(model)]
     if any(list(guide.parameters()) and not isinstance(guide, FSDPModule) for guide in guides):
         raise ConfigError(
-            "the model was sharded before GuidanceCallback could make its guides units of FSDP2; hand the callback to "
+            "the model was sharded before GuidanceCallback could make its guides units of FSDP2; pass the callback to "
             "Trainer as callbacks=[...] instead of add_callback"
         )
