@@ -24,7 +24,7 @@ from lowrank_ft.conversion.blockwise import dense_moments
 from lowrank_ft.conversion.calibration import Calibration, first_batches
 from lowrank_ft.conversion.chains import Batch, answer_of, block_of, run, token_mask
 from lowrank_ft.errors import require_choice
-from lowrank_ft.factorization.solvers import singular_values, whitening, working_dtype
+from lowrank_ft.factorization.solvers import gram_singular_values, whitening, working_dtype
 from lowrank_ft.nn.replace import dense_weight
 
 _NOTHING = torch.zeros(1)
@@ -61,7 +61,7 @@ def squared_spectra(
             matrix = matrix.to(root) @ root
             if name in weights:
                 matrix = weights[name].mean().sqrt().to(matrix) * matrix
-            squares = singular_values(matrix, name).square()
+            squares = gram_singular_values(matrix, name).square()
             total = squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
             spectra[name] = squares if name in weights else squares / total
     bar.close()

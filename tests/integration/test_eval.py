@@ -152,7 +152,7 @@ def test_a_tokenizer_of_another_model(evaluate, tmp_path, data):
     assert_one_line_error(done, f"the tokenizer of {tmp_path / 'small'} gives {data} token ids up to ")
     assert "and the model has 40 embeddings" in done.stderr
     if importlib.util.find_spec("lm_eval"):
-        done = evaluate(tmp_path / "small", "--tasks", "lowrank_ft_cloze", "--limit", "2")
+        done = evaluate(tmp_path / "small", "--tasks", FOLDER, "--limit", "2")
         assert_one_line_error(done, f"the tokenizer of {tmp_path / 'small'} gives the tasks token ids up to ")
 
 

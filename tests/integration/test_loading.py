@@ -19,6 +19,7 @@ import lowrank_ft
 from lowrank_ft.checkpoints.plugin import plugin_source
 from lowrank_ft.export import save_compact
 from lowrank_ft.nn import LowRankLinear, lowrank_layers
+from lowrank_ft.nn.forms import stored_as
 from tests.conftest import tiny_gpt2, tiny_llama
 
 LOGITS = """
@@ -37,10 +38,10 @@ model.half(); model.float().train(); model.requires_grad_(True)
 
 @pytest.fixture
 def checkpoint(tmp_path, ids):
-    """The folder, the in-memory model, and its logits."""
+    """The folder, the in-memory model, and its logits in the form in which it is stored."""
     model = tiny_llama()
     lowrank_ft.convert(model, rank=8)
-    with torch.no_grad():
+    with torch.no_grad(), stored_as(model, "pivoted"):
         logits = model(ids).logits
     torch.save(ids, tmp_path / "ids.pt")
     save_compact(model, tmp_path / "compact", base_model="me/dense")
