@@ -62,8 +62,10 @@ def test_size_and_cost_are_those_of_the_models(command, compact):
     ranks = json.loads((compact / "config.json").read_text())["quantization_config"]["ranks"]
     assert page.row(UP)[1] == str(ranks[UP])
     layers = dict(models[1].named_modules())
-    pairs = [(layers[n].U.weight, layers[n].V.weight) for n in ranks]
-    factored = sum(u.shape[0] * v.shape[1] for u, v in pairs), sum(u.numel() + v.numel() for u, v in pairs)
+    factored = (
+        sum(layers[n].out_features * layers[n].in_features for n in ranks),
+        sum(layers[n].U.weight.numel() + layers[n].V.weight.numel() for n in ranks),
+    )
     assert page.row("multiply-adds per token, factored linears")[:2] == [f"{n:,}" for n in factored]
     # The origin is a folder here, so the spectra come from its weights.
     assert len(page.all("img")) == 3
@@ -137,7 +139,7 @@ def test_bad_inputs(command, compact, tmp_path):
     (tmp_path / "bad.json").write_text("{")
     assert_refused(command("report", compact, "--eval", tmp_path / "bad.json"), "bad.json is no readable JSON")
     assert_refused(command("report", compact, "--update-card"), "--update-card needs numbers")
-    assert_refused(command("report", compact, "--eval", "a", "--data", "b"), "give one of them")
+    assert_refused(command("report", compact, "--eval", "a", "--data", "b"), "give only one of them")
     out = tmp_path / "out.html"
     out.write_text("mine")
     assert_refused(command("report", compact, "--output", out), "exists; name another file, or add --overwrite")
@@ -161,7 +163,7 @@ def test_a_picture_of_a_plan(command, tmp_path):
     done = command(*plan, "--picture", tmp_path / "ranks.svg", "--json")
     assert json.loads(done.stdout)["linears"]
     assert "</svg>" in (tmp_path / "ranks.svg").read_text()
-    assert_refused(command(*plan, "--picture", tmp_path / "ranks.jpg"), "ends in .png, .svg, .pdf")
+    assert_refused(command(*plan, "--picture", tmp_path / "ranks.jpg"), "has no supported file extension; use one of .png, .svg, .pdf")
     assert_refused(command(*plan, "--picture", tmp_path / "no" / "ranks.png"), "in a folder that exists")
 
 
