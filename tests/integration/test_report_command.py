@@ -163,7 +163,10 @@ def test_a_picture_of_a_plan(command, tmp_path):
     done = command(*plan, "--picture", tmp_path / "ranks.svg", "--json")
     assert json.loads(done.stdout)["linears"]
     assert "</svg>" in (tmp_path / "ranks.svg").read_text()
-    assert_refused(command(*plan, "--picture", tmp_path / "ranks.jpg"), "has no supported file extension; use one of .png, .svg, .pdf")
+    assert_refused(
+        command(*plan, "--picture", tmp_path / "ranks.jpg"),
+        "has no supported file extension; use one of .png, .svg, .pdf",
+    )
     assert_refused(command(*plan, "--picture", tmp_path / "no" / "ranks.png"), "in a folder that exists")
 
 
