@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.sources import read_rows
 from lowrank_ft.evaluation.perplexity import evaluate_blocks, to_blocks
-from lowrank_ft.factorization.plan import Plan, make_plan
+from lowrank_ft.factorization.plan import Plan, count_parameters, make_plan
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.factorization.targets import select_targets
-from lowrank_ft.nn.replace import factorized, swap
+from lowrank_ft.nn.forms import stored_as, swap
+from lowrank_ft.nn.replace import factorized
 
 SHARED = Path(os.environ.get("LOWRANK_FT_SHARED", Path(__file__).parents[3] / "shared"))
 RESULTS = Path(__file__).parent / "results"
@@ -100,6 +101,12 @@ def _cholesky(moments: Tensor) -> Tensor:
         least = torch.linalg.eigvalsh(moments)[0]
         eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
         return torch.linalg.cholesky(moments + (-least + 1e-6 * moments.diagonal().mean()) * eye)
+
+
+def stored_parameters(model: nn.Module, form: str) -> int:
+    """Of the checkpoint, with its factors in this form."""
+    with stored_as(model, form):
+        return count_parameters(model)
 
 
 def machine(device: str) -> dict[str, Any]:

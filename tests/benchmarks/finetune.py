@@ -31,9 +31,9 @@ from lowrank_ft.console import print_table
 from lowrank_ft.conversion.batches import training_batches, training_calibration
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.conversion.guides import attach_guides
+from lowrank_ft.conversion.unpivot import unpivot
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.examples import pack
-from lowrank_ft.factorization.plan import count_parameters
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.options import ModelArguments
 from tests.benchmarks import common
@@ -104,6 +104,7 @@ class Bench:
         guide = None if method.get("guide") in (None, "none") else method["guide"]
         if method["kind"] == "ours":
             converted = common.load(str(conversion_folder(self.options, method["ratio"])), self.options.device)
+            unpivot(converted)
             if guide is not None:
                 attach_guides(converted, model, guide)
             return converted
@@ -148,9 +149,9 @@ class Bench:
             Trainer(model, args, self.train, None, teacher=teacher, distill_data=other).train()
         return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
-    def measure(self, model: Any) -> dict[str, Any]:
+    def measure(self, model: Any, form: str = "factors") -> dict[str, Any]:
         return {
-            "parameters": count_parameters(model),
+            "parameters": common.stored_parameters(model, form),
             "test_perplexity": common.perplexity(model, self.test),
             "general_perplexity": common.perplexity(model, self.general),
         }
@@ -211,7 +212,8 @@ def full_run(names: list[str], rate: float) -> list[dict[str, Any]]:
             model = bench().dense()
             model.load_state_dict(state)
             bench().compress(model, table[name]["compress"])
-        rows.append({"method": name, "learning_rate": rate, "train_seconds": seconds, **bench().measure(model)})
+        form = "pivoted" if table[name]["kind"] in ("ours", "direct") else "factors"  # the peers' own is plain
+        rows.append({"method": name, "learning_rate": rate, "train_seconds": seconds, **bench().measure(model, form)})
     return rows
 
 

@@ -27,7 +27,6 @@ from lowrank_ft.conversion.batches import CALIBRATION_TOKENS, read_batches
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.sources import read_rows
 from lowrank_ft.factorization.plan import count_parameters, make_plan
-from lowrank_ft.nn.forms import stored_as
 from tests.benchmarks import common
 
 TARGETS = {0.8: 0.06, 0.6: 0.14, 0.4: 0.17}
@@ -119,7 +118,7 @@ def main() -> None:
             found = {n: common.perplexity(model, b) for n, b in texts.items()}
             report["rows"].append({
                 "param_ratio": ratio, "rung": name, "seconds": round(seconds, 1),
-                "parameters": stored_parameters(model, "factors" if name in PLAIN_FORM else "pivoted"),
+                "parameters": common.stored_parameters(model, "factors" if name in PLAIN_FORM else "pivoted"),
                 "perplexity": found, "excess": {n: common.excess(p, base[n]) for n, p in found.items()},
             })  # fmt: skip
             compare(report)
@@ -130,11 +129,6 @@ def main() -> None:
     common.write_json(options.output, report)
     show(report)
     draw(report, options.output.with_suffix(".png"))
-
-
-def stored_parameters(model: Any, form: str) -> int:
-    with stored_as(model, form):
-        return count_parameters(model)
 
 
 def held_out_blocks(name: str, tokenizer: Any, options: argparse.Namespace) -> torch.Tensor:
