@@ -15,6 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``lowrank-ft`` command; returns one of ``EXIT_CODES``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what could follow; the answer ends the process
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options, unknown = parser.parse_known_args(arguments)
     if options.command in PASS_ON:
         options.passed_on = arguments[arguments.index(options.command) + 1 :]

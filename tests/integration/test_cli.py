@@ -5,6 +5,7 @@ Starting torch and transformers takes seconds, so what does not need a process o
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import signal
@@ -355,3 +356,17 @@ def test_the_output_has_a_name_where_none_is_given(command, tmp_path, monkeypatc
         command("convert", "models/tiny", "--param_ratio=0.5", "--method", "svd", "--output_dir", "b").returncode == 0
     )
     assert (tmp_path / "b" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"), [("lowrank-ft con", "convert"), ("lowrank-ft merge m --over", "--overwrite")]
+)
+def test_the_shell_completes_commands_and_flags(typed, wanted, tmp_path):
+    """As argcomplete's shell function asks: the line in the environment, the answer on file descriptor 8."""
+    answer = tmp_path / "answer"
+    script = f"exec 8>{answer}; exec {sys.executable} -c 'from lowrank_ft_cli.main import main; main()' 9>&1"
+    environment = {
+        **os.environ, "_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed)), "COMP_TYPE": "9",
+    }  # fmt: skip
+    subprocess.run(["bash", "-c", script], env=environment, check=True, timeout=60)
+    assert answer.read_text().strip() == wanted

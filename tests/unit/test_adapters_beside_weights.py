@@ -89,6 +89,8 @@ def test_a_folder_that_does_not_load_is_not_published(save, tmp_path, monkeypatc
         original(self, folder, **{**options, "state_dict": state})
 
     monkeypatch.setattr(type(model), "save_pretrained", lossy)
-    with pytest.raises(CheckpointError, match=r"it was deleted: 1 weights .* missing, the first being model.norm.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"it was deleted: 1 weights .* missing, the first being model.norm.weight"
+    ):
         save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
