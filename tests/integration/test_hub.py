@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import lowrank_ft
 from lowrank_ft.export import save_compact
+from lowrank_ft.nn.forms import stored_as
 from tests.conftest import DEMO_MODEL, tiny_llama
 from tests.fake_hub import FakeHub
 
@@ -43,7 +44,7 @@ def command(online):
 def test_push_and_pull(hub, online, command, tmp_path, ids):
     model = tiny_llama()
     lowrank_ft.convert(model, rank=8)
-    with torch.no_grad():
+    with torch.no_grad(), stored_as(model, "pivoted"):
         logits = model(ids).logits
     save_compact(model, tmp_path / "compact", base_model=str(DEMO_MODEL), companions_from=DEMO_MODEL)
     (tmp_path / "compact" / "checkpoints" / "step-00000001").mkdir(parents=True)
