@@ -36,7 +36,7 @@ def test_nothing_is_computed_again_and_every_bit_is_the_same(run, start, tmp_pat
     straight = tmp_path / "straight"
     options = {"model": DEMO_MODEL, "param_ratio": 0.6}
     if start == "compact":
-        options = {"model": tmp_path / "compact", "guide_bits": 16}
+        options = {"model": tmp_path / "compact", "guide_bits": 4}
         model = load_model(Source(str(DEMO_MODEL)))
         lowrank_ft.convert(model, param_ratio=0.6)
         lowrank_ft.save_compact(model, tmp_path / "compact", base_model=str(DEMO_MODEL), companions_from=DEMO_MODEL)
