@@ -18,8 +18,12 @@ FORMS = ("pivoted", "factors")
 
 def layer_factors(layer: Any) -> Factors:
     """``U (out, r)`` and ``V (r, in)`` of a factored layer in either form, in its dtype, without gradient."""
-    left, right = layer.U.weight.detach(), layer.V.weight.detach()
-    return Factors(left, right) if layer.pivot is None else whole(Pivoted(left, right, layer.order, layer.pivot))
+    return Factors(layer.U.weight.detach(), layer.V.weight.detach()) if layer.pivot is None else whole(_parts(layer))
+
+
+def _parts(layer: Any) -> Pivoted:
+    """What a pivoted layer holds, without gradient."""
+    return Pivoted(layer.U.weight.detach(), layer.V.weight.detach(), layer.order, layer.pivot)
 
 
 @contextmanager
@@ -32,9 +36,9 @@ def stored_as(model: nn.Module, form: str, dtype: torch.dtype | None = None) -> 
     """
     require_choice("form", form, FORMS)
     before = dict(lowrank_layers(model))
-    for name, layer in before.items():
-        swap(model, name, pivoted(layer, dtype) if form == "pivoted" else plain(layer, dtype))
     try:
+        for name, layer in before.items():
+            swap(model, name, pivoted(layer, dtype) if form == "pivoted" else plain(layer, dtype))
         yield
     finally:
         for name, layer in before.items():
@@ -62,12 +66,9 @@ def pivoted(layer: LowRankLinear, dtype: torch.dtype | None = None) -> LowRankLi
     side = pivot_side((layer.out_features, layer.in_features), layer.rank)
     if side is None:
         return plain(layer, dtype)
-    if layer.pivot is not None:
-        parts = Pivoted(layer.U.weight.detach(), layer.V.weight.detach(), layer.order, layer.pivot)
-        if dtype == layer.U.weight.dtype:
-            return layer
-    else:
-        parts = pivot(layer_factors(layer), side)
+    if layer.pivot is not None and dtype == layer.U.weight.dtype:
+        return layer
+    parts = pivot(layer_factors(layer), side) if layer.pivot is None else _parts(layer)
     return _deployed(layer, rounded(parts, dtype) if dtype.itemsize == 2 else parts, dtype)
 
 
@@ -78,8 +79,7 @@ def plain(layer: LowRankLinear, dtype: torch.dtype | None = None) -> LowRankLine
         return layer
     if layer.pivot is None:
         return _deployed(layer, layer_factors(layer), dtype)
-    parts = Pivoted(layer.U.weight.detach(), layer.V.weight.detach(), layer.order, layer.pivot)
-    return _deployed(layer, unpivot(parts), dtype)
+    return _deployed(layer, unpivot(_parts(layer)), dtype)
 
 
 def _deployed(layer: LowRankLinear, parts: Factors | Pivoted, dtype: torch.dtype) -> LowRankLinear:

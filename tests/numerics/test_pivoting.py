@@ -241,3 +241,24 @@ def test_training_the_pivoted_form_warns_unless_its_factors_are_frozen():
     layer.eval().requires_grad_(False)
     layer.train()
     layer_of(None)[0].eval().train()
+
+
+def test_a_layer_that_cannot_be_changed_leaves_the_model_as_it_was(monkeypatch):
+    import lowrank_ft
+    from lowrank_ft.nn import forms
+
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=8)
+    before = dict(lowrank_layers(model))
+    made = []
+
+    def fails_at_the_third(layer, dtype=None):
+        if len(made) == 2:
+            raise MemoryError
+        made.append(pivoted(layer, dtype))
+        return made[-1]
+
+    monkeypatch.setattr(forms, "pivoted", fails_at_the_third)
+    with pytest.raises(MemoryError), stored_as(model, "pivoted"):
+        pass
+    assert dict(lowrank_layers(model)) == before
