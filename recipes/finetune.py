@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
-from lowrank_ft.checkpoints.companions import begin_run
 from lowrank_ft.checkpoints.source import (
     Source,
     check_causal_lm,
@@ -45,8 +44,7 @@ from lowrank_ft.training import (
     make_accelerator,
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
-from lowrank_ft.training.preparation import writes_explained
-from lowrank_ft.training.resume import remove_all
+from lowrank_ft.training.preparation import prepare_folder, writes_explained
 
 
 @one_line_errors
@@ -91,9 +89,7 @@ def main() -> None:
     checkpoint, _ = trainer.starting_point()  # a resumption that is refused leaves its folder as it was
     with writes_explained(train_args.output_dir):
         if accelerator.is_main_process:
-            if checkpoint is None:
-                remove_all(Path(train_args.output_dir))
-            begin_run(train_args.output_dir, folder, export_dtype, resumes=checkpoint is not None)
+            prepare_folder(train_args.output_dir, folder, export_dtype, checkpoint)
         model = trainer.train()
         assert isinstance(model, PreTrainedModel)
 

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
-from lowrank_ft.checkpoints.companions import begin_run
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.data.encoding import tokenizer_facts
@@ -35,8 +34,7 @@ from lowrank_ft.pretraining.presets import Preset, preset
 from lowrank_ft.training import Trainer, checkpoint_to_resume, load_data, make_accelerator
 from lowrank_ft.training.arguments import as_rank, parse_groups
 from lowrank_ft.training.options import DataArguments
-from lowrank_ft.training.preparation import writes_explained
-from lowrank_ft.training.resume import remove_all
+from lowrank_ft.training.preparation import prepare_folder, writes_explained
 
 _OPTIONS_INSTEAD = {
     "rank": "--rank", "dense_first_block": "--no_dense_first_block", "tokens": "--max_steps",
@@ -76,9 +74,7 @@ def main() -> None:
     checkpoint, _ = trainer.starting_point()  # a resumption that is refused leaves its folder as it was
     with writes_explained(train_args.output_dir):
         if accelerator.is_main_process:
-            if checkpoint is None:
-                remove_all(Path(train_args.output_dir))
-            begin_run(train_args.output_dir, folder, export_dtype, resumes=checkpoint is not None)
+            prepare_folder(train_args.output_dir, folder, export_dtype, checkpoint)
         trained = trainer.train()
 
         # 4. Export.

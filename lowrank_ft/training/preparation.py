@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.atomic import is_write_failure
+from lowrank_ft.checkpoints.companions import begin_run
 from lowrank_ft.checkpoints.folders import check_writable
 from lowrank_ft.errors import ConfigError, OutputError, first_line
 from lowrank_ft.nn import guided_layers
@@ -60,6 +61,18 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
             "--overwrite_output_dir"
         )
     return None
+
+
+def prepare_folder(output_dir: str | Path, source: Path, export_dtype: torch.dtype, checkpoint: Path | None) -> None:
+    """Before the first step, on one process: take an earlier run away, and put there what any export will need.
+
+    Args:
+        source: the model's folder, with its tokenizer.
+        checkpoint: where the run goes on from, so that nothing is taken away; None for a fresh start.
+    """
+    if checkpoint is None:
+        resume.remove_all(Path(output_dir))
+    begin_run(output_dir, source, export_dtype, resumes=checkpoint is not None)
 
 
 @contextmanager
