@@ -8,10 +8,9 @@ past it. In memory at any time: two streams, one block twice, and the moments of
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,13 @@ from tqdm.auto import tqdm
 
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.calibration import Calibration
-from lowrank_ft.conversion.chains import Batch, ChainInputs, block_of, capture, find_chains, run, siblings, token_mask
+from lowrank_ft.conversion.chains import ChainInputs, block_of, capture, find_chains, siblings, token_mask
+from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.conversion.moments import Moments
+from lowrank_ft.conversion.received import Group, InputGroups, dense_moments, input_of
 from lowrank_ft.conversion.record import ConversionRecord
-from lowrank_ft.conversion.refine import factors_of, refine_block, squared_error
-from lowrank_ft.factorization.solvers import regression_factors, truncated_svd
+from lowrank_ft.conversion.refine import refine_block, squared_error
+from lowrank_ft.factorization.solvers import Regression, truncated_svd
 from lowrank_ft.nn.replace import dense_weight, factorized, swap
 
 METHODS = ("svd", "activation", "anchored")
@@ -47,7 +48,7 @@ def convert_blocks(
         NonFiniteError: a weight or an activation holds NaN or infinity; the message names the linear.
         DivergedError: refinement failed.
     """
-    batches = calibration.batches
+    batches = calibration.all_batches
     chains = find_chains(model, siblings(model, [b for n in ranks if (b := block_of(model, n))]), batches[0])
     chains = [c for c in chains if any(_within(n, b) for b in c for n in ranks)]
     members = {b: {n: r for n, r in ranks.items() if _within(n, b)} for c in chains for b in c}
@@ -103,19 +104,21 @@ class _Block:
 
     def convert(self, dense: _Stream, converted: _Stream, record: ConversionRecord | None) -> None:
         """Convert the block, and move both streams past it."""
+        seen, wanted = self._look(dense)
         moments: dict[str, Moments] = {}
-        for group in self._groups(dense):
-            shared = self._moments(group[0], dense, converted)
-            for name in group:
+        for group in seen:
+            shared = group.moments if self.method == "activation" else self._moments(group, converted)
+            solver = Regression(shared.inputs, shared.cross, self.calibration.damping, group.names[0])
+            for name in group.names:
                 moments[name] = shared
-                self._factorize(name, shared)
+                factorize_linear(self.model, name, self.ranks[name], solver)
         for name in self.ranks:
             if name not in moments:  # none is wanted, or no token of the calibration data came by
-                self._factorize(name, None)
-        wanted, left = dense.after(self.twin, self.name), converted.after(self.block, self.name)
-        batches = self.calibration.batches
+                factorize_linear(self.model, name, self.ranks[name], None)
+        left = converted.after(self.block, self.name)
+        batches = self.calibration.all_batches
         masks = [token_mask(b, x, "decoder" in self.name) for b, x in zip(batches, wanted, strict=True)]
-        before = after = mean_error(left, wanted, masks)
+        before = after = self._error(left, wanted, masks)
         if self.calibration.refine_epochs > 0:
             left, after = self._refine(converted, wanted, masks, left, before)
         dense.hidden, converted.hidden = wanted, left
@@ -126,18 +129,24 @@ class _Block:
             inputs = moments[name].inputs if name in moments else None
             record.add_linear(name, dense_weight(module), self.model.get_submodule(name), inputs)
 
+    def _error(self, found: Activations, wanted: Activations, masks: Sequence[Tensor | None]) -> float:
+        """On the held-out batches where there are any."""
+        start = len(self.calibration.batches) if self.calibration.held_out else 0
+        return mean_error(found, wanted, masks, start)
+
     def _refine(
         self, converted: _Stream, wanted: Activations, masks: Sequence[Tensor | None], left: Activations, error: float
     ) -> tuple[Activations, float]:
-        """Refine the factors where that helps; what leaves the block then, and how far off it is."""
-        start = [(p, p.detach().clone()) for p in factors_of(self.block)]
+        """Refine the block where that helps; what leaves it then, and how far off it is."""
         settings = self.calibration
+        vectors = vectors_of([self.block]) if settings.train_vectors else []
+        start = [(p, p.detach().clone()) for p in (*factors_of(self.block), *vectors)]
         refine_block(
             self.block, converted.hidden, converted.calls[self.name], wanted, masks, settings.refine_epochs,
-            settings.refine_learning_rate, settings.seed,
+            settings.refine_learning_rate, settings.seed, len(settings.batches), vectors,
         )  # fmt: skip
         refined = converted.after(self.block, self.name)
-        if (refined_error := mean_error(refined, wanted, masks)) <= error:
+        if (refined_error := self._error(refined, wanted, masks)) <= error:
             return refined, refined_error
         for parameter, value in start:  # nothing was left to gain, as at full rank
             parameter.data.copy_(value)
@@ -146,14 +155,26 @@ class _Block:
     def _dense(self, names: Iterable[str]) -> dict[str, nn.Module]:
         return {n: self.twin.get_submodule(n.removeprefix(f"{self.name}.")) for n in names}
 
-    def _groups(self, dense: _Stream) -> list[list[str]]:
-        groups: list[list[str]] = []
+    @torch.no_grad()
+    def _look(self, dense: _Stream) -> tuple[list["Group"], Activations]:
+        """Run the dense block once over all batches: what its linears receive, group by group, and what leaves it."""
+        groups: list[Group] = []
         missing = {} if self.method == "svd" else self._dense(self.ranks)
-        for i in range(len(dense.hidden)):
-            if not missing:
-                break
-            groups += input_groups(missing, partial(dense.forward, self.twin, self.name, i))
-            missing = {n: m for n, m in missing.items() if not any(n in g for g in groups)}
+        left = self.calibration.store()
+        for i, batch in enumerate(self.calibration.all_batches):
+            fitted = i < len(self.calibration.batches)
+            with ExitStack() as stack:
+                for group in groups if fitted else []:
+                    module = self._dense(group.names[:1])[group.names[0]]
+                    stack.callback(module.register_forward_pre_hook(partial(group.note, i, batch)).remove)
+                received = InputGroups()
+                for name, module in missing.items() if fitted else []:
+                    stack.callback(module.register_forward_pre_hook(partial(received.note, name)).remove)
+                left.append(dense.forward(self.twin, self.name, i))
+            for names, x in received.groups:
+                groups.append(Group(names, self.calibration.store() if self.method == "anchored" else None))
+                groups[-1].add(i, batch, x)
+                missing = {n: m for n, m in missing.items() if n not in names}
         if missing:
             names = list(missing)
             warnings.warn(
@@ -161,38 +182,28 @@ class _Block:
                 "factorized by plain SVD",
                 stacklevel=2,
             )
-        return groups
+        return groups, left
 
-    def _moments(self, name: str, dense: _Stream, converted: _Stream) -> Moments:
-        """Moments of the inputs of a linear that is still dense in the block under conversion."""
-        twin, module = self._dense([name])[name], self.model.get_submodule(name)
-        moments = Moments()
-        for i, batch in enumerate(self.calibration.batches):
-            x = here = input_of(twin, partial(dense.forward, self.twin, self.name, i))
-            if self.method == "anchored":
-                here = input_of(module, partial(converted.forward, self.block, self.name, i))
-            if x is None or here is None:
+    def _moments(self, group: "Group", converted: _Stream) -> Moments:
+        """Moments of the inputs of linears that are still dense in the block under conversion."""
+        name = group.names[0]
+        module, moments = self.model.get_submodule(name), Moments()
+        for i, x in group.received():
+            here = input_of(module, partial(converted.forward, self.block, self.name, i))
+            if here is None:
                 continue
-            if here.dim() == 2 and len(here) != dense.hidden[i].shape[:-1].numel():
+            if here.dim() == 2 and len(here) != converted.hidden[i].shape[:-1].numel():
                 x = here  # tokens that a router chose, which need not be the same in both models
-            moments.add(here, x, token_mask(batch, here, "decoder" in name), name)
+            moments.add(here, x, token_mask(self.calibration.batches[i], here, "decoder" in name), name)
+        group.forget()
         return moments
 
-    def _factorize(self, name: str, moments: Moments | None) -> None:
-        factorize_linear(self.model, name, self.ranks[name], moments, self.method, self.calibration.damping)
 
-
-def factorize_linear(
-    model: nn.Module, name: str, rank: int, moments: Moments | None, method: str, damping: float
-) -> None:
-    """Replace one dense linear by factors that fit the moments of its inputs, or its weight where there are none."""
+def factorize_linear(model: nn.Module, name: str, rank: int, solver: Regression | None) -> None:
+    """Replace one dense linear by factors that fit its inputs, or its weight alone where there is no ``solver``."""
     dense = model.get_submodule(name)
     weight = dense_weight(dense)
-    if moments is None or moments.inputs is None:
-        factors = truncated_svd(weight, rank, f"{name}.weight")
-    else:
-        cross = moments.cross if method == "anchored" else None
-        factors = regression_factors(weight, rank, moments.inputs, cross, damping, f"{name}.weight")
+    factors = (solver or truncated_svd)(weight, rank, f"{name}.weight")
     swap(model, name, factorized(dense, factors))
 
 
@@ -202,79 +213,17 @@ def _convert_loose(
     """Linears outside of any chain (a pooler, a block that runs several times): by the dense model's inputs."""
     moments = dense_moments(model, list(ranks), calibration.batches) if ranks and method != "svd" else {}
     for name, rank in ranks.items():
-        weight, found = dense_weight(model.get_submodule(name)), moments.get(name)
-        factorize_linear(model, name, rank, found, "activation", calibration.damping)
+        weight, found = dense_weight(model.get_submodule(name)), moments.get(name, Moments())
+        factorize_linear(model, name, rank, Regression(found.inputs, None, calibration.damping, name))
         if record is not None:
-            record.add_linear(name, weight, model.get_submodule(name), found.inputs if found else None)
+            record.add_linear(name, weight, model.get_submodule(name), found.inputs)
 
 
-@torch.no_grad()
-def dense_moments(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, Moments]:
-    """Moments of the inputs of several linears at once, from runs of the whole model."""
-    moments = {n: Moments() for n in names}
-    for batch in batches:
-        with ExitStack() as stack:
-            for n in names:
-
-                def note(module: nn.Module, args: Any, n: str = n, batch: Batch = batch) -> None:
-                    moments[n].add(args[0], args[0], token_mask(batch, args[0], "decoder" in n), n)
-
-                stack.callback(model.get_submodule(n).register_forward_pre_hook(note).remove)
-            run(model, batch)
-    return moments
-
-
-@torch.no_grad()
-def input_groups(linears: Mapping[str, nn.Module], forward: Callable[[], Any]) -> list[list[str]]:
-    """Names of linears by the tensor that they read, in the order in which they run; who gets no token is left out."""
-    groups: list[list[str]] = []
-    seen: dict[str, Tensor] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        if name in seen or x.numel() == 0:
-            return
-        seen[name] = x
-        for group in reversed(groups):
-            other = seen[group[0]]
-            if other is x or (other.shape == x.shape and torch.equal(other, x)):
-                group.append(name)
-                return
-        groups.append([name])
-
-    with ExitStack() as stack:
-        for name, module in linears.items():
-            handle = module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-            stack.callback(handle.remove)
-        forward()
-    return groups
-
-
-def input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor | None:
-    """The first tensor that ``module`` receives while ``forward`` runs, which ends there; None if it receives none."""
-    found: list[Tensor] = []
-
-    def note(_: nn.Module, args: Any) -> None:
-        found.append(args[0].detach())
-        raise _Received
-
-    handle = module.register_forward_pre_hook(note)
-    try:
-        with torch.no_grad(), suppress(_Received):
-            forward()
-    finally:
-        handle.remove()
-    return found[0] if found else None
-
-
-def mean_error(found: Activations, wanted: Activations, masks: Sequence[Tensor | None]) -> float:
-    """``|found - wanted| / |wanted|`` of hidden states, the mean over batches."""
-    errors = [squared_error(a, b, m).sqrt().item() for a, b, m in zip(found, wanted, masks, strict=True)]
+def mean_error(found: Activations, wanted: Activations, masks: Sequence[Tensor | None], start: int = 0) -> float:
+    """``|found - wanted| / |wanted|`` of hidden states, the mean over the batches from ``start`` on."""
+    errors = [squared_error(found[i], wanted[i], masks[i]).sqrt().item() for i in range(start, len(found))]
     return sum(errors) / len(errors)
 
 
 def _within(name: str, block: str) -> bool:
     return name.startswith(f"{block}.")
-
-
-class _Received(Exception):
-    """Raised inside a hook: the rest of the forward pass is not needed."""

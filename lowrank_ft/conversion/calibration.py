@@ -17,22 +17,27 @@ class Calibration:
     Attributes:
         batches: arguments of the model's forward: ``input_ids (batch, length)`` and, with padding, ``attention_mask``,
             or ``pixel_values``, ... Distillation takes one batch per step.
+        held_out: batches like these that nothing is fitted to. Refinement and distillation are judged by them: what
+            does not help there is undone. Without them, what helps on ``batches`` is kept.
         source: what the data are, for the record.
         damping: share of the mean input power that is added to every direction of the moments.
         refine_epochs: passes of block refinement over the data; 0 for none.
         distill_epochs: passes of end-to-end distillation; 0 for none.
         refine_learning_rate, distill_learning_rate: of AdamW on the factors, at their peak.
+        train_vectors: whether the scales of norms, and biases, are trained beside the factors.
         activations_dir: a folder to keep hidden states in where they do not fit into memory.
         seed: order of the batches.
     """
 
     batches: Sequence[Batch]
     source: str = "given batches"
+    held_out: Sequence[Batch] = ()
     damping: float = 0.01
     refine_epochs: int = 1
     distill_epochs: float = 1.0
     refine_learning_rate: float = 1e-3
     distill_learning_rate: float = 1e-3
+    train_vectors: bool = True
     activations_dir: Path | None = None
     seed: int = 0
 
@@ -42,6 +47,11 @@ class Calibration:
         for name in ("damping", "refine_epochs", "distill_epochs", "refine_learning_rate", "distill_learning_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+
+    @property
+    def all_batches(self) -> list[Batch]:
+        """What is fitted to, then what is held out."""
+        return [*self.batches, *self.held_out]
 
     @property
     def tokens(self) -> int:

@@ -12,6 +12,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from tqdm.auto import tqdm
 from lowrank_ft.checkpoints.format import describe_in_config
 from lowrank_ft.conversion import METHODS, Calibration, ConversionRecord, convert_blocks, distill, squared_spectra
 from lowrank_ft.conversion.calibration import default_method
-from lowrank_ft.conversion.refine import factors_of
+from lowrank_ft.conversion.chains import block_of
+from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.errors import ConfigError, PlanError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.plan import Plan, make_plan, reallocate
@@ -58,7 +60,9 @@ def convert(
     """Replace linears of ``model`` by their factors, in place.
 
     Args:
-        model: a dense model. Parameters that are not factorized keep their identity and their values.
+        model: a dense model. Parameters that are not factorized keep their identity, and matrices their values. Scales
+            of norms and biases in the converted blocks are trained beside the factors, where factors are trained, and
+            no guide is asked for.
         plan: what to do; without one it is made here from ``rank``, ``param_ratio`` or ``energy`` and the patterns.
         guide: None for the deployed layers, or one of ``GUIDES`` to keep a dense branch for fine-tuning.
         guide_bits: 4 to store a ``residual`` guide in 4 bits; None for the dtype of the model. 4 needs bitsandbytes, on
@@ -114,6 +118,8 @@ def convert(
     if calibration is None:
         _truncate(model, plan, record, progress)
     else:
+        if guide is not None:  # with the dense branch, the layers give exactly what they gave before
+            calibration = replace(calibration, train_vectors=False)
         _fit(model, plan, method, calibration, record, progress)
     for name in list(weights):
         layer: Any = model.get_submodule(name)
@@ -186,23 +192,35 @@ def _fit(
     progress: bool,
 ) -> None:
     with evaluating(model):  # dropout would be noise in what the factors are fitted to
-        dense = _copy_for_distillation(model) if calibration.distill_epochs > 0 else None
+        dense = _copy_for_distillation(model, plan) if calibration.distill_epochs > 0 else None
         convert_blocks(model, plan.ranks, calibration, method, record, progress)
         if dense is None:
             return
-        fitted = [(p, p.detach().to("cpu", copy=True)) for p in factors_of(model)]
+        blocks = dict.fromkeys(b for n in plan.ranks if (b := block_of(model, n)))
+        vectors = vectors_of(map(model.get_submodule, blocks)) if calibration.train_vectors else []
+        accelerator = next(model.parameters()).device.type != "cpu"  # a CPU without memory ends the process instead
+        trained = [*factors_of(model), *vectors] if accelerator else []
+        fitted = [(p, p.detach().to("cpu", copy=True)) for p in trained]
         try:
-            epochs, rate, seed = calibration.distill_epochs, calibration.distill_learning_rate, calibration.seed
-            distill(model, dense, calibration.batches, epochs, rate, seed, progress)
+            losses = distill(
+                model, dense, calibration.batches, calibration.distill_epochs, calibration.distill_learning_rate,
+                calibration.seed, calibration.held_out, vectors, progress,
+            )  # fmt: skip
         except torch.OutOfMemoryError:
             warnings.warn(_NO_MEMORY, stacklevel=3)
             for parameter, value in fitted:
                 parameter.data.copy_(value)
+            return
+    if record is not None and losses is not None:
+        record.add_distillation(*losses)
 
 
-def _copy_for_distillation(model: nn.Module) -> nn.Module | None:
+def _copy_for_distillation(model: nn.Module, plan: Plan) -> nn.Module | None:
+    """The dense model once more; what the conversion does not touch, such as embeddings, is shared."""
+    factored = {f"{name}.weight" for name in plan.ranks}
+    shared = {id(p): p for n, p in model.named_parameters() if p.dim() > 1 and n not in factored}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, shared)
     except torch.OutOfMemoryError:
         warnings.warn(_NO_MEMORY, stacklevel=4)
         return None

@@ -2,22 +2,33 @@
 
     minimize over all U, V    mean over tokens of KL(softmax(dense logits) || softmax(converted logits))
 
-(Hinton et al. 2015, arXiv 1503.02531). A model without logits is held to its last hidden states instead, one with a
-single logit to that, by the squared error relative to their size. Block refinement stops errors from building up inside
-a block; this step lets blocks make up for each other, and it knows which directions of the hidden states the output
-cares about.
+(Hinton et al. 2015, arXiv 1503.02531). Norms and biases may move with the factors. A model without logits is held to its
+last hidden states instead, one with a single logit to that, by the squared error relative to their size. Block
+refinement stops errors from building up inside a block; this step lets blocks make up for each other, and it knows
+which directions of the hidden states the output cares about.
+
+Training on a few texts makes a model forget others. So the same loss is measured on text that is not trained on
+before the first step, a few times on the way, and at the end; training stops when it has stopped falling, and the best
+state is kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lowrank_ft.conversion.chains import Batch, answer_of, run, token_mask
-from lowrank_ft.conversion.refine import FactorTrainer, squared_error
+from lowrank_ft.conversion.factor_trainer import Best, FactorTrainer
+from lowrank_ft.conversion.refine import squared_error
+from lowrank_ft.evaluation.divergence import divergence
+
+_CHECKS = 4
+_PATIENCE = 2
+_JUDGES = 4  # of the batches that are trained on, where none is held out
+_POSITIONS_AT_ONCE = {"cpu": 512}  # logits of a large vocabulary are by far the largest tensors of a step
+_POSITIONS_ELSEWHERE = 2_048
 
 
 def distill(
@@ -27,32 +38,68 @@ def distill(
     epochs: float,
     learning_rate: float,
     seed: int = 0,
+    held_out: Sequence[Batch] = (),
+    vectors: Sequence[Tensor] = (),
     progress: bool = False,
-) -> None:
+) -> tuple[float, float] | None:
     """Train the factors of ``model`` toward ``dense_model``, one batch per step, in place.
 
-    Needs memory for the gradients of the whole model, and 12 bytes per parameter of the factors.
+    Needs memory for the gradients of the whole model, and 12 bytes per parameter of the factors; and a
+    copy of the factors.
+
+    Args:
+        vectors: what is trained beside the factors: scales of norms, biases.
+        held_out: batches that are not trained on, by which the best state is chosen; where there are none, a few of
+            those that are.
+
+    Returns:
+        The loss on the batches by which it was chosen, before and after; None where nothing was trained.
 
     Raises:
         DivergedError: the loss is no longer a number.
     """
     steps = round(epochs * len(batches))
     if steps == 0:
-        return
-    trainer = FactorTrainer(model, steps, learning_rate)
+        return None
+    trainer = FactorTrainer(model, steps, learning_rate, vectors)
+    checks = {round(steps * i / _CHECKS) for i in range(1, _CHECKS + 1)}
+    judges = held_out or batches[:_JUDGES]
+    first = mean_difference(model, dense_model, judges)
+    best = Best(trainer.masters, first)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    bar = tqdm(range(steps), desc="distill", unit="step", disable=None if progress else True)
-    for _ in bar:
+    misses = 0
+    bar = tqdm(range(1, steps + 1), desc="distill", unit="step", disable=None if progress else True)
+    for step in bar:
         order = order or torch.randperm(len(batches), generator=generator).tolist()
-        batch = batches[order.pop()]
-        with torch.no_grad():
-            wanted = run(dense_model, batch)
-        with torch.enable_grad():
-            loss = difference(run(model, batch), wanted, batch)
-            trainer.step(loss)
-        bar.set_postfix(loss=f"{loss.item():.4f}")
+        loss = 0.0
+        for part, share in _parts(batches[order.pop()], model):
+            with torch.no_grad():
+                wanted = run(dense_model, part)
+            with torch.enable_grad():
+                found = share * difference(run(model, part), wanted, part)
+                trainer.add(found)
+            loss += found.item()
+        trainer.step()
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if step in checks:
+            misses = 0 if best.offer(mean_difference(model, dense_model, judges)) else misses + 1
+            if misses == _PATIENCE:
+                break
+    bar.close()
+    best.restore()
     trainer.finish()
+    return first, best.loss
+
+
+@torch.no_grad()
+def mean_difference(model: nn.Module, dense_model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean of :func:`difference` over batches, each weighing as many tokens as it has."""
+    total = 0.0
+    for batch in batches:
+        for part, share in _parts(batch, model):
+            total += share * difference(run(model, part), run(dense_model, part), part).item()
+    return total / len(batches)
 
 
 def difference(found: Any, wanted: Any, batch: Batch) -> Tensor:
@@ -61,6 +108,24 @@ def difference(found: Any, wanted: Any, batch: Batch) -> Tensor:
     mask = token_mask(batch, answer, decoder=True)
     if not distribution:
         return squared_error(answer, answer_of(wanted)[0], mask)
-    p, q = F.log_softmax(answer_of(wanted)[0].float(), -1), F.log_softmax(answer.float(), -1)
-    divergence = (p.exp() * (p - q)).sum(-1)
-    return divergence.mean() if mask is None else divergence[mask != 0].mean()
+    counted = torch.ones(answer.shape[:-1], dtype=torch.bool, device=answer.device) if mask is None else mask != 0
+    return divergence(answer, answer_of(wanted)[0].to(answer.device), counted) / counted.sum().clamp_min(1)
+
+
+def _parts(batch: Batch, model: nn.Module) -> Iterator[tuple[Batch, float]]:
+    """A batch in parts of a few rows, and the share of its tokens that each has."""
+    rows = len(next(iter(batch.values())))
+    if any(len(v) != rows for v in batch.values()):  # images of a text: what belongs together is not known here
+        yield batch, 1.0
+        return
+    positions = max((v.shape[1] for v in batch.values() if v.dim() == 2), default=1)
+    most = _POSITIONS_AT_ONCE.get(next(model.parameters()).device.type, _POSITIONS_ELSEWHERE)
+    size = max(1, most // positions)
+    weights = [_weight({k: v[i : i + size] for k, v in batch.items()}) for i in range(0, rows, size)]
+    for i, weight in zip(range(0, rows, size), weights, strict=True):
+        yield {k: v[i : i + size] for k, v in batch.items()}, weight / sum(weights)
+
+
+def _weight(part: Batch) -> float:
+    mask = part.get("decoder_attention_mask", part.get("attention_mask"))
+    return float((mask != 0).sum()) if mask is not None else float(len(next(iter(part.values()))))

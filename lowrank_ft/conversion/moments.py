@@ -2,7 +2,8 @@
 
     inputs = sum over tokens of x' x'^T        cross = sum over tokens of x x'^T
 
-``x'`` is what the linear receives in the model under conversion, ``x`` what it receives in the dense model. Products
+``x'`` is what the linear receives in the model under conversion, ``x`` what it receives in the dense model, where that
+is wanted. Products
 are taken in float32 and summed in float64 (float32 on MPS). Padding tokens are left out.
 """
 
@@ -17,18 +18,19 @@ from lowrank_ft.factorization.solvers import working_dtype
 
 @dataclass
 class Moments:
-    """``inputs`` and ``cross``, each ``(in, in)``, over ``tokens`` tokens; None before the first."""
+    """``inputs`` and ``cross``, each ``(in, in)``, over ``tokens`` tokens; None before the first and where not wanted."""
 
     inputs: Tensor | None = None
     cross: Tensor | None = None
     tokens: int = 0
 
-    def add(self, converted: Tensor, dense: Tensor, mask: Tensor | None = None, name: str = "a linear") -> None:
+    def add(self, converted: Tensor, dense: Tensor | None, mask: Tensor | None = None, name: str = "a linear") -> None:
         """Count the tokens of one batch.
 
         Args:
             converted: ``x'``, ``(..., in)``.
-            dense: ``x``, of the same shape; of another (a router chose other tokens), ``x'`` stands in for it.
+            dense: ``x``, of the same shape; of another (a router chose other tokens), ``x'`` stands in for it. None
+                where cross moments are not wanted.
             mask: nonzero where a token counts, of the leading shape of ``converted``; None where all do.
 
         Raises:
@@ -37,16 +39,19 @@ class Moments:
         a = rows(converted, mask)
         if len(a) == 0:
             return
-        b = a if dense.shape != converted.shape else rows(dense, mask)
         exact = working_dtype(a.device)
-        inputs, cross = (a.T @ a).to(exact), (b.T @ a).to(exact)
-        if not torch.isfinite(inputs).all() or not torch.isfinite(cross).all():
+        inputs = (a.T @ a).to(exact)
+        cross = None
+        if dense is not None:
+            cross = inputs if dense.shape != converted.shape else (rows(dense, mask).T @ a).to(exact)
+        if not torch.isfinite(inputs).all() or (cross is not None and not torch.isfinite(cross).all()):
             raise NonFiniteError(
                 f"the inputs of {name} hold NaN or infinity on the calibration data; convert in float32 or bfloat16 "
                 "(--dtype), or leave that module dense with --exclude-modules"
             )
         self.inputs = inputs if self.inputs is None else self.inputs + inputs
-        self.cross = cross if self.cross is None else self.cross + cross
+        if cross is not None:
+            self.cross = cross if self.cross is None else self.cross + cross
         self.tokens += len(a)
 
 

@@ -8,7 +8,8 @@ It is one object::
      "plan": Plan.to_dict(),
      "linears": {"model.layers.0.mlp.down_proj": {"spectrum": [9.1, 4.2], "spectrum_index": [1, 2],
                                                   "weight_error": 0.31, "output_error": 0.12 or null}},
-     "blocks": [{"name": "model.layers.0", "error_before": 0.2, "error_after": 0.1}]}
+     "blocks": [{"name": "model.layers.0", "error_before": 0.2, "error_after": 0.1}],
+     "distillation": {"before": 0.9, "after": 0.2} or null}
 """
 
 import json
@@ -80,6 +81,8 @@ class ConversionRecord:
         blocks: those that were converted one after the other.
         command, base_model, calibration, plan: what was done to which model, as far as that is known.
         facts: the plain entries of the file (method, seconds, ...) as they are.
+        distillation: its loss on held-out text ``before`` and ``after``: KL to the dense model, in nats per token, for
+            models that predict tokens.
     """
 
     linears: dict[str, LinearRecord] = field(default_factory=dict)
@@ -89,6 +92,7 @@ class ConversionRecord:
     calibration: Mapping[str, Any] | None = None
     plan: Plan | None = None
     facts: dict[str, str | float] = field(default_factory=dict)
+    distillation: Mapping[str, float] | None = None
 
     def to_dict(
         self,
@@ -112,6 +116,7 @@ class ConversionRecord:
             "distill_epochs": calibration.distill_epochs if calibration else 0,
             "calibration": {"source": calibration.source, "tokens": calibration.tokens} if calibration else None,
             "seconds": round(seconds, 1),
+            "distillation": dict(self.distillation) if self.distillation else None,
             "plan": plan.to_dict(),
             "linears": {name: asdict(entry) for name, entry in self.linears.items()},
             "blocks": [asdict(entry) for entry in self.blocks],
@@ -133,11 +138,15 @@ class ConversionRecord:
             base_model=_text(data.get("base_model")),
             calibration=_read(data, "calibration", dict) if data.get("calibration") else None,
             plan=_read(data, "plan", Plan.from_dict) if data.get("plan") else None,
+            distillation=_read(data, "distillation", lambda d: {k: float(d[k]) for k in ("before", "after")}),
             facts={k: v for k in plain if isinstance(v := data.get(k), str | int | float) and not isinstance(v, bool)},
         )
 
     def add_block(self, name: str, before: float, after: float) -> None:
         self.blocks.append(BlockRecord(name, before, after))
+
+    def add_distillation(self, before: float, after: float) -> None:
+        self.distillation = {"before": before, "after": after}
 
     def add_linear(self, name: str, weight: Tensor, layer: nn.Module, inputs: Tensor | None) -> None:
         """Note what ``layer`` lost of ``weight (out, in)``, given moments ``inputs (in, in)`` or None."""

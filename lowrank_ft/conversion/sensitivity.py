@@ -20,16 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from lowrank_ft.conversion.blockwise import dense_moments
 from lowrank_ft.conversion.calibration import Calibration, first_batches
 from lowrank_ft.conversion.chains import Batch, answer_of, block_of, run, token_mask
+from lowrank_ft.conversion.received import dense_moments
 from lowrank_ft.errors import require_choice
-from lowrank_ft.factorization.solvers import gram_singular_values, whitening, working_dtype
+from lowrank_ft.factorization.solvers import weighted_singular_values, working_dtype
 from lowrank_ft.nn.replace import dense_weight
 
 _NOTHING = torch.zeros(1)
-SENSITIVITY_TOKENS = 16_384
-"""Tokens of the gradients and moments that only weigh linears against each other."""
+SENSITIVITY_TOKENS = 8_192
+"""Tokens of the moments that only weigh linears against each other."""
+GRADIENT_TOKENS = 4_096
+"""Tokens of the gradients, of which each linear needs no more than the mean square."""
+_MOMENT_BYTES = 2**30
+"""Of moments that are collected in one run of the model; where more are wanted, there are more runs."""
 
 
 def squared_spectra(
@@ -40,28 +44,30 @@ def squared_spectra(
     A linear that the data do not reach is left out: an image encoder where there is text alone, an expert that gets no
     token. Nothing was measured of it, which is not the same as that it is worth nothing.
 
-    Memory: moments of one block's linears at a time; for ``loss`` also the activations of one forward pass.
+    Memory: a GiB of moments, or those of one block; for ``loss`` also the activations of one forward pass.
 
     Args:
         allocation: ``energy`` or ``loss``.
     """
     require_choice("allocation", allocation, ("energy", "loss"))
     batches = first_batches(calibration.batches, SENSITIVITY_TOKENS)
-    weights = output_gradients(model, names, batches, calibration.seed, progress) if allocation == "loss" else {}
+    weights: dict[str, Tensor] = {}
+    if allocation == "loss":
+        few = first_batches(batches, GRADIENT_TOKENS)
+        weights = output_gradients(model, names, few, calibration.seed, progress)
     spectra: dict[str, Tensor] = {}
     bar = tqdm(total=len(names), desc="allocate", unit="linear", disable=None if progress else True)
-    for group in _by_block(model, names):
+    for group in _in_runs(model, names):
         moments = dense_moments(model, group, batches)
         for name in group:
             bar.update()
-            matrix, found = dense_weight(model.get_submodule(name)), moments[name]
+            found = moments[name]
             if found.inputs is None or (allocation == "loss" and not weights.get(name, _NOTHING).any()):
                 continue
-            root = whitening(found.inputs / found.tokens)[1]
-            matrix = matrix.to(root) @ root
+            matrix = dense_weight(model.get_submodule(name))
+            squares = weighted_singular_values(matrix, found.inputs / found.tokens, name).square()
             if name in weights:
-                matrix = weights[name].mean().sqrt().to(matrix) * matrix
-            squares = gram_singular_values(matrix, name).square()
+                squares = weights[name].mean().cpu() * squares
             total = squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
             spectra[name] = squares if name in weights else squares / total
     bar.close()
@@ -76,7 +82,7 @@ def output_gradients(
 
     def watch(name: str) -> Any:
         def add(gradient: Tensor) -> None:
-            squares = gradient.detach().flatten(0, -2).to(working_dtype(gradient.device)).square().sum(0)
+            squares = gradient.detach().flatten(0, -2).float().square().sum(0).to(working_dtype(gradient.device))
             sums[name] = sums[name] + squares if name in sums else squares
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -133,8 +139,19 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _by_block(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
-    groups: dict[str | None, list[str]] = {}
+def _in_runs(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """Whole blocks together, as many as have moments of :data:`_MOMENT_BYTES`."""
+    blocks: dict[str | None, list[str]] = {}
     for name in names:
-        groups.setdefault(block_of(model, name), []).append(name)
-    return list(groups.values())
+        blocks.setdefault(block_of(model, name), []).append(name)
+    runs: list[list[str]] = []
+    taken = 0
+    for members in blocks.values():
+        # An upper bound: linears that read the same tensor share their moments.
+        size = sum(8 * dense_weight(model.get_submodule(n)).shape[1] ** 2 for n in members)
+        if not runs or taken + size > _MOMENT_BYTES:
+            runs.append([])
+            taken = 0
+        runs[-1] += members
+        taken += size
+    return runs

@@ -54,6 +54,65 @@ def truncated_svd(weight: Tensor, rank: int, name: str = "weight") -> Factors:
     return Factors(_result(left, weight), _result(right, weight))
 
 
+class Regression:
+    """The rank-``r`` products that best map inputs to the dense outputs on calibration tokens, balanced.
+
+    With ``X`` the dense model's inputs of a linear and ``X'`` those it gets in the converted model (columns are
+    tokens; ``X' = X`` where ``cross`` is left out), minimizes
+
+        |W X - U V X'|^2 + d |W - U V|^2,        d = damping * trace(X' X'^T) / in
+
+    by reduced-rank regression: ``M = W (X X'^T + d I) L^-T`` for ``X' X'^T + d I = L L^T``, the best rank-r
+    approximation of ``M``, and ``L^-T`` taken off again. Without ``cross`` this is the truncation of the whitened weight
+    that SVD-LLM uses (Wang et al. 2024, arXiv 2403.07378). ``L`` is a Cholesky factor; without damping, the moments of
+    real activations are singular, and ``Q s^1/2`` of an eigendecomposition takes its place. Directions that no token
+    took carry no weight in the objective; damping decides them by the weight alone. All-zero moments, and none, give
+    :func:`truncated_svd`.
+
+    Linears that read the same inputs share one object, and so one decomposition of the moments.
+
+    Args:
+        inputs: ``X' X'^T (in, in)``, symmetric; None where nothing was received.
+        cross: ``X X'^T (in, in)``.
+        damping: share of the mean input power that is added to every direction.
+        name: what error messages call the linear.
+
+    Raises:
+        NonFiniteError: a moment holds NaN or infinity.
+    """
+
+    def __init__(
+        self, inputs: Tensor | None, cross: Tensor | None = None, damping: float = 0.0, name: str = "weight"
+    ) -> None:
+        self._whiten: Tensor | None = None
+        if inputs is None:
+            return
+        moments = _working_copy(inputs, f"inputs of {name}:")
+        mixed = moments if cross is None else _working_copy(cross, f"inputs of {name}:")
+        power = moments.diagonal().mean()
+        if not power > 0:
+            return
+        eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+        self._whiten = _inverse_root(moments + damping * power * eye)
+        self._mixed = (mixed + damping * power * eye) @ self._whiten
+
+    def __call__(self, weight: Tensor, rank: int, name: str = "weight") -> Factors:
+        """Factors of ``weight (out, in)`` of a ``rank`` from 1 to ``min(out, in)``.
+
+        Raises:
+            RankError: ``rank`` is out of range.
+            NonFiniteError: the weight holds NaN or infinity.
+        """
+        rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
+        if self._whiten is None:
+            return truncated_svd(weight, rank, name)
+        target = _working_copy(weight, name) @ self._mixed.to(weight.device)
+        # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
+        basis = _left_basis(target, rank)
+        right = basis.T @ target @ self._whiten.T.to(weight.device)
+        return balance(Factors(_result(basis, weight), _result(right, weight)))
+
+
 def regression_factors(
     weight: Tensor,
     rank: int,
@@ -62,43 +121,8 @@ def regression_factors(
     damping: float = 0.0,
     name: str = "weight",
 ) -> Factors:
-    """The rank-``rank`` product that best maps inputs to the dense outputs on calibration tokens, balanced.
-
-    With ``X`` the dense model's inputs of the linear and ``X'`` those it gets in the converted model (columns are
-    tokens; ``X' = X`` where ``cross`` is left out), minimizes
-
-        |W X - U V X'|^2 + d |W - U V|^2,        d = damping * trace(X' X'^T) / in
-
-    by reduced-rank regression: ``M = W (X X'^T + d I) Q s^-1/2`` for ``X' X'^T + d I = Q s Q^T``, the best rank-r
-    approximation of ``M``, and ``Q s^-1/2`` taken off again. Without ``cross`` this is the truncation of the whitened
-    weight that SVD-LLM uses (Wang et al. 2024, arXiv 2403.07378), through an eigendecomposition instead of a Cholesky
-    factor, because the moments of real activations are singular. Directions that no token took carry no weight in the
-    objective; damping decides them by the weight alone. All-zero moments give :func:`truncated_svd`.
-
-    Args:
-        weight: ``(out, in)``.
-        rank: 1 to ``min(out, in)``.
-        inputs: ``X' X'^T (in, in)``, symmetric.
-        cross: ``X X'^T (in, in)``.
-        damping: share of the mean input power that is added to every direction.
-        name: what error messages call the matrix.
-
-    Raises:
-        RankError: ``rank`` is out of range.
-        NonFiniteError: the weight or a moment holds NaN or infinity.
-    """
-    rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
-    matrix, moments = _working_copy(weight, name), _working_copy(inputs.to(weight.device), f"inputs of {name}:")
-    mixed = moments if cross is None else _working_copy(cross.to(weight.device), f"inputs of {name}:")
-    power = moments.diagonal().mean()
-    if not power > 0:
-        return truncated_svd(weight, rank, name)
-    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    whiten, _ = whitening(moments + damping * power * eye)
-    target = matrix @ (mixed + damping * power * eye) @ whiten
-    # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
-    basis = _left_basis(target, rank)
-    return balance(Factors(_result(basis, weight), _result(basis.T @ target @ whiten.T, weight)))
+    """:class:`Regression` of one linear."""
+    return Regression(inputs.to(weight.device), cross, damping, name)(weight, rank, name)
 
 
 def whitening(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +164,21 @@ def gram_singular_values(weight: Tensor, name: str = "weight") -> Tensor:
     matrix = _working_copy(weight, name)
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    return torch.linalg.eigvalsh(matrix @ matrix.T).flip(-1).clamp_min(0).sqrt().double().cpu()
+    return _roots(matrix @ matrix.T)
+
+
+def weighted_singular_values(weight: Tensor, moments: Tensor, name: str = "weight") -> Tensor:
+    """Singular values of ``W A^1/2`` for ``W (out, in)`` and ``A (in, in)``, as :func:`gram_singular_values`."""
+    matrix, moments = _working_copy(weight, name), _working_copy(moments, f"inputs of {name}:")
+    if matrix.shape[0] <= matrix.shape[1]:
+        return _roots(matrix @ moments @ matrix.T)
+    root = whitening(moments)[1]
+    return _roots(root.T @ (matrix.T @ matrix) @ root)
+
+
+def _roots(gram: Tensor) -> Tensor:
+    """Roots of the eigenvalues, descending, float64 on the CPU."""
+    return torch.linalg.eigvalsh((gram + gram.T) / 2).flip(-1).clamp_min(0).sqrt().double().cpu()
 
 
 def retained_energy(values: Tensor, rank: int) -> float:
@@ -153,6 +191,17 @@ def retained_energy(values: Tensor, rank: int) -> float:
 def working_dtype(device: torch.device) -> torch.dtype:
     """float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _inverse_root(moments: Tensor) -> Tensor:
+    """``L^-T`` for ``moments = L L^T``, or ``Q s^-1/2`` where rounding leaves the moments singular."""
+    lower, failed = torch.linalg.cholesky_ex(moments)
+    diagonal = lower.diagonal()
+    eps = torch.finfo(moments.dtype).eps
+    if failed.item() or diagonal.min().square() <= 100 * len(moments) * eps * diagonal.max().square():
+        return whitening(moments)[0]
+    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).T
 
 
 def _gram_eigenvectors(matrix: Tensor) -> Tensor:

@@ -14,36 +14,30 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lowrank_ft.data.examples import IGNORED, TokenizedData
 from lowrank_ft.errors import ConfigError
+from lowrank_ft.evaluation.divergence import divergence
 from lowrank_ft.nn.modes import without_cache
 from lowrank_ft.training.options import TrainArguments
-
-_POSITIONS_AT_ONCE = 512
 
 
 def summed_kl(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """``KL(softmax(teacher_logits / T) || softmax(logits / T))`` in nats, summed over the predicted positions.
 
-    A few hundred positions at a time are taken to float32, and their gradient is kept in the dtype of ``logits``: the
-    largest tensors are the logits themselves and one of their size.
-
     Args:
-        logits: ``(batch, length, vocabulary)``; gradients go here only.
-        teacher_logits: ``(batch, length, vocabulary)``.
+        logits, teacher_logits, temperature: see :func:`lowrank_ft.evaluation.divergence.divergence`.
         labels: ``(batch, length)``, not shifted; ``IGNORED`` where a token does not count. Their values do not matter.
-        temperature: ``T``, above 0.
 
     Returns:
-        A scalar, float32 or what the logits have beyond it; not multiplied by ``T^2``.
+        A scalar, not multiplied by ``T^2``.
 
     Raises:
         ConfigError: the vocabularies differ in size.
     """
     _require_same_vocabulary(logits.shape[-1], teacher_logits.shape[-1])
-    return _SummedKL.apply(logits, teacher_logits, labels, temperature)
+    return divergence(logits, teacher_logits, F.pad(labels[:, 1:] != IGNORED, (0, 1)), temperature)
 
 
 @dataclass(frozen=True)
@@ -146,36 +140,3 @@ def _require_same_vocabulary(student: Any, teacher: Any) -> None:
             f"the model predicts {student} different tokens and the teacher {teacher}; distillation needs the same "
             "vocabulary, so name the dense model that this one was made from (--guide_model)"
         )
-
-
-class _SummedKL(torch.autograd.Function):
-    """The gradient is found in the forward pass, where the distributions are at hand: ``(q - p) / T``."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        work = torch.promote_types(logits.dtype, torch.float32)
-        total = torch.zeros((), dtype=work, device=logits.device)
-        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
-        counted = (labels[:, 1:] != IGNORED).nonzero()
-        for places in counted.split(_POSITIONS_AT_ONCE):
-            at = (places[:, 0], places[:, 1])
-            q = (logits[at].to(work) / temperature).log_softmax(-1)
-            p = (teacher_logits[at].to(work) / temperature).log_softmax(-1)
-            # 0 * log 0 is 0: some models mask entries of their vocabulary with -inf.
-            difference = (p - q).masked_fill_(p.isneginf(), 0.0)
-            p.exp_()
-            excess = q.exp_().sub_(p)
-            # The excess sums to 0, but for rounding: the same rounding of both norms that is in the logarithms.
-            # With it a small KL is not lost in the last digits of 1.
-            total += difference.mul_(p).add_(excess).sum()
-            if gradient is not None:
-                gradient[at] = excess.div_(temperature).to(gradient.dtype)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None, None

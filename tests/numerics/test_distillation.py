@@ -5,7 +5,7 @@ import torch
 
 from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.training import distillation
+from lowrank_ft.evaluation import divergence
 from lowrank_ft.training.distillation import summed_kl
 
 
@@ -36,7 +36,7 @@ def reference(logits, teacher, labels, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("at_once", [4, 512])
 def test_values_and_gradients(temperature, at_once, monkeypatch):
-    monkeypatch.setattr(distillation, "_POSITIONS_AT_ONCE", at_once)
+    monkeypatch.setattr(divergence, "_POSITIONS_AT_ONCE", at_once)
     logits, teacher, labels = inputs()
     expected = reference(logits, teacher, labels, temperature)
     (wanted,) = torch.autograd.grad(0.7 * expected, logits)
