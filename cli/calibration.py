@@ -9,6 +9,7 @@ from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.batches import CALIBRATION_TOKENS, OWN_TOKENS, SELF, own_batches, read_batches
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.data.sources import read_rows
+from lowrank_ft.errors import CheckpointError
 
 
 def read_calibration(options: CalibrationOptions, source: Source, model: Any) -> Calibration:
@@ -24,7 +25,7 @@ def read_calibration(options: CalibrationOptions, source: Source, model: Any) ->
         if options.calibration_data is None:
             print(f"calibration: the model writes {tokens:,} tokens of text; --calibration-data FILE is faster and "
                   "gives a better model, --method svd needs no text", file=sys.stderr)  # fmt: skip
-        batches = own_batches(model, tokens, length, seed, progress=True)
+        batches = own_batches(model, tokens, length, seed, progress=True, preprocessor=_tokenizer(source))
     else:
         tokens = CALIBRATION_TOKENS if options.calibration_tokens is None else options.calibration_tokens
         rows = read_rows(name, options.calibration_split, options.calibration_config)
@@ -37,3 +38,11 @@ def read_calibration(options: CalibrationOptions, source: Source, model: Any) ->
     calibration = Calibration(batches, shown, activations_dir=folder, seed=seed, **settings)
     print(f"calibration: {calibration.tokens:,} tokens of {shown}", file=sys.stderr)
     return calibration
+
+
+def _tokenizer(source: Source) -> Any:
+    """None where the folder has none: a model writes text without, and only its chats need it."""
+    try:
+        return source.load_tokenizer()
+    except CheckpointError:
+        return None

@@ -1,11 +1,13 @@
 """Calibration data: from a dataset or a local file to batches that a model's forward takes.
 
-    causal language models    packed blocks of tokens, each after what the tokenizer begins a text with
+    causal language models    packed blocks of tokens, each after what the tokenizer begins a text with; chats are
+                              put into the tokenizer's template, and packed in the same way
     encoders                  one text a row, with the tokenizer's special tokens, padded and masked
     encoder-decoders          the first half of each block for the encoder, the second for the decoder
     image models              images, as the checkpoint's processor prepares them
 
-Only causal language models can write text themselves (``self``).
+Only causal language models can write text themselves (``self``). One whose tokenizer has a chat template writes plain
+text in one half of the blocks and chats in the other, so that neither is forgotten.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from lowrank_ft.conversion.calibration import Calibration, positions
 from lowrank_ft.conversion.chains import Batch
-from lowrank_ft.conversion.sampling import sample_blocks
+from lowrank_ft.conversion.sampling import own_turns, sample_blocks
+from lowrank_ft.data.drawn import CHAT_COLUMNS, draw_chats, draw_texts, holds_chats
 from lowrank_ft.data.encoding import check_vocabulary, text_ends, token_ids, with_begin, without_begin
 from lowrank_ft.data.examples import Example, TokenizedData, collate
 from lowrank_ft.data.sources import require_column
@@ -36,17 +39,33 @@ _BATCH_IMAGES = 8
 
 
 def own_batches(
-    model: Any, tokens: int, block_size: int | None = None, seed: int = 0, progress: bool = False
+    model: Any,
+    tokens: int,
+    block_size: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    preprocessor: Any = None,
 ) -> list[Batch]:
     """Batches of text that ``model`` writes itself.
 
+    Args:
+        preprocessor: the model's tokenizer. Where it has a chat template, half of the blocks are plain text, from the
+            begin token on, and half are chats in that template. A note says so where the template does not allow it.
+
     Raises:
-        DataError: the model is no causal language model, or ``tokens`` are too few.
+        DataError: the model is no causal language model, ``tokens`` are too few, or the tokenizer is not the model's.
     """
     length = calibration_length(model, block_size)
     if tokens < max(LEAST_TOKENS, length):
         raise DataError(f"{tokens} calibration tokens are too few; the least is {max(LEAST_TOKENS, length)}")
-    return to_batches(sample_blocks(model, tokens // length, length, seed=seed, progress=progress))
+    blocks = tokens // length
+    turns = own_turns(model, preprocessor, length) if blocks > 1 else None
+    if turns is None:
+        return to_batches(sample_blocks(model, blocks, length, seed=seed, progress=progress))
+    texts = sample_blocks(model, blocks - blocks // 2, length, seed=seed, progress=progress)
+    chats = sample_blocks(model, blocks // 2, length, seed=seed, progress=progress, turns=turns)
+    order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))
+    return to_batches(torch.cat([texts, chats])[order])
 
 
 def read_batches(
@@ -56,39 +75,51 @@ def read_batches(
     preprocessor: Any,
     tokens: int = CALIBRATION_TOKENS,
     block_size: int | None = None,
-    text_column: str = "text",
+    column: str | None = None,
     seed: int = 0,
 ) -> list[Batch]:
     """Batches from the rows of a dataset, shuffled.
 
     Args:
-        rows: with a column of text, or of images for an image model.
+        rows: with a column of text or chats, or of images for an image model.
         name: what error messages call the data.
         preprocessor: the checkpoint's tokenizer, or its image processor.
         tokens: how many to take at most; an image counts as its patches of 16 x 16 pixels.
+        column: that of the text or the chats; None for ``messages``, ``conversations`` or ``text``, whichever is there.
 
     Raises:
-        DataError: the column is missing, the data are too short, or the tokenizer is not the model's.
+        DataError: the column is missing, the data are too short, no chat can be used, the tokenizer has no chat
+            template for them, or is not the model's.
     """
     if model.main_input_name not in ("input_ids", "pixel_values"):
         raise DataError(
             f"a {type(model).__name__} reads {model.main_input_name}, and calibration data are read from text or images "
             "here; give batches of your own from Python (lowrank_ft.convert(..., calibration=...)), or --method svd"
         )
-    column = "image" if model.main_input_name == "pixel_values" else text_column
-    fix = "choose with --calibration-column" if column == text_column else "an image model needs images"
-    require_column(name, [column], rows.column_names, fix)
     generator = torch.Generator().manual_seed(seed)
-    if column == "image":
+    if model.main_input_name == "pixel_values":
+        require_column(name, ["image"], rows.column_names, "an image model needs images")
         return _images(rows, preprocessor, tokens, name, generator)
+    generates = getattr(model, "can_generate", lambda: False)()
+    column = _column(rows, name, column, chats=generates)
     length = calibration_length(model, block_size)
     least = max(LEAST_TOKENS, length)
     if tokens < least:
         raise DataError(f"{tokens} calibration tokens are too few; the least is {least}")
-    texts = _some_texts(rows, column, tokens, generator)
-    if getattr(model, "can_generate", lambda: False)():
+    ids: np.ndarray | None = None
+    if holds_chats(rows, column):
+        if not generates:
+            raise DataError(
+                f"column {column!r} of {name} holds chats, and a {type(model).__name__} reads plain text; name a column "
+                "of text with --calibration-column"
+            )
+        ids = draw_chats(rows, column, name, preprocessor, tokens + length, generator)
+    else:
+        texts = draw_texts(rows, column, name, _CHARACTERS_PER_TOKEN * tokens, generator)
+        ids = token_ids(texts, preprocessor) if generates else None
+    if ids is not None:
         begin, _ = text_ends(preprocessor)
-        blocks = _blocks(token_ids(texts, preprocessor), tokens, length, name, generator, begin)
+        blocks = _blocks(ids, tokens, length, name, generator, begin)
         check_vocabulary(model, blocks, name)
         return _for_encoder_decoder(model, blocks) if model.config.is_encoder_decoder else to_batches(blocks)
     batches = _rows_of_text(texts, preprocessor, tokens, length, name, generator)
@@ -97,17 +128,14 @@ def read_batches(
     return batches
 
 
-def _some_texts(rows: Dataset, column: str, tokens: int, generator: torch.Generator) -> list[str]:
-    """Rows drawn at random, enough for ``tokens``: of a large dataset only a small part is read and tokenized."""
-    texts: dict[int, str] = {}
-    characters = 0
-    for i in torch.randperm(len(rows), generator=generator).tolist():
-        if text := rows[i][column]:
-            texts[i] = text
-            characters += len(text)
-        if characters > _CHARACTERS_PER_TOKEN * tokens:
-            break
-    return [texts[i] for i in sorted(texts)]
+def _column(rows: Dataset, name: str, wanted: str | None, chats: bool) -> str:
+    """The column to read, which is that of ``chats`` where they may be read and nothing else is wanted."""
+    columns = [wanted] if wanted else [*CHAT_COLUMNS, "text"] if chats else ["text"]
+    found = next((c for c in columns if c in rows.column_names), None)
+    if found is None:
+        shown = [c for c in reversed(columns) if c != CHAT_COLUMNS[1]]
+        require_column(name, shown, rows.column_names, "choose with --calibration-column")
+    return str(found)
 
 
 def training_batches(data: TokenizedData, tokens: int, seed: int = 0) -> list[Batch]:
@@ -162,6 +190,11 @@ def to_batches(blocks: Tensor) -> list[Batch]:
 
 def _require_tokens(found: int, least: int, name: str) -> None:
     if found < least:
+        if least > LEAST_TOKENS:
+            raise DataError(
+                f"{name} has {found} tokens, less than one block of {least}; give more text, or lower "
+                "--calibration-block-size"
+            )
         raise DataError(
             f"{name} has {found} tokens; calibration needs at least {least}, and {CALIBRATION_TOKENS:,} do well"
         )

@@ -44,13 +44,15 @@ class CalibrationOptions:
     )
     calibration_data: str | None = _option(
         None,
-        "a sample of the text your model will see: a text, jsonl or parquet file, a dataset on the Hub, or self: text "
-        "that the model writes (default)",
+        "a sample of the text or chats your model will see: a text, jsonl or parquet file, a dataset on the Hub, or "
+        "self: text, and chats if it has a chat template, that the model writes (default)",
         "DATA",
     )
     calibration_split: str = _option("train", "split of a dataset on the Hub")
     calibration_config: str | None = _option(None, "configuration of a dataset on the Hub")
-    calibration_column: str = _option("text", "column that holds the text")
+    calibration_column: str | None = _option(
+        None, "column that holds the text or the chats (default: messages, conversations or text)", "NAME"
+    )
     calibration_tokens: int | None = _option(None, "number of tokens, at most (default: 262144; for self 65536)", "N")
     calibration_block_size: int | None = _option(
         None, "tokens per sequence (default: 512, or the limit of the model)", "N"

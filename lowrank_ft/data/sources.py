@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset, load_dataset_builder
 
@@ -103,12 +104,17 @@ def texts(rows: Dataset, column: str, name: str, skip_null: bool = False) -> Ite
     for number, text in enumerate(rows[column], start=1):
         if text is None and skip_null:
             continue
-        if not isinstance(text, str):
-            raise DataError(
-                f"{name}: row {number} has {kind_of(text)} in column {column!r}; each row must hold a text, so take that "
-                "row out, or name another column"
-            )
-        yield text
+        yield require_text(text, number, column, name)
+
+
+def require_text(value: Any, number: int, column: str, name: str) -> str:
+    """A row's text, or a DataError that names dataset, row and column."""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{name}: row {number} has {kind_of(value)} in column {column!r}; each row must hold a text, so take that "
+            "row out, or name another column"
+        )
+    return value
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -115,17 +115,23 @@ def _encode_chats(
 
 
 def _encode_row(chat: Any, tools: Any, tokenizer: Any, most_tokens: int) -> tuple[list[int], list[bool], str]:
+    ids, counted, problem = tokenize_chat(chat, tools, tokenizer)
+    if problem:
+        return [], [], problem
+    if not any(counted[1:most_tokens]):
+        return [], [], f"its reply begins after {most_tokens} tokens"
+    return ids[:most_tokens], counted[:most_tokens], _TRUNCATED if len(ids) > most_tokens else ""
+
+
+def tokenize_chat(chat: Any, tools: Any, tokenizer: Any) -> tuple[list[int], list[bool], str]:
+    """Of one row: token ids, which of them are replies, and "" or the reason why it cannot be used."""
     try:
         ids, counted = encode_chat(read_chat(chat), tokenizer, read_tools(tools))
     except UnusableChatError as error:
         return [], [], str(error)
     except Exception as error:  # what a template raises, or jinja about it
         return [], [], f"the chat template refuses it ({first_line(error)})"
-    if not any(counted):
-        return [], [], "it has no assistant's reply"
-    if not any(counted[1:most_tokens]):
-        return [], [], f"its reply begins after {most_tokens} tokens"
-    return ids[:most_tokens], counted[:most_tokens], _TRUNCATED if len(ids) > most_tokens else ""
+    return (ids, counted, "") if any(counted) else ([], [], "it has no assistant's reply")
 
 
 def _report(problems: Any, name: str, what: str, strict: bool, remedy: str) -> None:

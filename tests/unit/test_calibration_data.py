@@ -79,7 +79,7 @@ def test_limits_and_block_size(tokenizer):
     assert rows_of(read_batches(model, rows, "d", tokenizer, tokens=1100)).shape == (17, 64)
     assert rows_of(read_batches(model, rows, "d", tokenizer, tokens=1024, block_size=10)).shape == (102, 10)
     column = data(words(4000), column="body")
-    assert rows_of(read_batches(model, column, "d", tokenizer, text_column="body")).shape == (62, 64)
+    assert rows_of(read_batches(model, column, "d", tokenizer, column="body")).shape == (62, 64)
     assert calibration_length(model, None) == 64
     assert calibration_length(tiny_gpt2(), None) == 64
     assert calibration_length(tf.T5ForConditionalGeneration(T5), None) == 512
@@ -203,7 +203,8 @@ MODELS = {
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_bad_data(make, tokenizer):
     model = make()
-    with pytest.raises(DataError, match="d has no column 'text'; it has body, title"):
+    lacking = "no column 'text'" + ("" if make is bert else " and no column 'messages'")
+    with pytest.raises(DataError, match=f"d has {lacking}; it has body, title; choose with --calibration-column"):
         read_batches(model, Dataset.from_dict({"body": ["x"], "title": ["y"]}), "d", tokenizer)
     for texts in ([], [""], ["", None]):
         with pytest.raises(DataError, match=r"d has 0 tokens; calibration needs at least 1024, and 262,144 do well"):
