@@ -1,48 +1,38 @@
-"""Read the calibration data of ``plan`` and ``convert``."""
+"""Read the calibration data of ``plan`` and ``convert``, and say what is to come."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
-from lowrank_ft.checkpoints.source import Source
+from lowrank_ft.console import human_bytes, human_seconds
 from lowrank_ft.conversion import Calibration
-from lowrank_ft.conversion.batches import CALIBRATION_TOKENS, OWN_TOKENS, SELF, own_batches, read_batches
-from lowrank_ft.conversion.options import CalibrationOptions
-from lowrank_ft.data.sources import read_rows
-from lowrank_ft.errors import CheckpointError
+from lowrank_ft.conversion.estimate import measure, peak_bytes, stages, work_of
+from lowrank_ft.conversion.prepare import Prepared
+from lowrank_ft.factorization.plan import Plan
 
 
-def read_calibration(options: CalibrationOptions, source: Source, model: Any) -> Calibration:
-    """The calibration data that the options name, or text of the model's own.
+def read_calibration(prepared: Prepared, model: Any) -> Calibration:
+    """All of the calibration data, of which the model may have to write a part first.
 
     Raises:
-        DataError: they are missing, too short, or not this model's.
+        DataError: too little.
     """
-    name = options.calibration_data or SELF
-    length, seed = options.calibration_block_size, options.seed
-    if name == SELF:
-        tokens = OWN_TOKENS if options.calibration_tokens is None else options.calibration_tokens
-        if options.calibration_data is None:
-            print(f"calibration: the model writes {tokens:,} tokens of text; --calibration-data FILE is faster and "
-                  "gives a better model, --method svd needs no text", file=sys.stderr)  # fmt: skip
-        batches = own_batches(model, tokens, length, seed, progress=True, preprocessor=_tokenizer(source))
-    else:
-        tokens = CALIBRATION_TOKENS if options.calibration_tokens is None else options.calibration_tokens
-        rows = read_rows(name, options.calibration_split, options.calibration_config)
-        batches = read_batches(
-            model, rows, name, source.load_preprocessor(model), tokens, length, options.calibration_column, seed
-        )
-    settings = {f: v for f in ("refine_epochs", "distill_epochs") if (v := getattr(options, f)) is not None}
-    folder = None if options.activations_dir is None else Path(options.activations_dir)
-    shown = Path(name).name if Path(name).is_absolute() else name
-    calibration = Calibration(batches, shown, activations_dir=folder, seed=seed, **settings)
-    print(f"calibration: {calibration.tokens:,} tokens of {shown}", file=sys.stderr)
+    calibration = prepared.calibration(model, progress=True)
+    own = f", {prepared.own_tokens:,} of them written by the model" if prepared.given and prepared.own_tokens else ""
+    held = sum(b["input_ids"].numel() for b in calibration.held_out if "input_ids" in b)
+    rest = f"; {held:,} more are held out" if held else ""
+    print(f"calibration: {calibration.tokens:,} tokens of {calibration.source}{own}{rest}", file=sys.stderr)
     return calibration
 
 
-def _tokenizer(source: Source) -> Any:
-    """None where the folder has none: a model writes text without, and only its chats need it."""
-    try:
-        return source.load_tokenizer()
-    except CheckpointError:
-        return None
+def print_estimate(prepared: Prepared, model: Any, plan: Plan, allocation: str, method: str) -> None:
+    """One line: the stages of the work, what they take here, and what makes it less."""
+    speed = measure(model, plan, prepared.sample(model))
+    work = work_of(prepared.outline(), prepared.own_tokens, allocation, method)
+    parts = stages(speed, work)
+    dearest = max(parts, key=lambda s: s.seconds)
+    listed = ", ".join(f"{s.name} {human_seconds(s.seconds)}" for s in parts)
+    print(
+        f"estimate for this device: {human_seconds(sum(s.seconds for s in parts))} ({listed}), "
+        f"about {human_bytes(peak_bytes(model, plan, speed, work))} of memory; --effort fast or {dearest.flag} takes less",
+        file=sys.stderr,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowrank_ft_cli.calibration import read_calibration
+from lowrank_ft_cli.calibration import print_estimate, read_calibration
 from lowrank_ft_cli.options import (
     calibration_options,
     device_of,
@@ -27,6 +27,8 @@ from lowrank_ft.checkpoints.source import check_finite, check_runs, load_model, 
 from lowrank_ft.console import shown_command
 from lowrank_ft.conversion import ConversionRecord
 from lowrank_ft.conversion.convert import allocate, convert, default_allocation, spectrum_of
+from lowrank_ft.conversion.effort import EFFORTS
+from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.errors import RankError, TargetError, first_line
 from lowrank_ft.export import save_compact
 from lowrank_ft.factorization.plan import Plan, make_plan
@@ -58,12 +60,16 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     if plan is None:
         plan = make_plan(model, **vars(sizes), spectrum=spectrum_of(model))
     ran = check_runs(model) is None
-    wanted = calibrated.wants_data(writes_text(config))
-    calibration = read_calibration(calibrated, source, model) if wanted else None
-    if calibration is None and options.method is None:
+    prepared = prepare(calibrated, source, model) if calibrated.wants_data(writes_text(config)) else None
+    method = options.method or (EFFORTS[calibrated.effort].method if prepared else "svd")
+    if prepared is None and options.method is None:
         print(f"note: a {type(model).__name__} cannot write its own calibration text, so this is plain SVD; "
               "--calibration-data FILE gives a much better model", file=sys.stderr)  # fmt: skip
-    allocation = options.allocation or default_allocation(options.param_ratio, calibration)
+    allocation = options.allocation or default_allocation(options.param_ratio, prepared is not None)
+    calibration = None
+    if prepared is not None:
+        print_estimate(prepared, model, plan, "by plan" if options.plan else allocation, method)
+        calibration = read_calibration(prepared, model)
     plan = allocate(model, plan, allocation, calibration, progress=True)
     print_plan(plan, to_stderr=True)
     print_remainder(model, plan, to_stderr=True)
@@ -71,17 +77,20 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
         raise RankError(f"every one of the {len(plan.linears)} targeted linears stays dense; lower the rank")
     record = ConversionRecord()
     try:
-        convert(model, plan, method=options.method, calibration=calibration, record=record, progress=True)
+        convert(model, plan, method=method, calibration=calibration, record=record, progress=True)
     except (RuntimeError, IndexError, TypeError):  # of a forward pass halfway, where that is why
         if ran:
             _require_runs(model)
         raise
     if ran:
         _require_runs(model)
+    if record.distillation is not None:
+        print("distillation: loss on held-out text {before:.4f} before, {after:.4f} after (KL to the dense model, nats "
+              "per token)".format(**record.distillation), file=sys.stderr)  # fmt: skip
     command = shown_command("lowrank-ft", sys.argv[1:])
     origin = source.name if source.folder is None else source.folder.resolve().name
     details = record.to_dict(
-        plan, command=command, base_model=origin, method=options.method,
+        plan, command=command, base_model=origin, method=method,
         allocation="by plan" if options.plan else allocation,
         calibration=calibration, seconds=time.monotonic() - start,
     )  # fmt: skip

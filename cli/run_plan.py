@@ -25,6 +25,7 @@ from lowrank_ft.checkpoints.source import (
 )
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion.convert import allocate, spectrum_of
+from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.costs.flops import training_cost
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.factorization.plan import LinearPlan, Plan, dense_remainder, make_plan
@@ -51,7 +52,9 @@ def show_plan(options: argparse.Namespace) -> None:
         model = load_model(source, dtype_of(options), device_of(options))
         plan = make_plan(model, **vars(sizes), spectrum=spectrum_of(model))
         if allocation != "uniform":
-            plan = allocate(model, plan, allocation, read_calibration(calibrated, source, model), progress=True)
+            plan = allocate(
+                model, plan, allocation, read_calibration(prepare(calibrated, source, model), model), progress=True
+            )
     else:
         model = skeleton(config, source.name, source.trust_remote_code)
         check_fits(model, tensors, source.name)

@@ -125,6 +125,13 @@ def human_bytes(size: float) -> str:
     return _in_units(size, ("B", "kB", "MB", "GB", "TB", "PB"))
 
 
+def human_seconds(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def human_count(count: float) -> str:
     """``1.24 B``, ``2.83 M``: three digits."""
     return _in_units(count, ("", "k", "M", "B", "T")).rstrip()

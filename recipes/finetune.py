@@ -157,7 +157,7 @@ def prepare_model(
             guide=guide,
             guide_bits=args.guide_bits if guide else None,
             method=args.method,
-            allocation=args.allocation or default_allocation(args.param_ratio, calibration),
+            allocation=args.allocation or default_allocation(args.param_ratio, calibration is not None),
             calibration=calibration,
             progress=True,
         )

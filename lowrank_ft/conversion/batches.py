@@ -33,7 +33,7 @@ OWN_TOKENS = 65_536
 """Of text that the model writes itself, which takes it much longer than reading."""
 BLOCK_SIZE = 512
 LEAST_TOKENS = 1_024
-_BATCH_TOKENS = 2_048
+_BATCH_TOKENS = 1_024
 _CHARACTERS_PER_TOKEN = 10  # more than tokenizers of any language reach on the average
 _BATCH_IMAGES = 8
 
@@ -184,7 +184,7 @@ def calibration_length(model: Any, block_size: int | None) -> int:
 
 
 def to_batches(blocks: Tensor) -> list[Batch]:
-    """``(blocks, length)`` to batches of about 2,048 tokens."""
+    """``(blocks, length)`` to batches of about 1,024 tokens."""
     return [{"input_ids": b} for b in blocks.split(max(1, _BATCH_TOKENS // blocks.shape[1]))]
 
 

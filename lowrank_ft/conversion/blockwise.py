@@ -1,9 +1,10 @@
 """Factorize a model block by block, each linear fitted to what really reaches it in the converted model.
 
-Along each chain of blocks run two streams of hidden states: those of the dense model and those of the model as
-converted so far. Within a block the linears are taken in the order in which they run, and those that read the same
-tensor (q/k/v, gate/up) share their moments. Then the block is refined against its dense twin, and both streams move
-past it. In memory at any time: two streams, one block twice, and the moments of one block.
+Along each chain of blocks run two streams of hidden states: those of the dense model and, where the method or
+refinement asks for it, those of the model as converted so far. Within a block the linears are taken in the order in
+which they run, and those that read the same tensor (q/k/v, gate/up) share their moments. Then the block may be refined
+against its dense twin, and the streams move past it. In memory at any time: the streams, one block twice, the moments of
+one block, and for ``anchored`` what the linears of one dense block receive.
 """
 
 import copy
@@ -48,7 +49,7 @@ def convert_blocks(
         NonFiniteError: a weight or an activation holds NaN or infinity; the message names the linear.
         DivergedError: refinement failed.
     """
-    batches = calibration.all_batches
+    batches = calibration.fitted_and_held_out if _follows(method, calibration) else calibration.fitted
     chains = find_chains(model, siblings(model, [b for n in ranks if (b := block_of(model, n))]), batches[0])
     chains = [c for c in chains if any(_within(n, b) for b in c for n in ranks)]
     members = {b: {n: r for n, r in ranks.items() if _within(n, b)} for c in chains for b in c}
@@ -59,7 +60,10 @@ def convert_blocks(
     bar = tqdm(total=len(members), desc="factorize", unit="block", disable=None if progress else True)
     for i, chain in enumerate(chains):
         dense = _Stream(inputs.pop(0), calibration)
-        if i == 0 and not loose:  # up to here, the converted model is the dense one
+        converted: _Stream | None = None
+        if not _follows(method, calibration):
+            pass
+        elif i == 0 and not loose:  # up to here, the converted model is the dense one
             converted = copy.copy(dense)
         else:
             converted = _Stream(capture(model, chain, batches, calibration.store()), calibration)
@@ -67,11 +71,18 @@ def convert_blocks(
             if members[name]:
                 _Block(model, name, members[name], method, calibration).convert(dense, converted, record)
             else:
-                unchanged = converted.hidden is dense.hidden
+                unchanged = converted is not None and converted.hidden is dense.hidden
                 dense.hidden = dense.after(model.get_submodule(name), name)
-                converted.hidden = dense.hidden if unchanged else converted.after(model.get_submodule(name), name)
+                if converted is not None:
+                    block = model.get_submodule(name)
+                    converted.hidden = dense.hidden if unchanged else converted.after(block, name)
             bar.update()
     bar.close()
+
+
+def _follows(method: str, calibration: Calibration) -> bool:
+    """Whether anything looks at the hidden states of the converted model."""
+    return method == "anchored" or calibration.refine_epochs > 0
 
 
 class _Stream:
@@ -102,12 +113,14 @@ class _Block:
         self.block = model.get_submodule(name)
         self.twin = copy.deepcopy(self.block)
 
-    def convert(self, dense: _Stream, converted: _Stream, record: ConversionRecord | None) -> None:
-        """Convert the block, and move both streams past it."""
+    def convert(self, dense: _Stream, converted: _Stream | None, record: ConversionRecord | None) -> None:
+        """Convert the block, and move the streams past it."""
         seen, wanted = self._look(dense)
         moments: dict[str, Moments] = {}
         for group in seen:
-            shared = group.moments if self.method == "activation" else self._moments(group, converted)
+            shared = (
+                group.moments if converted is None or self.method != "anchored" else self._moments(group, converted)
+            )
             solver = Regression(shared.inputs, shared.cross, self.calibration.damping, group.names[0])
             for name in group.names:
                 moments[name] = shared
@@ -115,23 +128,30 @@ class _Block:
         for name in self.ranks:
             if name not in moments:  # none is wanted, or no token of the calibration data came by
                 factorize_linear(self.model, name, self.ranks[name], None)
-        left = converted.after(self.block, self.name)
-        batches = self.calibration.all_batches
-        masks = [token_mask(b, x, "decoder" in self.name) for b, x in zip(batches, wanted, strict=True)]
-        before = after = self._error(left, wanted, masks)
-        if self.calibration.refine_epochs > 0:
-            left, after = self._refine(converted, wanted, masks, left, before)
-        dense.hidden, converted.hidden = wanted, left
+        dense.hidden = wanted
+        if converted is not None:
+            self._follow(converted, wanted, record)
         if record is None:
             return
-        record.add_block(self.name, before, after)
         for name, module in self._dense(self.ranks).items():
             inputs = moments[name].inputs if name in moments else None
             record.add_linear(name, dense_weight(module), self.model.get_submodule(name), inputs)
 
+    def _follow(self, converted: _Stream, wanted: Activations, record: ConversionRecord | None) -> None:
+        """Refine the factors, and move the converted stream past the block."""
+        left = converted.after(self.block, self.name)
+        batches = self.calibration.fitted_and_held_out
+        masks = [token_mask(b, x, "decoder" in self.name) for b, x in zip(batches, wanted, strict=True)]
+        before = after = self._error(left, wanted, masks)
+        if self.calibration.refine_epochs > 0:
+            left, after = self._refine(converted, wanted, masks, left, before)
+        converted.hidden = left
+        if record is not None:
+            record.add_block(self.name, before, after)
+
     def _error(self, found: Activations, wanted: Activations, masks: Sequence[Tensor | None]) -> float:
         """On the held-out batches where there are any."""
-        start = len(self.calibration.batches) if self.calibration.held_out else 0
+        start = len(self.calibration.fitted) if self.calibration.held_out else 0
         return mean_error(found, wanted, masks, start)
 
     def _refine(
@@ -143,7 +163,7 @@ class _Block:
         start = [(p, p.detach().clone()) for p in (*factors_of(self.block), *vectors)]
         refine_block(
             self.block, converted.hidden, converted.calls[self.name], wanted, masks, settings.refine_epochs,
-            settings.refine_learning_rate, settings.seed, len(settings.batches), vectors,
+            settings.refine_learning_rate, settings.seed, len(settings.fitted), vectors,
         )  # fmt: skip
         refined = converted.after(self.block, self.name)
         if (refined_error := self._error(refined, wanted, masks)) <= error:
@@ -161,8 +181,9 @@ class _Block:
         groups: list[Group] = []
         missing = {} if self.method == "svd" else self._dense(self.ranks)
         left = self.calibration.store()
-        for i, batch in enumerate(self.calibration.all_batches):
-            fitted = i < len(self.calibration.batches)
+        batches = self.calibration.fitted_and_held_out[: len(dense.hidden)]
+        for i, batch in enumerate(batches):
+            fitted = i < len(self.calibration.fitted)
             with ExitStack() as stack:
                 for group in groups if fitted else []:
                     module = self._dense(group.names[:1])[group.names[0]]
@@ -194,7 +215,7 @@ class _Block:
                 continue
             if here.dim() == 2 and len(here) != converted.hidden[i].shape[:-1].numel():
                 x = here  # tokens that a router chose, which need not be the same in both models
-            moments.add(here, x, token_mask(self.calibration.batches[i], here, "decoder" in name), name)
+            moments.add(here, x, token_mask(self.calibration.fitted[i], here, "decoder" in name), name)
         group.forget()
         return moments
 
@@ -211,7 +232,7 @@ def _convert_loose(
     model: nn.Module, ranks: Mapping[str, int], calibration: Calibration, method: str, record: ConversionRecord | None
 ) -> None:
     """Linears outside of any chain (a pooler, a block that runs several times): by the dense model's inputs."""
-    moments = dense_moments(model, list(ranks), calibration.batches) if ranks and method != "svd" else {}
+    moments = dense_moments(model, list(ranks), calibration.fitted) if ranks and method != "svd" else {}
     for name, rank in ranks.items():
         weight, found = dense_weight(model.get_submodule(name)), moments.get(name, Moments())
         factorize_linear(model, name, rank, Regression(found.inputs, None, calibration.damping, name))

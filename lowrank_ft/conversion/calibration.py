@@ -20,10 +20,12 @@ class Calibration:
         held_out: batches like these that nothing is fitted to. Refinement and distillation are judged by them: what
             does not help there is undone. Without them, what helps on ``batches`` is kept.
         source: what the data are, for the record.
+        fit_tokens: how many tokens regression and block refinement see: the first of the batches.
         damping: share of the mean input power that is added to every direction of the moments.
         refine_epochs: passes of block refinement over the data; 0 for none.
         distill_epochs: passes of end-to-end distillation; 0 for none.
-        refine_learning_rate, distill_learning_rate: of AdamW on the factors, at their peak.
+        refine_learning_rate, distill_learning_rate: of AdamW on the factors, at their peak; None for distillation: it
+            is measured.
         train_vectors: whether the scales of norms, and biases, are trained beside the factors.
         activations_dir: a folder to keep hidden states in where they do not fit into memory.
         seed: order of the batches.
@@ -32,11 +34,12 @@ class Calibration:
     batches: Sequence[Batch]
     source: str = "given batches"
     held_out: Sequence[Batch] = ()
+    fit_tokens: int = 65_536
     damping: float = 0.01
     refine_epochs: int = 1
     distill_epochs: float = 1.0
     refine_learning_rate: float = 1e-3
-    distill_learning_rate: float = 1e-3
+    distill_learning_rate: float | None = None
     train_vectors: bool = True
     activations_dir: Path | None = None
     seed: int = 0
@@ -45,13 +48,17 @@ class Calibration:
         if not self.batches:
             raise DataError("the calibration data hold no batch; give at least one")
         for name in ("damping", "refine_epochs", "distill_epochs", "refine_learning_rate", "distill_learning_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= (0.0 if getattr(self, name) is None else getattr(self, name)) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
     @property
-    def all_batches(self) -> list[Batch]:
-        """What is fitted to, then what is held out."""
-        return [*self.batches, *self.held_out]
+    def fitted(self) -> Sequence[Batch]:
+        """What regression and block refinement see."""
+        return first_batches(self.batches, self.fit_tokens)
+
+    @property
+    def fitted_and_held_out(self) -> list[Batch]:
+        return [*self.fitted, *self.held_out]
 
     @property
     def tokens(self) -> int:
@@ -64,8 +71,8 @@ class Calibration:
 
 
 def default_method(calibration: Calibration | None) -> str:
-    """The best there is with these data, or without any."""
-    return "svd" if calibration is None else "anchored"
+    """``activation`` with calibration data, and ``svd`` without."""
+    return "svd" if calibration is None else "activation"
 
 
 def first_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:

@@ -105,7 +105,9 @@ def convert(
             exclude_modules=exclude_modules,
             spectrum=spectrum_of(model),
         )
-        plan = allocate(model, plan, allocation or default_allocation(param_ratio, calibration), calibration, progress)
+        plan = allocate(
+            model, plan, allocation or default_allocation(param_ratio, calibration is not None), calibration, progress
+        )
     elif any(v is not None for v in (rank, param_ratio, energy, rank_pattern, target_modules, exclude_modules)):
         raise PlanError("a plan already says which linears get which rank; give the plan or the options, not both")
     elif allocation is not None:
@@ -140,9 +142,9 @@ def _freeze_again(model: nn.Module, frozen: set[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def default_allocation(param_ratio: float | None, calibration: Calibration | None) -> str:
+def default_allocation(param_ratio: float | None, calibrated: bool) -> str:
     """``loss`` for a budget with data to weigh linears by; a rank that was asked for is given to all."""
-    return "loss" if calibration is not None and param_ratio is not None else "uniform"
+    return "loss" if calibrated and param_ratio is not None else "uniform"
 
 
 def allocate(

@@ -71,6 +71,15 @@ class FactorTrainer:
         self._write()
         self.done += 1
 
+    @torch.no_grad()
+    def try_rate(self, start: Sequence[Tensor], rate: float) -> None:
+        """Go from ``start`` one step of AdamW's first kind, by ``rate`` along the signs of the added gradients."""
+        for master, value in zip(self.masters, start, strict=True):
+            master.copy_(value)
+            if master.grad is not None:
+                master.sub_(rate * master.grad.sign())
+        self._write()
+
     def finish(self) -> None:
         """Split every product evenly again, so that whatever trains next starts from balanced factors."""
         count = len(self.factors)
@@ -104,5 +113,6 @@ class Best:
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Go back to it. The masters of 16-bit parameters are written to these by the trainer's next step or finish."""
         for kept, parameter in zip(self.kept, self.parameters, strict=True):
             parameter.copy_(kept)

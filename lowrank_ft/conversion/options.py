@@ -20,20 +20,21 @@ def _option(default: Any, help: str, metavar: str | None = None) -> Any:
 class CalibrationOptions:
     """What people choose of a calibration. What the options mean is in the fields' metadata.
 
-    None of the number of epochs or tokens is the default of :class:`lowrank_ft.Calibration` or of the data.
+    Where an option is None, ``effort`` decides (:data:`lowrank_ft.conversion.effort.EFFORTS`).
     """
 
+    effort: str = _option("default", "how much work is done: fast, default or best", "NAME")
     method: str | None = _option(
         None,
-        "svd (uses no text), activation, or anchored (default; svd for models that cannot write text, "
-        "unless --calibration-data is given)",
+        "svd (uses no text), activation (default), or anchored (of --effort best); svd for models that cannot write "
+        "text, unless --calibration-data is given",
         "NAME",
     )
     refine_epochs: int | None = _option(
-        None, "epochs of training each block to match the dense block (default: 1)", "N"
+        None, "epochs of training each block to match the dense block (default: 0; best: 1)", "N"
     )
     distill_epochs: float | None = _option(
-        None, "epochs of training all factors to match the dense model's output (default: 1)", "N"
+        None, "epochs of training all factors to match the dense model's output (default: 1; fast: 0)", "N"
     )
     activations_dir: str | None = _option(None, "keep hidden states in files in this folder, to save memory", "DIR")
     allocation: str | None = _option(
@@ -53,7 +54,15 @@ class CalibrationOptions:
     calibration_column: str | None = _option(
         None, "column that holds the text or the chats (default: messages, conversations or text)", "NAME"
     )
-    calibration_tokens: int | None = _option(None, "number of tokens, at most (default: 262144; for self 65536)", "N")
+    calibration_tokens: int | None = _option(
+        None, "number of tokens, at most (default: 65536; fast: 16384; best: 262144)", "N"
+    )
+    own_share: float | None = _option(
+        None,
+        "share of the tokens that the model writes itself, so that it does not forget what is not in the calibration "
+        "data (default: 0.25; fast: 0)",
+        "X",
+    )
     calibration_block_size: int | None = _option(
         None, "tokens per sequence (default: 512, or the limit of the model)", "N"
     )
@@ -62,11 +71,18 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         """Refuse what is unknown or out of range."""
         from lowrank_ft.conversion.blockwise import METHODS
+        from lowrank_ft.conversion.effort import EFFORTS
         from lowrank_ft.errors import ConfigError, require_choice
         from lowrank_ft.factorization.allocation import ALLOCATIONS
 
+        require_choice("--effort", self.effort, tuple(EFFORTS))
         if self.method is not None:
             require_choice("--method", self.method, METHODS)
+        if self.own_share is not None and not 0 <= self.own_share < 1:
+            raise ConfigError(
+                f"--own-share is {self.own_share}; it must be at least 0 and below 1 (--calibration-data self: the model "
+                "writes all)"
+            )
         if self.allocation is not None:
             require_choice("--allocation", self.allocation, ALLOCATIONS)
         for name in ("refine_epochs", "distill_epochs"):

@@ -167,7 +167,7 @@ def build(case, seed=0):
 
 def settings(batches, **kwargs):
     """Short: one pass of each."""
-    return Calibration(batches, **{"refine_epochs": 1, "distill_epochs": 1.0, **kwargs})
+    return Calibration(batches, **{"refine_epochs": 1, "distill_epochs": 1.0, "distill_learning_rate": 1e-3, **kwargs})
 
 
 def bare(batches, **kwargs):
@@ -212,7 +212,8 @@ def test_every_architecture_is_converted(case):
     before = {n: (p, p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
     state = torch.get_rng_state()
     record = ConversionRecord()
-    plan = convert(model, param_ratio=0.4, calibration=settings(batches), allocation="loss", record=record)
+    calibration = settings(batches)
+    plan = convert(model, param_ratio=0.4, method="anchored", calibration=calibration, allocation="loss", record=record)
 
     assert torch.equal(torch.get_rng_state(), state)
     assert plan.param_ratio <= 0.4
@@ -422,7 +423,14 @@ def test_the_error_of_a_decoder_block_counts_the_tokens_of_the_decoder():
     for batch, target in zip(batches, targets, strict=True):  # as long as the encoder's, and padded in other rows
         batch |= {f"decoder_{k}": v.flip(0) for k, v in target.items()}
     dense, record = copy.deepcopy(model), ConversionRecord()
-    convert(model, rank=4, target_modules=r"decoder\.block\.0\..*", calibration=bare(batches), record=record)
+    convert(
+        model,
+        rank=4,
+        target_modules=r"decoder\.block\.0\..*",
+        method="anchored",
+        calibration=bare(batches),
+        record=record,
+    )
     errors = []
     for batch in batches:
         left = []
@@ -491,8 +499,9 @@ def test_refinement_lowers_the_error_of_each_block_and_moves_factors_only():
     model, batches = build("llama")
     record, rough = ConversionRecord(), ConversionRecord()
     other = copy.deepcopy(model)
-    convert(other, rank=5, calibration=bare(batches), record=rough)
-    convert(model, rank=5, calibration=settings(batches, refine_epochs=8, distill_epochs=0), record=record)
+    convert(other, rank=5, method="anchored", calibration=bare(batches), record=rough)
+    tuned = settings(batches, refine_epochs=8, distill_epochs=0)
+    convert(model, rank=5, method="anchored", calibration=tuned, record=record)
     assert [b.name for b in record.blocks] == ["model.layers.0", "model.layers.1"]
     assert record.blocks[0].error_before == pytest.approx(rough.blocks[0].error_before)
     for block, plain in zip(record.blocks, rough.blocks, strict=True):
@@ -541,6 +550,10 @@ def test_the_record_holds_what_the_naive_computation_gives():
         assert entry.weight_error == pytest.approx((lost.norm() / weight.norm()).item(), rel=1e-4)
         assert entry.output_error == pytest.approx(((x @ lost.T).norm() / (x @ weight.T).norm()).item(), rel=1e-3)
         assert entry.spectrum_index == tuple(range(1, min(weight.shape) + 1))
+    assert record.blocks == []  # nothing has looked at the hidden states of the converted model
+    model, record = copy.deepcopy(dense).float(), ConversionRecord()
+    convert(model, plan, method="anchored", calibration=bare(batches), record=record)
+    converted = copy.deepcopy(model).double()
     errors = []
     for batch in batches:
         with torch.no_grad():
@@ -551,13 +564,13 @@ def test_the_record_holds_what_the_naive_computation_gives():
     data = record.to_dict(
         plan, command="c", base_model="m", method=None, allocation=None, calibration=calibration, seconds=1.23
     )
-    assert data["method"] == "anchored"
+    assert data["method"] == "activation"
     assert data["calibration"] == {"source": "some text", "tokens": 3 * 4 * 24}
     assert (data["refine_epochs"], data["distill_epochs"], data["seconds"]) == (0, 0, 1.2)
     again = ConversionRecord.from_dict(json.loads(json.dumps(data)))
     assert (again.linears, again.blocks, again.plan) == (record.linears, record.blocks, plan)
     assert (again.command, again.base_model, again.calibration) == ("c", "m", data["calibration"])
-    assert again.facts["method"] == "anchored"
+    assert again.facts["method"] == "activation"
 
 
 @pytest.mark.parametrize("guide", GUIDES)
@@ -649,7 +662,8 @@ def test_a_linear_before_the_blocks_does_not_change_what_the_blocks_are_held_to(
     torch.manual_seed(0)
     model, batches, record = Model().eval(), tokens(), ConversionRecord()
     dense = copy.deepcopy(model)
-    convert(model, rank=8, target_modules=["first", "up"], calibration=bare(batches), record=record)
+    calibration = bare(batches)
+    convert(model, rank=8, target_modules=["first", "up"], method="anchored", calibration=calibration, record=record)
     errors = []
     for batch in batches:
         with torch.no_grad():

@@ -1,0 +1,178 @@
+"""How long a conversion will take and how much memory, from a short measurement of the model's first block.
+
+The block runs forward and backward once on a few hundred tokens, and each shape of its linears is factorized once. All
+else is arithmetic: blocks, tokens and passes. What the measurement cannot know, such as other work on the machine, makes
+the estimate wrong by its share.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_ft.conversion.activations import Activations
+from lowrank_ft.conversion.calibration import Calibration, positions
+from lowrank_ft.conversion.chains import Batch, block_of, capture, run
+from lowrank_ft.conversion.refine import squared_error
+from lowrank_ft.conversion.sensitivity import GRADIENT_TOKENS, SENSITIVITY_TOKENS
+from lowrank_ft.factorization.plan import Plan
+from lowrank_ft.factorization.solvers import Regression
+from lowrank_ft.nn.replace import dense_weight
+
+_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked for, as far as time and memory depend on it.
+
+    Attributes:
+        written, fitted, distilled: tokens that the model writes, that regression sees, and that distillation sees.
+        refined: tokens times epochs of block refinement.
+        loss: whether ranks are allocated by gradients.
+        anchored: whether the converted model's own hidden states are followed.
+    """
+
+    written: int
+    fitted: int
+    refined: int
+    distilled: int
+    loss: bool
+    anchored: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a conversion, in seconds; ``flag`` is what makes it cheaper."""
+
+    name: str
+    seconds: float
+    flag: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured: seconds per token of the whole model, forward and backward, and of all factorizations."""
+
+    forward: float
+    backward: float
+    factorize: float
+    activation_bytes: float
+
+
+def measure(model: Any, plan: Plan, batch: Batch) -> Speed:
+    """Run the first planned block, and the whole model once, on a part of ``batch``."""
+    rows = max(1, _TOKENS * len(next(iter(batch.values()))) // max(1, positions(batch)))
+    small = {k: v[:rows] for k, v in batch.items()}
+    tokens = max(1, positions(small))
+    forward = _seconds(lambda: _without_grad(lambda: run(model, small)))
+    names = list(plan.ranks)
+    blocks = dict.fromkeys(b for n in names if (b := block_of(model, n)))
+    first = next(iter(blocks), None)
+    ratio, held = 2.0, 0.0
+    if first is not None:
+        ratio, held = _block(model, first, small)
+    by_shape = {p.shape: p for p in plan.linears if p.rank is not None}
+    each = {s: _factorize(dense_weight(model.get_submodule(p.name)), plan.ranks[p.name]) for s, p in by_shape.items()}
+    total = sum(each[p.shape] for p in plan.linears if p.rank is not None)
+    return Speed(forward / tokens, ratio * forward / tokens, total, held / tokens * len(blocks))
+
+
+def stages(speed: Speed, work: Work) -> list[Stage]:
+    """What the conversion will do, in order, with its times."""
+    found = []
+    if work.written:
+        # A token at a time, a batch of rows side by side: about what reading costs, and twice that for the cache.
+        found.append(Stage("write text", 3 * work.written * speed.forward, "--calibration-data"))
+    if work.loss:
+        seconds = SENSITIVITY_TOKENS * speed.forward + GRADIENT_TOKENS * (speed.forward + speed.backward)
+        found.append(Stage("allocate ranks", seconds, "--allocation uniform"))
+    passes = 4.0 if work.anchored or work.refined else 1.0
+    found.append(Stage("factorize", passes * work.fitted * speed.forward + speed.factorize, "--calibration-tokens"))
+    if work.refined:
+        found.append(Stage("refine blocks", work.refined * (speed.forward + speed.backward), "--refine-epochs 0"))
+    if work.distilled:
+        found.append(Stage("distill", work.distilled * (2 * speed.forward + speed.backward), "--distill-epochs 0"))
+    return found
+
+
+def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
+    """Of tensors, at the worst moment; the Python process itself comes on top."""
+    size = next(model.parameters()).element_size()
+    weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    dense = sum(p.shape[0] * p.shape[1] for p in plan.linears if p.rank is not None)
+    factors = sum(p.rank * sum(p.shape) for p in plan.linears if p.rank is not None)
+    config: Any = getattr(model, "config", None)
+    hidden = getattr(config, "hidden_size", None) or max(p.shape[1] for p in plan.linears)
+    streams = (4 if work.anchored or work.refined else 2) * 4 * work.fitted * hidden
+    vocabulary = getattr(config.get_text_config(), "vocab_size", 0) if hasattr(config, "get_text_config") else 0
+    logits = 4 * 4 * _TOKENS * vocabulary
+    activations = int(speed.activation_bytes * _TOKENS)
+    first = weights + logits + activations + (2**30 if work.loss else 0)
+    if not work.distilled:
+        return max(first, weights + streams)
+    kept = weights + dense * size  # the dense twin
+    # Beside the factors: gradients, two states of AdamW, the best state so far; and a copy of 16-bit factors.
+    training = weights - dense * size + factors * size + dense * size + factors * 4 * (4 if size == 4 else 5)
+    return max(first, kept + streams, training + logits + activations)
+
+
+def _without_grad(function: Callable[[], Any]) -> Any:
+    with torch.no_grad():
+        return function()
+
+
+def _block(model: Any, name: str, batch: Batch) -> tuple[float, float]:
+    """How many times as long as forward a backward pass of a block takes, and bytes that it keeps for it."""
+    inputs = capture(model, [name], [batch], Activations())
+    block, call, hidden = model.get_submodule(name), inputs.calls[name][0], inputs.hidden[0]
+    kept: dict[int, int] = {}
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def pack(x: Tensor) -> Tensor:
+        if (place := x.untyped_storage().data_ptr()) not in own:
+            kept[place] = x.untyped_storage().nbytes()
+        return x
+
+    def both() -> None:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = squared_error(call(block, hidden.requires_grad_()), hidden.detach())
+            if parameters:
+                torch.autograd.grad(loss, [hidden, *parameters], allow_unused=True)
+
+    forward = _seconds(lambda: _without_grad(lambda: call(block, hidden)))
+    kept.clear()
+    return max(1.0, _seconds(both) / max(forward, 1e-9) - 1), float(sum(kept.values()))
+
+
+def _factorize(weight: Tensor, rank: int) -> float:
+    eye = torch.eye(weight.shape[1], dtype=torch.float64 if weight.device.type != "mps" else torch.float32)
+    return _seconds(lambda: Regression(eye.to(weight.device), None, 0.01)(weight, rank), again=False)
+
+
+def _seconds(work: Callable[[], Any], again: bool = True) -> float:
+    """Of one run; the first one warms up, unless there is only one."""
+    if again:
+        work()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def work_of(calibration: Calibration, written: int, allocation: str, method: str) -> Work:
+    """The work of a conversion with these settings."""
+    fitted = min(calibration.tokens, calibration.fit_tokens)
+    return Work(
+        written=written,
+        fitted=fitted if method != "svd" else 0,
+        refined=fitted * calibration.refine_epochs,
+        distilled=round(calibration.tokens * calibration.distill_epochs),
+        loss=allocation == "loss",
+        anchored=method == "anchored",
+    )

@@ -1,0 +1,132 @@
+"""From the options of a conversion to its calibration: text that is given, text that the model writes, what is held out.
+
+Narrow text ruins a model on everything else. So a part of the text is written by the model itself, which says what it
+was trained on; and a part of both is held out, by which refinement and distillation are judged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_ft.checkpoints.source import Source, writes_text
+from lowrank_ft.conversion.batches import (
+    LEAST_TOKENS,
+    SELF,
+    calibration_length,
+    own_batches,
+    read_batches,
+    to_batches,
+)
+from lowrank_ft.conversion.calibration import Calibration
+from lowrank_ft.conversion.chains import Batch
+from lowrank_ft.conversion.effort import EFFORTS
+from lowrank_ft.conversion.options import CalibrationOptions
+from lowrank_ft.data.sources import read_rows
+from lowrank_ft.errors import CheckpointError
+
+_HELD_OUT_ROWS = 2
+_LEAST_ROWS = 16  # of fewer, none is spared
+_LEAST_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Calibration data that are read, but for what the model has yet to write.
+
+    Attributes:
+        given: batches of the data that were named; none where the model writes all.
+        own_tokens: tokens for the model to write.
+        length: tokens per sequence.
+        settings: further arguments of :class:`Calibration`.
+        tokenizer: the model's, for chats of its own; None where it has none.
+    """
+
+    given: list[Batch]
+    own_tokens: int
+    length: int | None
+    settings: dict[str, Any]
+    tokenizer: Any = None
+
+    def sample(self, model: Any) -> Batch:
+        """A batch like those to come, for measurements."""
+        if self.given:
+            return self.given[0]
+        size = model.config.get_text_config().vocab_size
+        length = calibration_length(model, self.length)
+        return {"input_ids": torch.arange(length)[None] % size}
+
+    def outline(self) -> Calibration:
+        """What the calibration will be like; the model's own text is missing."""
+        sequence = {"input_ids": torch.zeros(1, max(1, self.own_tokens), dtype=torch.long)}
+        return Calibration([*self.given, *([sequence] if self.own_tokens else [])], **self.settings)
+
+    def calibration(self, model: Any, progress: bool = False) -> Calibration:
+        """Let the model write its part, mix both parts, and hold some of each out.
+
+        Raises:
+            DataError: see :func:`own_batches`.
+        """
+        seed = self.settings["seed"]
+        own = []
+        if self.own_tokens:
+            own = own_batches(model, self.own_tokens, self.length, seed, progress, self.tokenizer)
+        parts = [_hold_out(part) for part in (self.given, own) if part]
+        batches = [b for fitted, _ in parts for b in fitted]
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = [b for _, held in parts for b in held]
+        return Calibration([batches[i] for i in order], held_out=held_out, **self.settings)
+
+
+def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared:
+    """Read the data that the options name.
+
+    Raises:
+        DataError: they are missing, too short, or not this model's.
+    """
+    effort = EFFORTS[options.effort]
+    name = options.calibration_data or SELF
+    tokens = effort.tokens if options.calibration_tokens is None else options.calibration_tokens
+    length = options.calibration_block_size
+    share = effort.own_share if options.own_share is None else options.own_share
+    own = tokens if name == SELF else round(share * tokens) if writes_text(model.config) else 0
+    own = 0 if own < max(LEAST_TOKENS, calibration_length(model, length)) and name != SELF else own
+    given: list[Batch] = []
+    if name != SELF:
+        rows = read_rows(name, options.calibration_split, options.calibration_config)
+        preprocessor = source.load_preprocessor(model)
+        column, seed = options.calibration_column, options.seed
+        given = read_batches(model, rows, name, preprocessor, tokens - own, length, column, seed)
+    refine = effort.refine_epochs if options.refine_epochs is None else options.refine_epochs
+    distill = effort.distill_epochs if options.distill_epochs is None else options.distill_epochs
+    settings = {
+        "source": Path(name).name if Path(name).is_absolute() else name,
+        "fit_tokens": effort.fit_tokens,
+        "refine_epochs": refine,
+        "distill_epochs": distill,
+        "activations_dir": None if options.activations_dir is None else Path(options.activations_dir),
+        "seed": options.seed,
+    }
+    return Prepared(given, own, length, settings, _tokenizer(source) if own else None)
+
+
+def _hold_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Packed sequences: two of them; else one batch. Nothing where little is there."""
+    if all(set(b) == {"input_ids"} for b in batches):
+        rows: Sequence[Tensor] = [r for b in batches for r in b["input_ids"]]
+        if len(rows) < _LEAST_ROWS or len({len(r) for r in rows}) > 1:
+            return batches, []
+        packed = torch.stack(list(rows))
+        return to_batches(packed[:-_HELD_OUT_ROWS]), to_batches(packed[-_HELD_OUT_ROWS:])
+    return (batches[:-1], batches[-1:]) if len(batches) >= _LEAST_BATCHES else (batches, [])
+
+
+def _tokenizer(source: Source) -> Any:
+    """None where the folder has none: a model writes text without, and only its chats need it."""
+    try:
+        return source.load_tokenizer()
+    except CheckpointError:
+        return None
