@@ -39,20 +39,19 @@ def guessing(name: str, task: Any, limit: int | None = None) -> Guessing | None:
     """
     if task.get_config("output_type") != "multiple_choice" or callable(task.get_config("process_results")):
         return None
-    places: Counter[int] = Counter()
+    places: Counter[int | None] = Counter()
     chance, items, without = 0.0, 0, 0
     for item, doc in enumerate(itertools.islice(task.eval_docs, limit), start=1):
         try:
             choices = task.doc_to_choice(doc)
             answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-        except Exception as error:  # of templates and of code that a task brings
+            right = {_place(a, choices) for a in (answer if isinstance(answer, list) else [answer])} - {None}
+            chance += len(right) / len(choices)
+        except Exception as error:  # of templates, of code that a task brings, or there are no choices
             raise DataError(
                 f"task {name}: item {item} has no choices or no answer that can be read ({first_line(error)}); correct it"
             ) from error
-        answers = answer if isinstance(answer, list) else [answer]
-        right = {place for a in answers if (place := _place(a, choices)) is not None}
         places.update(right)
-        chance += len(right) / len(choices)
         items += 1
         without += not right
     if without:

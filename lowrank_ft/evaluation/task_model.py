@@ -32,7 +32,7 @@ _ROWS_PER_ITEM = 4
 """Choices per item of a batch, on average at most; longer lists of choices are cut, which bounds the memory."""
 
 
-class TaskModel(HFLM):  # type: ignore[misc]
+class TaskModel(HFLM):
     """Answers from the model, or from what it has answered before.
 
     Args:
@@ -57,12 +57,12 @@ class TaskModel(HFLM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each continuation after its context; the harness cuts texts into tokens."""
         with self._watch("tasks", len(requests)):
-            return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+            return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts; the harness cuts them into windows and asks for these."""
         with self._watch("tasks", None):
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts that the model writes. What is drawn at random is not kept, or every draw would be the same."""
@@ -114,10 +114,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
             by_context.setdefault(tuple(context) if shared else (-1, i), []).append(i)
         alone = [i for group in by_context.values() if len(group) == 1 for i in group]
         groups = [
-            part
-            for group in by_context.values()
-            if len(group) > 1
-            for part in _cut(group, _ROWS_PER_ITEM * self._size)
+            part for group in by_context.values() if len(group) > 1 for part in _cut(group, _ROWS_PER_ITEM * self._size)
         ]
 
         def size(group: list[int]) -> tuple[int, int]:
@@ -144,7 +141,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
         lengths = {len(context) for context in together}
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         if not self._shares or len(lengths) > 1 or longest > self.max_length + 1 or len(together) == len(requests):
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True)
         contexts = torch.tensor(list(together), device=self.device)
         scores = continuation_scores(self.model, contexts, list(together.values()))
         by_context = {context: iter(each) for context, each in zip(together, scores, strict=True)}
