@@ -62,10 +62,13 @@ def load_tasks(names: list[str]) -> dict[str, Any]:
     Raises:
         MissingPackageError: the harness is not installed.
         ConfigError: a name is unknown, or a folder holds no task.
-        DataError: a task's data cannot be read, which for most tasks of the harness means: not be downloaded.
+        DataError: a YAML file or a task's data cannot be read, which for most tasks of the harness means: not be
+            downloaded.
     """
     task_manager = _harness("lm_eval.tasks").TaskManager
     folders = [name for name in names if Path(name).is_dir()]
+    for name in names:
+        _check_yaml(name)
     with _quiet():
         # To index the harness' own tasks takes seconds.
         own = any(name not in folders and not _is_file(name) for name in names)
@@ -83,8 +86,6 @@ def load_tasks(names: list[str]) -> dict[str, Any]:
             if not matches:
                 raise ConfigError(f"--tasks {name!r} {problem}")
             found.update(dict.fromkeys(matches))
-        for name in names:
-            _check_yaml(name)
         try:
             loaded: dict[str, Any] = manager.load(list(found))
         except LowRankError:

@@ -38,5 +38,7 @@ def load(data_files: Mapping[str, str], config_source: str | None = None, **_: A
 def _expanded(path: str) -> Path:
     expanded = os.path.expandvars(path)
     if unset := re.search(r"\$\{?(\w+)", expanded):
-        raise DataError(f"the path {path} needs the environment variable {unset[1]}, which is not set; set it")
+        raise DataError(
+            f"the path {path} needs the environment variable {unset[1]}, which is not set; set it to a folder"
+        )
     return Path(expanded).expanduser()

@@ -229,6 +229,8 @@ def test_files_that_cannot_be_used(evaluate, tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text("task: [mine\noutput_type", encoding="utf-8")
     for name in (tmp_path, tmp_path / "broken.yaml"):
         assert_one_line_error(run(name), f"{tmp_path / 'broken.yaml'}, line 2 is no YAML")
+    task.unlink()
+    assert_one_line_error(run(tmp_path), "line 2 is no YAML")  # not: there is no task in this folder
     (tmp_path / "broken.yaml").write_text("only a text", encoding="utf-8")
     assert_one_line_error(run(tmp_path), "broken.yaml is no task; a task is a mapping")
 
