@@ -21,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tasks of lm-evaluation-harness: names, YAML files, or folders of these (needs lowrank-ft[eval])",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N items of each task")
+    parser.add_argument(
+        "--cache-dir", metavar="DIR",
+        help="keep the models' answers to tasks in this folder: the same command goes on where a killed run was",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     add_dtype(parser)
     add_device(parser)

@@ -54,9 +54,16 @@ def print_tasks(models: list[Any]) -> None:
     for task, scores in models[0].items():
         for metric, score in scores.items():
             values = [scores_of[task][metric]["value"] for scores_of in models]
-            shown = [task, metric, "" if score["items"] is None else str(score["items"]), f"{values[0]:.4f}"]
+            shown = [task, metric, _items(score), f"{values[0]:.4f}"]
             shown += [f"{values[1]:.4f}", f"{values[0] - values[1]:+.4f}"] if len(values) == 2 else []
-            shown.append("" if score["stderr"] is None else f"{score['stderr']:.4f}")
+            shown += ["" if score[key] is None else f"{score[key]:.4f}" for key in ("stderr", "majority", "chance")]
             rows.append(shown)
     middle = ["baseline", "difference"] if len(models) == 2 else []
-    print_table(["task", "metric", "items", "model", *middle, "standard error"], rows)
+    print_table(["task", "metric", "items", "model", *middle, "standard error", "majority", "chance"], rows)
+
+
+def _items(score: dict[str, Any]) -> str:
+    items, total = score["items"], score["items_in_all"]
+    if items is None:
+        return ""
+    return f"{items:,}" if total in (None, items) else f"first {items:,} of {total:,}"

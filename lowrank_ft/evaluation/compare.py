@@ -18,6 +18,7 @@ from lowrank_ft.data.encoding import check_vocabulary, text_ends, token_ids
 from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column, texts
 from lowrank_ft.errors import ConfigError, NonFiniteError
+from lowrank_ft.evaluation.answers import check_cache_dir
 from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
 from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, sequences
 from lowrank_ft.factorization.plan import count_parameters
@@ -35,6 +36,7 @@ class EvaluationSettings:
         max_tokens: the first so many tokens of the text only.
         tasks: names of tasks of lm-evaluation-harness.
         limit: the first so many items of each task only.
+        cache_dir: a folder that keeps the models' answers to tasks, for runs that go on; None writes nothing.
         batch_size: blocks or items per forward pass.
     """
 
@@ -47,6 +49,7 @@ class EvaluationSettings:
     max_tokens: int | None = None
     tasks: Sequence[str] | None = None
     limit: int | None = None
+    cache_dir: str | None = None
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -57,7 +60,7 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{_flag(name)} is {value}; it must be {least} or more")
-        needs = {"stride": "data", "max_tokens": "data", "block_size": "data", "limit": "tasks"}
+        needs = {"stride": "data", "max_tokens": "data", "block_size": "data", "limit": "tasks", "cache_dir": "tasks"}
         for name, other in needs.items():
             if getattr(self, name) is not None and not getattr(self, other):
                 flag, about = _flag(name), _flag(other)
@@ -92,6 +95,8 @@ def compare(
         block_size = min(context_length(settings.block_size, positions, name) for positions, name in sizes)
         if settings.stride is not None and settings.stride > block_size:
             raise ConfigError(f"--stride {settings.stride} exceeds the block size {block_size}; lower it")
+    if settings.cache_dir is not None:
+        check_cache_dir(settings.cache_dir)
     rows = read_texts(settings) if settings.data else None
     tasks = load_tasks(list(settings.tasks)) if settings.tasks else None
 
@@ -162,9 +167,7 @@ def measure(
         check_vocabulary(model, blocks, str(settings.data), source.name)
         result = evaluate_blocks(model, blocks, settings.batch_size, progress=progress, labels=labels)
         if not math.isfinite(result.loss):
-            check_finite(model, source.name)
-            advice = "correct its config.json" if model.dtype == torch.float32 else "try --dtype float32"
-            raise NonFiniteError(f"{source.name}: the loss is {result.loss}, though every weight is a number; {advice}")
+            raise _not_a_number(model, source.name, f"the loss is {result.loss}")
         numbers |= {
             "block_size": block_size,
             "stride": settings.stride,
@@ -176,12 +179,22 @@ def measure(
         compared = Compared(model, ids, blocks, labels)
     if tasks:
         try:
-            scores = run_tasks(model, tokenizer, tasks, settings.batch_size, settings.limit)
+            scores = run_tasks(
+                model, tokenizer, tasks, settings.batch_size, settings.limit, settings.cache_dir, progress
+            )
+        except NonFiniteError:
+            raise _not_a_number(model, source.name, "a log-likelihood of the tasks is nan") from None
         except IndexError:
             check_vocabulary(model, torch.tensor(max(tokenizer.get_vocab().values())), "the tasks", source.name)
             raise
         numbers["tasks"] = {task: {m: asdict(score) for m, score in s.items()} for task, s in scores.items()}
     return Measured(numbers, compared)
+
+
+def _not_a_number(model: Any, name: str, found: str) -> NonFiniteError:
+    check_finite(model, name)  # raises, where it is the weights
+    advice = "correct its config.json" if model.dtype == torch.float32 else "try --dtype float32"
+    return NonFiniteError(f"{name}: {found}, though every weight is a number; {advice}")
 
 
 def agreement_of(mine: Compared, base: Compared, batch_size: int = 8, progress: bool = False) -> dict[str, Any] | None:

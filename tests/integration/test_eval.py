@@ -63,6 +63,8 @@ WRONG = [
     (["--data", "DATA", "--block-size", "513"], "block size 513 exceeds the 512 positions"),
     (["--data", "DATA", "--limit", "5"], "--limit applies to --tasks, which is not given"),
     (["--tasks", "tests/tasks", "--limit", "0"], "--limit is 0; it must be 1 or more"),
+    (["--data", "DATA", "--cache-dir", "x"], "--cache-dir applies to --tasks, which is not given"),
+    (["--tasks", "tests/tasks", "--cache-dir", "README.md"], "--cache-dir README.md is a file; name a folder"),
     (["--tasks", "tests/tasks", "--stride", "8"], "--stride applies to --data, which is not given"),
     (["--tasks", "tests/tasks", "--max-tokens", "8"], "--max-tokens applies to --data, which is not given"),
 ]
@@ -95,8 +97,8 @@ def test_unknown_tasks_and_those_that_need_a_network(evaluate, monkeypatch, tmp_
         raise ConnectionError("no route\nto the Hub")
 
     monkeypatch.setattr(TaskManager, "load", unreachable)
-    done = evaluate(DEMO_MODEL, "--tasks", CLOZE)
-    assert_one_line_error(done, "lowrank_ft_cloze.yaml cannot be read: no route; tasks of the harness download")
+    done = evaluate(DEMO_MODEL, "--tasks", "arc_easy")
+    assert_one_line_error(done, "--tasks arc_easy cannot be read: no route; tasks of the harness download their data")
 
 
 def test_stride_and_max_tokens(evaluate, data):
@@ -183,7 +185,7 @@ def test_no_agreement_between_other_tokenizers(evaluate, tmp_path, data):
 def test_items_give_nothing_away(name):
     """Unique, and the right answer is equally often in every place."""
     config = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8").replace("!function ", ""))
-    lines = (FOLDER / config["dataset_kwargs"]["file"]).read_text(encoding="utf-8").splitlines()
+    lines = (FOLDER / config["dataset_kwargs"]["data_files"]["test"]).read_text(encoding="utf-8").splitlines()
     items = [json.loads(line) for line in lines]
     assert config["task"] == name
     assert len({item["context"] for item in items}) == len(items) == 60
@@ -245,14 +247,14 @@ def test_tasks_beside_a_text_with_a_limit(evaluate, compact, data):
 @harness
 def test_a_task_file_of_ones_own(evaluate, tmp_path):
     """By the path of its YAML file, as the harness allows; a file that does not load is one line."""
-    for file in ("data.py", "cloze.jsonl"):
-        shutil.copy(FOLDER / file, tmp_path)
+    shutil.copy(FOLDER / "cloze.jsonl", tmp_path)
     text = CLOZE.read_text(encoding="utf-8").replace("lowrank_ft_cloze", "mine")
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     done = evaluate(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml", "--limit", "4", "--json")
     assert json.loads(done.stdout)["model"]["tasks"]["mine"]["acc"]["items"] == 4
     (tmp_path / "cloze.jsonl").unlink()
-    assert_one_line_error(evaluate(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml"), "cannot be read: ")
+    done = evaluate(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml")
+    assert_one_line_error(done, f"there is no file {tmp_path / 'cloze.jsonl'}; check the path")
 
 
 @harness
