@@ -1,15 +1,15 @@
-"""``lowrank-ft eval``: perplexity, size, speed and task scores of one model, or of two side by side."""
+"""``lowrank-ft eval``: perplexity, size, speed, task scores and replies of one model, or of two side by side."""
 
 import argparse
 
 from lowrank_ft_cli.arguments import add_device, add_dtype, add_model, add_text
 
-HELP = "measure perplexity, size, speed and task scores, alone or against a baseline"
+HELP = "measure perplexity, size, speed, task scores and replies, alone or against a baseline"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_text(parser, "a text, jsonl or parquet file, or a dataset on the Hub", batches_of="sequences or items")
+    add_text(parser, "a text, jsonl or parquet file, or a dataset on the Hub", batches_of="sequences, items or prompts")
     parser.add_argument("--baseline", metavar="MODEL", help="a second model, such as the dense one, to compare with")
     parser.add_argument(
         "--stride", type=int, metavar="N",
@@ -20,12 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", nargs="+", metavar="NAME",
         help="tasks of lm-evaluation-harness: names, YAML files, or folders of these (needs lowrank-ft[eval])",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N items of each task")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N items of each task, or prompts")
     parser.add_argument(
         "--cache-dir", metavar="DIR",
         help="keep the models' answers to tasks in this folder: the same command goes on where a killed run was",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument(
+        "--talk", action="store_true",
+        help="let a chat model reply to prompts: agreement with the baseline, repetition, stopping",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", metavar="DATA",
+        help="the prompts, which means --talk: a .txt file with one a line, or a jsonl or parquet file or dataset with a "
+        "column prompt or messages (default: 16 of our own)",
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of a reply, at most (default: 128)")
+    parser.add_argument("--json", action="store_true", help="print the numbers, and all replies, as JSON")
     add_dtype(parser)
     add_device(parser)
 

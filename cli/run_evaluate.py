@@ -41,12 +41,29 @@ def print_results(results: dict[str, Any], options: argparse.Namespace) -> None:
         cells = [f"{results['agreement']['kl']:.4f}", f"{results['agreement']['top1']:.1%}"]
         table = [row + more for row, more in zip(table, (cells, ["", ""], ["", ""]), strict=True)]
     print_table(columns, table, title=title)
+    if results.get("talk"):
+        print_talk(results)
     if options.tasks:
         print_tasks([r["tasks"] for r in models])
 
 
 def _change(key: str, mine: float, base: float) -> str:
     return f"{mine - base:+.4f}" if key == "loss" else f"{mine / base - 1:+.1%}"
+
+
+def print_talk(results: dict[str, Any]) -> None:
+    talk = results["talk"]
+    columns, table = ["model", "tokens each", "repeated 4-grams", "ended by itself"], []
+    for r in (results[key] for key in ("model", "baseline") if key in results):
+        mine = r["talk"]
+        table.append([r["name"], f"{mine['reply_tokens']:.1f}", f"{mine['repetition']:.1%}", f"{mine['stopped']:.1%}"])
+    if talk.get("agreement"):
+        columns += ["KL/token", "same top-1"]
+        table[0] += [f"{talk['agreement']['kl']:.4f}", f"{talk['agreement']['top1']:.1%}"]
+        table[1] += ["", ""]
+    count = len(talk["replies"])
+    title = f"replies to {count} prompt{'s' * (count != 1)}, at most {talk['max_new_tokens']} tokens each"
+    print_table(columns, table, title=title)
 
 
 def print_tasks(models: list[Any]) -> None:

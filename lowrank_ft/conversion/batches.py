@@ -63,7 +63,7 @@ def own_batches(
     if turns is None:
         return to_batches(sample_blocks(model, blocks, length, seed=seed, progress=progress))
     texts = sample_blocks(model, blocks - blocks // 2, length, seed=seed, progress=progress)
-    chats = sample_blocks(model, blocks // 2, length, seed=seed, progress=progress, turns=turns)
+    chats = sample_blocks(model, blocks // 2, length, seed=seed + 1, progress=progress, turns=turns)
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))
     return to_batches(torch.cat([texts, chats])[order])
 

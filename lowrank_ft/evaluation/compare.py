@@ -1,7 +1,7 @@
-"""Perplexity, size, speed and task scores of one model, or of two side by side.
+"""Perplexity, size, speed, task scores and replies of one model, or of two side by side.
 
 The numbers are plain, so that they can be written as JSON: under ``model``, and with a baseline under ``baseline``,
-``difference`` and ``agreement``.
+``difference`` and ``agreement``; replies to prompts under ``talk``.
 """
 
 import math
@@ -21,6 +21,8 @@ from lowrank_ft.errors import ConfigError, NonFiniteError
 from lowrank_ft.evaluation.answers import check_cache_dir
 from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
 from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, sequences
+from lowrank_ft.evaluation.prompts import PROMPTS, Prompt, read_prompts
+from lowrank_ft.evaluation.talk import MAX_NEW_TOKENS, talk
 from lowrank_ft.factorization.plan import count_parameters
 
 
@@ -35,9 +37,13 @@ class EvaluationSettings:
         stride: tokens between the beginnings of blocks that overlap; None where they do not.
         max_tokens: the first so many tokens of the text only.
         tasks: names of tasks of lm-evaluation-harness.
-        limit: the first so many items of each task only.
+        limit: the first so many items of each task, and the first so many prompts, only.
         cache_dir: a folder that keeps the models' answers to tasks, for runs that go on; None writes nothing.
-        batch_size: blocks or items per forward pass.
+        talk: measure replies to prompts, see :func:`lowrank_ft.evaluation.talk.talk`.
+        prompts: a text file with one a line, or a jsonl or parquet file or dataset with ``prompt`` or ``messages``; None
+            for a short list of the package's own. Naming some means ``talk``.
+        max_new_tokens: tokens of a reply, at most; None for 128.
+        batch_size: blocks, items or prompts per forward pass.
     """
 
     data: str | None = None
@@ -51,20 +57,34 @@ class EvaluationSettings:
     limit: int | None = None
     cache_dir: str | None = None
     batch_size: int = 8
+    talk: bool = False
+    prompts: str | None = None
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, and settings of what is not measured."""
-        if not self.data and not self.tasks:
-            raise ConfigError("there is nothing to measure; give --data, --tasks or both")
-        for name, least in (("batch_size", 1), ("stride", 1), ("max_tokens", 2), ("limit", 1)):
+        if not (self.data or self.tasks or self.talks):
+            raise ConfigError("there is nothing to measure; give --data, --tasks or --talk")
+        for name, least in (("batch_size", 1), ("stride", 1), ("max_tokens", 2), ("limit", 1), ("max_new_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{_flag(name)} is {value}; it must be {least} or more")
-        needs = {"stride": "data", "max_tokens": "data", "block_size": "data", "limit": "tasks", "cache_dir": "tasks"}
-        for name, other in needs.items():
-            if getattr(self, name) is not None and not getattr(self, other):
-                flag, about = _flag(name), _flag(other)
+        text, items, talks = (
+            ("--data", self.data),
+            ("--tasks or --talk", self.tasks or self.talks),
+            ("--talk", self.talks),
+        )
+        tasks = ("--tasks", self.tasks)
+        needs = {"cache_dir": tasks, "stride": text, "max_tokens": text, "block_size": text, "limit": items, "max_new_tokens": talks}
+        for name, (about, given) in needs.items():
+            if getattr(self, name) is not None and not given:
+                flag = _flag(name)
                 raise ConfigError(f"{flag} applies to {about}, which is not given; add {about} or leave {flag} out")
+
+    @property
+    def talks(self) -> bool:
+        """Whether replies are wanted."""
+        return self.talk or bool(self.prompts)
 
 
 def compare(
@@ -79,7 +99,8 @@ def compare(
 
     Returns:
         ``model``, and with a baseline ``baseline``, ``difference`` and, on a text, ``agreement``, which is None where
-        the two do not read it as the same tokens.
+        the two do not read it as the same tokens. With replies, ``talk``: ``max_new_tokens``, ``agreement`` and
+        ``replies`` of :func:`lowrank_ft.evaluation.talk.talk`, whose other numbers are under ``talk`` of each model.
 
     Raises:
         ConfigError: a model is no causal language model, or does not allow the block size.
@@ -99,6 +120,7 @@ def compare(
         check_cache_dir(settings.cache_dir)
     rows = read_texts(settings) if settings.data else None
     tasks = load_tasks(list(settings.tasks)) if settings.tasks else None
+    prompts = _prompts(settings) if settings.talks else None
 
     measured = [measure(s, rows, tasks, block_size, settings, dtype, device, progress) for s in sources]
     results: dict[str, Any] = {"model": measured[0].numbers}
@@ -108,7 +130,34 @@ def compare(
         mine, base = (m.compared for m in measured)
         if mine and base:
             results["agreement"] = agreement_of(mine, base, settings.batch_size, progress)
+    if prompts:
+        add_talk(results, measured, prompts, settings, progress)
     return results
+
+
+def _prompts(settings: EvaluationSettings) -> list[Prompt]:
+    if settings.prompts:
+        return read_prompts(settings.prompts, settings.data_split, settings.data_config, settings.limit)
+    return list(PROMPTS[: settings.limit])
+
+
+def add_talk(
+    results: dict[str, Any],
+    measured: "Sequence[Measured]",
+    prompts: list[Prompt],
+    settings: EvaluationSettings,
+    progress: bool = False,
+) -> None:
+    """Let the models reply, and put what that gives into the results, see :func:`compare`."""
+    mine, base = measured[0], measured[1] if len(measured) == 2 else Measured({})
+    most = settings.max_new_tokens or MAX_NEW_TOKENS
+    found = talk(
+        mine.model, mine.tokenizer, prompts, base.model, base.tokenizer, most, settings.batch_size, progress=progress
+    )
+    for side in ("model", "baseline"):
+        if side in found:
+            results[side]["talk"] = found.pop(side)
+    results["talk"] = {"max_new_tokens": most, **found}
 
 
 def read_texts(settings: EvaluationSettings) -> list[str]:
@@ -125,10 +174,12 @@ def read_texts(settings: EvaluationSettings) -> list[str]:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's numbers; and itself and what it read, where it read a text."""
+    """A model's numbers; itself and what it read, where it read a text; itself and its tokenizer, where it is to talk."""
 
     numbers: dict[str, Any]
     compared: "Compared | None" = None
+    model: Any = None
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +239,7 @@ def measure(
             check_vocabulary(model, torch.tensor(max(tokenizer.get_vocab().values())), "the tasks", source.name)
             raise
         numbers["tasks"] = {task: {m: asdict(score) for m, score in s.items()} for task, s in scores.items()}
-    return Measured(numbers, compared)
+    return Measured(numbers, compared, *((model, tokenizer) if settings.talks else ()))
 
 
 def _not_a_number(model: Any, name: str, found: str) -> NonFiniteError:

@@ -16,7 +16,7 @@ from lowrank_ft.factorization.plan import LinearPlan
 from lowrank_ft.report import plots
 from lowrank_ft.report.inspection import Checkpoint, dense_folder, linear_records
 from lowrank_ft.report.page import Missing, Picture, render
-from lowrank_ft.report.summary import FLOPS_NOTE, Results, Row, change, evaluation_rows, size_rows
+from lowrank_ft.report.summary import FLOPS_NOTE, Results, Row, change, evaluation_rows, side_by_side, size_rows
 from lowrank_ft.training.metrics import METRICS_FILE, read_metrics, run_figure
 
 REPORT_FILE = "report.html"
@@ -59,6 +59,7 @@ def build_report(
         flops_note=FLOPS_NOTE,
         evaluation=evaluation_rows(evaluation),
         evaluated=_evaluated(evaluation, evaluated_on) if evaluation else "",
+        replies=side_by_side(evaluation),
         pictures=[
             ("Ranks", _ranks(checkpoint.linears)),
             ("Spectra", _spectra(checkpoint, records, missing)),

@@ -24,7 +24,7 @@ FLOPS_NOTE = (
 )
 
 # Said elsewhere, or no result of its own.
-_NOT_RESULTS = ("name", "parameters", "bytes", "block_size", "tokens", "stride", "max_tokens")
+_NOT_RESULTS = ("name", "parameters", "bytes", "block_size", "tokens", "stride", "max_tokens", "max_new_tokens")
 _ALONE = ("model", "baseline", "difference")
 _KNOWN = {
     "perplexity": ("perplexity", "{:.3f}"),
@@ -32,7 +32,15 @@ _KNOWN = {
     "tokens_per_second": ("forward speed, tokens/s", "{:,.0f}"),
     "agreement: kl": ("KL divergence from the baseline, nats per token", "{:.4f}"),
     "agreement: top1": ("same most likely token as the baseline", "{:.1%}"),
+    "talk: repetition": ("repeated 4-grams in replies", "{:.1%}"),
+    "talk: stopped": ("replies that end by themselves", "{:.1%}"),
+    "talk: reply_tokens": ("tokens of a reply", "{:.1f}"),
+    "talk: agreement: kl": ("KL divergence from the baseline on its replies, nats per token", "{:.4f}"),
+    "talk: agreement: top1": ("same most likely token as the baseline on its replies", "{:.1%}"),
 }
+
+_SUBTRACTED = ("loss", "talk: repetition", "talk: stopped")
+SHOWN_REPLIES = 5
 
 
 class Row(NamedTuple):
@@ -86,11 +94,39 @@ def evaluation_rows(evaluation: Results | None) -> list[Row]:
         name, shown = _shown(key, after[key])
         if key not in before:
             rows.append(Row(name, "", shown, ""))
-        elif key in _KNOWN and key != "loss":
+        elif key in _KNOWN and key not in _SUBTRACTED:
             rows.append(Row(name, _shown(key, before[key])[1], shown, change(before[key], after[key])))
-        else:  # of a score or a loss, a percentage would say little
+        else:  # of a score, a share or a loss, a percentage would say little
             rows.append(Row(name, _shown(key, before[key])[1], shown, f"{after[key] - before[key]:+.4f}"))
     return rows + [Row(_shown(k, v)[0], "", _shown(k, v)[1], "") for k, v in both.items()]
+
+
+class Replies(NamedTuple):
+    """What both models say to one prompt, and how long each reply is; empty where the dense one was not asked."""
+
+    prompt: str
+    dense: str
+    dense_length: str
+    compact: str
+    compact_length: str
+
+
+def side_by_side(evaluation: Results | None) -> list[Replies]:
+    """The first few replies of an evaluation, as far as they are what ``lowrank-ft eval --talk --json`` prints."""
+    talk = (evaluation or {}).get("talk")
+    found = talk.get("replies") if isinstance(talk, Mapping) else None
+    entries = [e for e in found if isinstance(e, Mapping)] if isinstance(found, list) else []
+    return [
+        Replies(str(e.get("prompt", "")), *_reply(e.get("baseline")), *_reply(e.get("model")))
+        for e in entries[:SHOWN_REPLIES]
+    ]
+
+
+def _reply(entry: Any) -> tuple[str, str]:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("text"), str):
+        return "", ""
+    length = f"{entry.get('tokens', '?')} tokens" + ("" if entry.get("ended") else ", cut off")
+    return entry["text"], length
 
 
 def _shown(key: str, value: float) -> tuple[str, str]:

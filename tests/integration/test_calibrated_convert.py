@@ -182,7 +182,19 @@ BAD = [
     (["--calibration-data", "text.doc"], "has the file extension '.doc'; supported are .txt"),
     (["--calibration-data", "empty.txt"], "empty.txt is empty"),
     (["--calibration-data", "short.txt"], "short.txt has 401 tokens; calibration needs at least 1024, and 262,144 do"),
-    (["--calibration-data", "other.jsonl"], "other.jsonl has no column 'text'; it has body"),
+    (["--calibration-data", "other.jsonl"], "other.jsonl has no column 'text' and no column 'messages'; it has body"),
+    (
+        ["--calibration-data", "chats.jsonl"],
+        "the tokenizer has no chat template, which the chats in column 'messages' of",
+    ),
+    (
+        ["--calibration-data", "chats.jsonl", "--calibration-column", "talk"],
+        "chats.jsonl has no column 'talk'; it has mess",
+    ),
+    (
+        ["--calibration-data", "long.txt", "--calibration-block-size", "512", "--calibration-tokens", "400"],
+        "400 calibra",
+    ),
     (
         ["--calibration-data", "long.txt", "--calibration-tokens", "100"],
         "100 calibration tokens are too few; the least",
@@ -200,10 +212,63 @@ def test_bad_input_is_one_line(command, tmp_path, monkeypatch, flags, message):
     (tmp_path / "short.txt").write_text("return\n" * 200)
     (tmp_path / "long.txt").write_text("return\n" * 2000)
     (tmp_path / "other.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     before = sorted(p.name for p in tmp_path.iterdir())
     done = command("convert", DEMO_MODEL, "--rank", "16", *flags, "--output-dir", "out")
     assert_one_line_error(done, message)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """The demo model with a chat template whose turns end with a token of their own."""
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "chat")
+    template = "{% for m in messages %}<|endoftext|>{{ m.role }}\n{{ m.content }}{% endfor %}<|endoftext|>"
+    (folder / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant\n{% endif %}")
+    return folder
+
+
+def test_chats_are_calibration_data(command, chat_model, texts, tmp_path):
+    """From a file, of which one chat is left out; and written by the model itself, as one half of its text."""
+    words = (texts / "read.txt").read_text().split()
+    rows = [
+        {"messages": [{"role": "user", "content": " ".join(words[i : i + 30])},
+                      {"role": "assistant", "content": " ".join(words[i + 30 : i + 90])}]}
+        for i in range(0, 1080, 90)
+    ]  # fmt: skip
+    lines = [json.dumps(row) for row in [{"messages": rows[0]["messages"][:1]}, *rows]]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    flags = [
+        "--rank",
+        "16",
+        "--calibration-tokens",
+        "2048",
+        "--calibration-block-size",
+        "128",
+        *NONE,
+        "--calibration-data",
+    ]
+    done = command("convert", chat_model, *flags, tmp_path / "chats.jsonl", "--output-dir", tmp_path / "read")
+    assert done.returncode == 0, done.stderr
+    assert "calibration: 2,048 tokens of chats.jsonl\n" in done.stderr
+    assert "chats.jsonl are left out: 1 x it has no assistant's reply\n" in done.stderr or "left out" not in done.stderr
+    assert json.loads((tmp_path / "read" / "conversion.json").read_text())["calibration"]["source"] == "chats.jsonl"
+
+    own = ["convert", chat_model, *flags, "self", "--calibration-tokens", "2048", "--output-dir"]
+    assert command(*own, tmp_path / "own").returncode == 0
+    (chat_model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
+    done = command(*own, tmp_path / "plain")
+    assert done.returncode == 0
+    assert "note: the model writes plain text and no chats: the chat template has no generation prompt\n" in done.stderr
+    (chat_model / "tokenizer.json").unlink()  # text needs none
+    (chat_model / "tokenizer_config.json").unlink()
+    assert command(*own, tmp_path / "without").returncode == 0
+    weights = [
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()["model.layers.0.mlp.up_proj.U.weight"]
+        for name in ("own", "plain", "without")
+    ]
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
 
 
 def test_text_is_written_before_anything_is_changed():

@@ -54,18 +54,23 @@ def assert_one_line_error(done, message):
 
 
 WRONG = [
-    ([], "there is nothing to measure; give --data, --tasks or both"),
+    ([], "there is nothing to measure; give --data, --tasks or --talk"),
     (["--data", "DATA", "--stride", "0"], "--stride is 0; it must be 1 or more"),
     (["--data", "DATA", "--stride", "65", "--block-size", "64"], "--stride 65 exceeds the block size 64"),
     (["--data", "DATA", "--stride", "513"], "--stride 513 exceeds the block size 512"),
     (["--data", "DATA", "--max-tokens", "1"], "--max-tokens is 1; it must be 2 or more"),
     (["--data", "DATA", "--batch-size", "0"], "--batch-size is 0; it must be 1 or more"),
     (["--data", "DATA", "--block-size", "513"], "block size 513 exceeds the 512 positions"),
-    (["--data", "DATA", "--limit", "5"], "--limit applies to --tasks, which is not given"),
+    (["--data", "DATA", "--limit", "5"], "--limit applies to --tasks or --talk, which is not given"),
     (["--tasks", "tests/tasks", "--limit", "0"], "--limit is 0; it must be 1 or more"),
     (["--data", "DATA", "--cache-dir", "x"], "--cache-dir applies to --tasks, which is not given"),
     (["--tasks", "tests/tasks", "--cache-dir", "README.md"], "--cache-dir README.md is a file; name a folder"),
     (["--tasks", "tests/tasks", "--stride", "8"], "--stride applies to --data, which is not given"),
+    (["--data", "DATA", "--max-new-tokens", "8"], "--max-new-tokens applies to --talk, which is not given; add --talk"),
+    (["--talk", "--max-new-tokens", "0"], "--max-new-tokens is 0; it must be 1 or more"),
+    (["--talk", "--stride", "8"], "--stride applies to --data, which is not given"),
+    (["--talk"], "the tokenizer has no chat template, which replies need"),
+    (["--prompts", "none.txt"], "there is no file none.txt"),
     (["--tasks", "tests/tasks", "--max-tokens", "8"], "--max-tokens applies to --data, which is not given"),
 ]
 
@@ -132,6 +137,46 @@ def test_agreement_with_the_baseline(evaluate, compact, data):
     assert "KL/token" in table
     assert f"{found['agreement']['kl']:.4f}" in table
     assert f"{found['agreement']['top1']:.1%}" in table
+
+
+@pytest.fixture
+def chat_models(tmp_path, compact):
+    """The demo model and its compact form, with a template in the folder; they are no good at chats."""
+    folders = tmp_path / "chat", tmp_path / "compact"
+    for folder, source in zip(folders, (DEMO_MODEL, compact), strict=True):
+        shutil.copytree(source, folder)
+        template = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
+        (folder / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}# assistant:{% endif %}")
+    return folders
+
+
+def test_replies(evaluate, chat_models, tmp_path, data):
+    dense, mine = chat_models
+    (tmp_path / "prompts.txt").write_text("How do I sort a list?\nWhat is a class?\nWhy?\n")
+    flags = ["--baseline", dense, "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", "12", "--dtype", "float32"]
+    done = evaluate(mine, *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "loss" not in found["model"]
+    assert set(found["talk"]) == {"max_new_tokens", "agreement", "replies"}
+    assert [r["prompt"] for r in found["talk"]["replies"]] == ["How do I sort a list?", "What is a class?", "Why?"]
+    assert 0 < found["talk"]["agreement"]["top1"] < 1
+    assert found["talk"]["agreement"]["tokens"] == 3 * found["baseline"]["talk"]["reply_tokens"]
+    table = evaluate(mine, *flags).stdout
+    assert "replies to 3 prompts, at most 12 tokens each" in table
+    for cell in (
+        f"{found['model']['talk']['repetition']:.1%}",
+        f"{found['baseline']['talk']['stopped']:.1%}",
+        f"{found['talk']['agreement']['kl']:.4f}",
+    ):
+        assert cell in table
+    flags = ["--talk", "--limit", "2", "--max-new-tokens", "4", "--data", data, "--max-tokens", "400"]
+    alone = json.loads(evaluate(mine, *flags, "--json").stdout)
+    assert len(alone["talk"]["replies"]) == 2
+    assert set(alone["talk"]["replies"][0]) == {"prompt", "model"}
+    assert alone["model"]["perplexity"] > 1
+    assert "baseline" not in alone
+    assert "at most 4 tokens each" in evaluate(mine, *flags).stdout
 
 
 def test_both_models_get_the_same_blocks(evaluate, tmp_path, data):

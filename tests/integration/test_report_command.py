@@ -98,6 +98,49 @@ def test_evaluation_from_a_file_and_from_a_text(command, compact, text, tmp_path
     assert card.startswith(readme.partition("| parameters |")[0])
 
 
+def test_replies_of_an_evaluation_stand_side_by_side(command, compact, tmp_path):
+    evil = "<script>alert(1)</script> & <b>"
+    replies = [
+        {"prompt": f"Question {i}? {evil}",
+         "model": {"text": f"compact says {i} {evil}", "tokens": 7, "ended": True, "repetition": 0.0},
+         "baseline": {"text": f"dense says {i}\nand more", "tokens": 48, "ended": False, "repetition": 0.0}}
+        for i in range(8)
+    ]  # fmt: skip
+    numbers = {
+        "model": {"name": "c", "talk": {"repetition": 0.25, "stopped": 0.5, "reply_tokens": 7.0}},
+        "baseline": {"name": "d", "talk": {"repetition": 0.125, "stopped": 0.75, "reply_tokens": 48.0}},
+        "talk": {"max_new_tokens": 48, "agreement": {"kl": 0.5, "top1": 0.75, "tokens": 384}, "replies": replies},
+    }
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(numbers))
+    assert command("report", compact, "--eval", path, "--update-card").returncode == 0
+    page = assert_self_contained((compact / "report.html").read_text(encoding="utf-8"))
+    assert page.row("repeated 4-grams in replies") == ["12.5%", "25.0%", "+0.1250"]
+    assert page.row("replies that end by themselves") == ["75.0%", "50.0%", "-0.2500"]
+    assert page.row("same most likely token as the baseline on its replies")[1] == "75.0%"
+    assert not any("max" in r[0] for r in page.rows if r)
+    for i in range(5):
+        places = [page.words.index(w) for w in (f"Question {i}? {evil}", f"dense says {i}", f"compact says {i} {evil}")]
+        assert places == sorted(places)
+    assert "48 tokens, cut off" in page.words
+    assert "Question 5?" not in page.words
+    assert "| repeated 4-grams in replies | 12.5% | 25.0% |" in (compact / "README.md").read_text()
+
+    # Without a baseline, and what somebody else wrote under that name.
+    alone = {
+        "model": numbers["model"],
+        "talk": {"replies": [{"prompt": "P?", "model": replies[0]["model"]}, "x", None]},
+    }
+    path.write_text(json.dumps(alone))
+    assert command("report", compact, "--eval", path).returncode == 0
+    page = assert_self_contained((compact / "report.html").read_text(encoding="utf-8"))
+    assert "P?" in page.words
+    assert [a for t, a in page.tags if t == "h3"] == [{}]
+    for odd in ("words", {"replies": "words"}, {"replies": [{"prompt": 3, "model": {"text": None}}]}, None):
+        path.write_text(json.dumps({"model": {"loss": 1.0}, "talk": odd}))
+        assert command("report", compact, "--eval", path).returncode == 0
+
+
 def test_the_card_carries_table_and_picture(converted):
     card = (converted / "README.md").read_text()
     assert "| parameters | 1,328,512 |" in card
