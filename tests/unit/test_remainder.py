@@ -8,10 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lowrank_ft
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import PlanError
 from lowrank_ft.factorization.plan import Plan, make_plan
 from lowrank_ft.factorization.remainder import dense_parts, dense_remainder, factored_share, notes
 from lowrank_ft.factorization.solvers import gram_singular_values, singular_values
+from lowrank_ft.training import ModelArguments
 from recipes import finetune
 from tests.conftest import DEMO_MODEL, tiny_llama
 
@@ -37,6 +39,15 @@ def test_experts_that_stay_dense_are_said(command, tmp_path):
     assert f"note      {said} (" in done.stderr
     assert dense_remainder(tiny_llama(), make_plan(tiny_llama(), rank=4)) == {}
     assert notes(tiny_llama(), make_plan(tiny_llama(), rank=4)) == []
+
+
+def test_a_fine_tuning_says_it_too(tmp_path, capsys):
+    model = mixtral()
+    model.save_pretrained(tmp_path / "moe")
+    arguments = ModelArguments(model=str(tmp_path / "moe"), rank=4, method="svd", guide="none")
+    finetune.prepare_model(arguments, Source(str(tmp_path / "moe")), [])
+    (said,) = notes(model, make_plan(model, rank=4))
+    assert f"note: {said}\n" in capsys.readouterr().err
 
 
 def test_every_matrix_is_either_planned_or_left_for_a_reason():
