@@ -87,6 +87,10 @@ def check(row: Row, folder: Path) -> Result:
     assert read.keys() == weights.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
     _assert_close(_outputs(loaded, row), expected, 1e-6)
+    loaded.save_pretrained(folder / "again")
+    again, info = cls.from_pretrained(folder / "again", output_loading_info=True)
+    assert not any(info.values()), info
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
     loads = _auto_classes(dense, weights, compact)
     lowrank_ft.merge(loaded)
     assert not any(lowrank_layers(loaded))
