@@ -10,6 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo-id", required=True, help="name of the repository, such as me/llama-lowrank")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", help="branch to push to, created if it does not exist (default: main)")
+    parser.add_argument(
+        "--create-pr", action="store_true", help="open a pull request to a repository that exists, instead of a commit"
+    )
     parser.add_argument("--commit-message", help="message of the commit")
     parser.add_argument("--token", help="Hub token (default: the stored one)")
 
@@ -20,6 +23,6 @@ def run(options: argparse.Namespace) -> None:
     print(
         push(
             options.folder, options.repo_id, private=options.private, revision=options.revision,
-            commit_message=options.commit_message, token=options.token,
+            commit_message=options.commit_message, create_pr=options.create_pr, token=options.token,
         )
     )  # fmt: skip

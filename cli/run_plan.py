@@ -28,7 +28,8 @@ from lowrank_ft.conversion.convert import allocate, spectrum_of
 from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.costs.flops import training_cost
 from lowrank_ft.errors import CheckpointError
-from lowrank_ft.factorization.plan import LinearPlan, Plan, dense_remainder, make_plan
+from lowrank_ft.factorization.plan import LinearPlan, Plan, make_plan
+from lowrank_ft.factorization.remainder import dense_remainder, notes
 from lowrank_ft.factorization.targets import kind_of
 from lowrank_ft.report.plots import check_picture_path, require_plotting, save_rank_map
 
@@ -98,12 +99,9 @@ def print_stored(plan: Plan, tensors: dict[str, TensorInfo]) -> None:
 
 
 def print_remainder(model: nn.Module, plan: Plan, to_stderr: bool = False) -> None:
-    """Say what is large and stays dense, such as experts."""
-    for kind, count in dense_remainder(model, plan).items():
-        share = count / plan.model_parameters
-        print(
-            f"note      {kind} stays dense: {share:.0%} of the parameters", file=sys.stderr if to_stderr else sys.stdout
-        )
+    """Say what is large and stays dense, such as experts, and why."""
+    for note in notes(model, plan):
+        print(f"note      {note}", file=sys.stderr if to_stderr else sys.stdout)
 
 
 def refuse_compact(config: object, source: Source) -> None:

@@ -4,10 +4,12 @@
     python docs/make_reference.py --check    # exit 1 and name the pages that are out of date
 
 A page holds ``<!-- begin generated: NAME -->`` and ``<!-- end generated -->``; what is between them belongs to this
-script, everything else to the writer. NAME is an options group of the recipe, a command, or ``exit codes``.
+script, everything else to the writer. NAME is an options group of the recipe, a command, ``exit codes``, or
+``architectures: GROUP`` for what ``python -m tests.architectures.measure`` found.
 """
 
 import argparse
+import json
 import re
 import sys
 from dataclasses import MISSING, Field, fields
@@ -24,6 +26,7 @@ GROUPS = {
     "model": ModelArguments, "data": DataArguments, "train": TrainArguments, "scratch": ScratchArguments,
     "pretrain": PretrainArguments,
 }  # fmt: skip
+ARCHITECTURES = Path(__file__).parent.parent / "tests" / "architectures" / "results.json"
 REQUIRED = {"model", "dataset"}
 
 _BLOCK = re.compile(r"(<!-- begin generated: (.+?) -->\n).*?(<!-- end generated -->)", re.DOTALL)
@@ -51,6 +54,8 @@ def main() -> int:
 
 def table(name: str) -> str:
     """The Markdown table that a page asks for by ``name``."""
+    if name.startswith("architectures: "):
+        return architectures_table(name.partition(": ")[2])
     if name == "exit codes":
         return "\n".join(
             ["| exit code | meaning |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in EXIT_CODES.items())]
@@ -79,6 +84,28 @@ def command_table(name: str) -> str:
         needed = " (required)" if action.required and action.option_strings else ""
         rows.append(f"| `{shown}` | {_cell((action.help or '').replace('%%', '%'))}{needed} |")
     return "\n".join(rows)
+
+
+def architectures_table(group: str) -> str:
+    """What tests/architectures/measure.py found, a row for each class of the group."""
+    record = json.loads(ARCHITECTURES.read_text(encoding="utf-8"))
+    if group == "version":
+        count = sum(map(len, record["groups"].values()))
+        return f"{count} classes of transformers {record['transformers']}."
+    rows = ["| class | `model_type` | factored | stays dense | `AutoModel` and |", "|---|---|---|---|---|"]
+    for found in record["groups"][group]:
+        dense = "; ".join(f"{why}: {_percent(share)}" for why, share in found["dense"].items())
+        classes = ", ".join(name.removeprefix("AutoModelFor") for name in found["loads"] if name != "AutoModel")
+        assert "AutoModel" in found["loads"]
+        rows.append(
+            f"| {found['cls']} | `{found['model_type']}` | {_percent(found['factored'])} | {dense or '-'} | {classes or '-'} |"
+        )
+    return "\n".join(rows)
+
+
+def _percent(share: float) -> str:
+    """Never rounded to all, nor to nothing."""
+    return "100 %" if share == 1 else f"{100 * share:.1f} %"
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

@@ -9,6 +9,7 @@ The command line's ``--help`` imports none of it.
 from typing import TYPE_CHECKING, Any
 
 from lowrank_ft.checkpoints import loader as _loader
+from lowrank_ft.checkpoints.empty import apply_config
 from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.conversion.guides import attach_guides
@@ -37,6 +38,7 @@ __all__ = [
     "LowRankError",
     "LowRankLinear",
     "Plan",
+    "apply_config",
     "attach_guides",
     "convert",
     "end_guidance",

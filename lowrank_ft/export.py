@@ -48,7 +48,7 @@ def save_compact(
     The model stays as it is, so its training can go on, but for ``dtype``.
 
     Args:
-        companions_from: a folder whose tokenizer and processor files are copied along.
+        companions_from: a folder whose tokenizer and processor files are copied along, and whose card names the licence.
         base_model: where the dense weights came from; kept in the config for later guided fine-tuning.
         results: rows for the model card, name to value.
         command: the command line that made it, for the model card.
@@ -76,8 +76,9 @@ def save_compact(
         drawn = save_rank_map(compare(model).linears, folder / RANK_MAP_FILE)
         picture = RANK_MAP_FILE if drawn else None
         card = model_card(
-            model, base_model=base_model, results=results, command=command, picture=picture, from_scratch=from_scratch
-        )
+            model, base_model=base_model, results=results, command=command, picture=picture, from_scratch=from_scratch,
+            base_card=companions_from,
+        )  # fmt: skip
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 

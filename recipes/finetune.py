@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
@@ -33,6 +34,7 @@ from lowrank_ft.costs.flops import compare
 from lowrank_ft.data.examples import TokenizedData, context_length
 from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import CheckpointError, ConfigError
+from lowrank_ft.factorization.remainder import notes
 from lowrank_ft.factorization.targets import as_patterns
 from lowrank_ft.nn import check_guide_bits, guided_layers
 from lowrank_ft.training import (
@@ -144,7 +146,10 @@ def prepare_model(
             target_modules=as_patterns(args.target_modules),
             exclude_modules=as_patterns(args.exclude_modules),
         )
-        guide = args.guide_at(lowrank_ft.make_plan(model, **sizes_and_targets).param_ratio)
+        plan = lowrank_ft.make_plan(model, **sizes_and_targets)
+        for note in notes(model, plan):
+            PartialState().print(f"note: {note}", file=sys.stderr)
+        guide = args.guide_at(plan.param_ratio)
         if checkpoint is not None:
             shape_factors(model, checkpoint)
             if guide is not None:

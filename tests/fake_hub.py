@@ -229,7 +229,7 @@ class _Api:
         """Apply a commit sent as one JSON object a line: a header, then the changes in order."""
         repository = self.find(call, repo_id)
         head = repository.find(revision)
-        if revision not in repository.branches or call.flag("create_pr"):
+        if revision not in repository.branches:
             raise HubError(501, "the fake hub commits to branches only")
         lines = [json.loads(line) for line in call.body.splitlines() if line]
         header, changes = lines[0]["value"], lines[1:]
@@ -238,9 +238,13 @@ class _Api:
         files = dict(head.files)
         for change in changes:
             self._apply(files, change["key"], change["value"])
+        reply = {"success": True, "hookOutput": ""}
+        if call.flag("create_pr"):  # the proposed commit is on a branch of its own
+            number = 1 + sum(name.startswith("refs/pr/") for name in repository.branches)
+            revision = f"refs/pr/{number}"
+            reply["pullRequestUrl"] = f"{self._endpoint}/{repo_id}/discussions/{number}"
         sha = repository.commit(files, header["summary"], revision).sha
-        url = f"{self._endpoint}/{repo_id}/commit/{sha}"
-        return _json_reply({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
+        return _json_reply({**reply, "commitOid": sha, "commitUrl": f"{self._endpoint}/{repo_id}/commit/{sha}"})
 
     def info(self, call: _Call, repo_id: str, revision: str = "main") -> _Reply:
         repository = self.find(call, repo_id)

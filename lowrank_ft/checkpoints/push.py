@@ -29,6 +29,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
+    create_pr: bool = False,
     token: str | None = None,
 ) -> str:
     """Create the repository if need be and upload the folder: safetensors, configs, tokenizer, loader, card.
@@ -36,8 +37,12 @@ def push(
     Anything else in it stays here: training checkpoints, pickles, and files that this package does not know. What is
     uploaded is listed on stderr before.
 
+    Args:
+        revision: branch to push to, made if there is none; with ``create_pr`` the one that is to be changed.
+        create_pr: open a pull request, where the repository is somebody else's or the change wants a look.
+
     Returns:
-        The address of the commit.
+        The address of the commit, or of the pull request.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: the folder is not a whole checkpoint.
@@ -57,8 +62,9 @@ def push(
         Source(str(folder)).tensors()
     api = HfApi(token=token)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
+        if not create_pr:  # a pull request is made to what is there
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as staged:
             _stage(folder, Path(staged), repo_id)
@@ -68,12 +74,19 @@ def push(
                 folder_path=staged,
                 revision=revision,
                 commit_message=commit_message or "Upload low-rank model",
+                create_pr=create_pr,
             )
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+        what = f"revision {revision!r} of {repo_id}" if isinstance(error, hub_errors.RevisionNotFoundError) else repo_id
+        raise OutputError(
+            f"there is no {what} on the Hub to open a pull request for, or your token may not see it; leave --create-pr "
+            "out to make it"
+        ) from error
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
         raise OutputError(
             f"pushing to {repo_id} failed: {first_line(error)}; run hf auth login with a token that may write there"
         ) from error
-    return str(commit.commit_url)
+    return str(commit.pr_url or commit.commit_url)
 
 
 def _stage(folder: Path, staged: Path, repo_id: str) -> None:

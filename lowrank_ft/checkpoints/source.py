@@ -27,7 +27,7 @@ RUN_FILE = "run.json"
 """Beside the records of a training run: what an export of one of its checkpoints has to know."""
 _DATA_FILES = (
     "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "LICENCE*", "NOTICE*",
-    "USE_POLICY*", "COPYING*",
+    "USE_POLICY*", "COPYING*", "README.md",
 )  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HOW_TO_CONVERT_PICKLE = (

@@ -25,7 +25,6 @@ from lowrank_ft.factorization.ranks import (
     trained_parameters,
 )
 from lowrank_ft.factorization.targets import LinearSpec, Patterns, pattern_value, select_targets
-from lowrank_ft.factorization.targets import kind_of as place_of
 from lowrank_ft.reading import kind_of, read_object
 
 PLAN_VERSION = 1
@@ -273,28 +272,6 @@ def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
         for p in plan.linears
     )
     return Plan(linears, plan.model_parameters, plan.rank_pattern)
-
-
-def dense_remainder(model: nn.Module, plan: Plan, least: float = 0.05) -> dict[str, int]:
-    """What stays dense, though it is no embedding: parameters by kind, those with a share of the model above ``least``.
-
-    Such as the experts of a mixture, which are stored as three-dimensional parameters and are no linears.
-    """
-    planned = {f"{p.name}.weight" for p in plan.linears if p.rank is not None}
-    outer = {id(m.weight) for get in ("get_input_embeddings", "get_output_embeddings")
-             if (m := _embedding(model, get)) is not None}  # fmt: skip
-    kinds: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and name not in planned and id(parameter) not in outer:
-            kinds[place_of(name)] = kinds.get(place_of(name), 0) + parameter.numel()
-    return {kind: count for kind, count in kinds.items() if count > least * plan.model_parameters}
-
-
-def _embedding(model: nn.Module, get: str) -> Any:
-    try:
-        return getattr(model, get)()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def count_parameters(model: nn.Module) -> int:

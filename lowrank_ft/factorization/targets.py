@@ -1,9 +1,10 @@
 """Which linears to factorize: PEFT's names, and PEFT's matching semantics.
 
-A *linear* is an ``nn.Linear`` or GPT-2's ``Conv1D`` (recognized by its class name, so that this module needs torch
-alone). A string pattern is a regular expression that must match the whole module name; a list holds names that match
-exactly or as a dotted suffix. Where no target is given, the default is every linear of the repeated blocks, never an
-embedding or the output head.
+A *linear* is an ``nn.Linear``, GPT-2's ``Conv1D`` or a subclass of ``nn.Linear`` that is known to compute the same
+(both recognized by their class names, so that this module needs torch alone). A string pattern is a regular expression
+that must match the whole module name; a list holds names that match exactly or as a dotted suffix. Where no target is
+given, the default is every linear of the repeated blocks that can be factorized alone, never an embedding or the output
+head.
 """
 
 import difflib
@@ -21,7 +22,19 @@ ALL_LINEAR = "all-linear"
 Patterns = str | Sequence[str]
 
 # A router or gate with a handful of outputs has nothing to factorize; it is a target only when it is named.
-_NARROWEST_DEFAULT_TARGET = 16
+NARROWEST_DEFAULT_TARGET = 16
+
+# Subclasses of nn.Linear that compute what it does: Falcon's rounds after the product and again after the bias.
+_LIKE_LINEAR = ("FalconLinear",)
+
+# Linears that are not called: the module that they belong to takes their weight and computes with it itself.
+_READ_BY_OWNER = {
+    "DisentangledSelfAttention": ("in_proj",),  # DeBERTa; DeBERTa-v2 has none of this name
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "MambaMixer": ("dt_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class LinearSpec:
 
 def is_linear(module: nn.Module) -> bool:
     # Exact classes only: subclasses (quantized, parametrized, masked linears) own their weights' meaning.
-    return type(module) is nn.Linear or is_transposed(module)
+    return type(module) is nn.Linear or type(module).__name__ in _LIKE_LINEAR or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -116,13 +129,16 @@ def select_targets(
     _check_patterns("exclude_modules", exclude_modules, linears)
     if target_modules is None:
         chosen = [s for s in linears if _in_repeated_block(model, s) and not _is_output_head(model, s)]
+        tied = tied_partners(model, [s.name for s in chosen])
+        chosen = [s for s in chosen if s.name not in tied]
         if not chosen:
-            names = _leaf_names(linears)
-            raise TargetError(f"{type(model).__name__} has no repeated blocks; name target_modules out of {names}")
+            raise TargetError(f"{type(model).__name__} {_why_nothing(model, counts)}; {_way_out(model, linears)}")
     elif target_modules == ALL_LINEAR:
         chosen = [s for s in linears if not _is_output_head(model, s)]
     else:
         chosen = [s for s in linears if matches(s.name, target_modules)]
+    if target_modules in (None, ALL_LINEAR):
+        chosen = [s for s in chosen if not is_read_by_owner(model, s.name)]
     if exclude_modules:
         chosen = [s for s in chosen if not matches(s.name, exclude_modules)]
         if not chosen:
@@ -175,8 +191,26 @@ def block_index(model: nn.Module, name: str) -> int | None:
     return None
 
 
+def _why_nothing(model: nn.Module, counts: Callable[[nn.Module], bool]) -> str:
+    """Why no linear is a default target."""
+    inside = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and block_index(model, n) is not None
+    ]
+    strange = list(dict.fromkeys(type(m).__name__ for _, m in inside if not counts(m)))
+    if strange:
+        return f"has only linears of classes of its own in its repeated blocks ({', '.join(strange)})"
+    if inside:
+        return f"has no linear of at least {NARROWEST_DEFAULT_TARGET} inputs and outputs in its repeated blocks"
+    return "has no repeated blocks with linears"
+
+
+def _way_out(model: nn.Module, linears: list[LinearSpec]) -> str:
+    names = _leaf_names([s for s in linears if not _is_output_head(model, s)])
+    return f"name target_modules out of {', '.join(names)}" if names else "there is nothing to factorize"
+
+
 def _in_repeated_block(model: nn.Module, spec: LinearSpec) -> bool:
-    return min(spec.shape) >= _NARROWEST_DEFAULT_TARGET and block_index(model, spec.name) is not None
+    return min(spec.shape) >= NARROWEST_DEFAULT_TARGET and block_index(model, spec.name) is not None
 
 
 def _is_output_head(model: nn.Module, spec: LinearSpec) -> bool:
@@ -185,22 +219,37 @@ def _is_output_head(model: nn.Module, spec: LinearSpec) -> bool:
     return head is not None and model.get_submodule(spec.name) is head
 
 
-def refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise a TargetError if one of the named linears shares its weight with another module."""
+def is_read_by_owner(model: nn.Module, name: str) -> bool:
+    """Whether the module around a linear is known to compute with its weight, where no factored layer can stand."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf in _READ_BY_OWNER.get(type(model.get_submodule(owner)).__name__, ())
+
+
+def tied_partners(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Those of the named linears that share their weight with another module, and with which."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     # transformers carries tying out once weights are loaded, so on the meta device it has to be read as declared.
-    tied_keys = set(getattr(model, "all_tied_weights_keys", None) or ())
+    declared = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    sources = {source: key for key, source in declared.items()}
+    partners = {}
     for name in names:
         key = f"{name}.weight"
         others = [n for n in owners.get(id(model.get_submodule(name).weight), []) if n != key]
-        if others or key in tied_keys:
-            partner = others[0].removesuffix(".weight") if others else "the input embedding"
-            raise TargetError(
-                f"{name} shares its weight with {partner}, so it cannot be factorized alone; "
-                f"take it out with exclude_modules {name.rpartition('.')[2]}, or untie the model first"
-            )
+        partner = others[0] if others else declared.get(key, sources.get(key))
+        if partner is not None:
+            partners[name] = partner.removesuffix(".weight")
+    return partners
+
+
+def refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise a TargetError if one of the named linears shares its weight with another module."""
+    for name, partner in tied_partners(model, names).items():
+        raise TargetError(
+            f"{name} shares its weight with {partner}, so it cannot be factorized alone; "
+            f"take it out with exclude_modules {name.rpartition('.')[2]}, or untie the model first"
+        )
 
 
 def refuse_offloaded(module: Any, name: str) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
 from lowrank_ft.checkpoints.format import PLACEHOLDER
 from lowrank_ft.checkpoints.source import is_hub_id
@@ -24,6 +25,8 @@ _AUTO_CLASSES = (
     "AutoModelForSpeechSeq2Seq",
 )  # fmt: skip
 
+_LICENCE = ("license", "license_name", "license_link")
+
 _CARD, _DENSE_CARD = TEMPLATES / "card.md", TEMPLATES / "dense_card.md"
 
 
@@ -37,6 +40,7 @@ def model_card(
     evaluation: Results | None = None,
     picture: str | None = None,
     from_scratch: bool = False,
+    base_card: Path | None = None,
 ) -> str:
     """The card's text, with its YAML header.
 
@@ -44,6 +48,7 @@ def model_card(
         evaluation: what ``lowrank-ft eval --json`` prints, for the main table.
         picture: file name of the rank map, beside the card.
         from_scratch: there never was a dense model.
+        base_card: the folder of the model that it came from, whose card says under which licence.
     """
     comparison = compare(model)
     ranks = [p.rank for p in comparison.linears if p.rank is not None]
@@ -54,7 +59,15 @@ def model_card(
         "param ratio of the factored linears": "-" if ratio is None else f"{ratio:.3f}",
         **(results or {}),
     }
-    data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["lowrank-ft", "low-rank", "compressed"])
+    # The Hub knows four relations. Factors stand for weights in fewer numbers, as quantized ones do; training changes them.
+    relation = None if hub_id is None else "finetune" if "training steps" in (results or {}) else "quantized"
+    data = ModelCardData(
+        base_model=hub_id,
+        base_model_relation=relation,
+        library_name="transformers",
+        tags=["lowrank-ft", "low-rank", "compressed"],
+        **_licence(base_card),
+    )
     has_own_code = "AutoConfig" in (getattr(model.config, "auto_map", None) or {})
     card = ModelCard.from_template(
         data,
@@ -75,6 +88,18 @@ def model_card(
         command=_fenced(command) if command else None,
     )
     return card.content
+
+
+def _licence(folder: Path | None) -> dict[str, Any]:
+    """The fields on the licence in a folder's card; none where it has no card, or one that cannot be read."""
+    if folder is None or not (folder / "README.md").is_file():
+        return {}
+    try:
+        fields = metadata_load(folder / "README.md") or {}
+    except (ValueError, OSError, YAMLError):
+        return {}
+    kept = {name: fields[name] for name in _LICENCE if isinstance(fields.get(name), str | list)}
+    return kept if "license" in kept else {}
 
 
 def dense_card(model: PreTrainedModel, results: Mapping[str, object], command: str) -> str:

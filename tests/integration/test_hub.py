@@ -2,18 +2,26 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import save_file
+from transformers import NomicBertConfig, NomicBertModel
 
 import lowrank_ft
 from lowrank_ft.export import save_compact
 from lowrank_ft.nn.forms import stored_as
 from tests.conftest import DEMO_MODEL, tiny_llama
 from tests.fake_hub import FakeHub
+
+BERT = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=64,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -75,6 +83,91 @@ with torch.no_grad():
     online("-c", pull.format(before="", extra=", trust_remote_code=True", out="b.pt"))
     assert torch.equal(torch.load(tmp_path / "a.pt"), logits)
     assert torch.equal(torch.load(tmp_path / "b.pt"), logits)
+
+
+def test_a_loaded_model_pushes_itself_whole(hub, online, tmp_path, ids):
+    """By transformers' own push_to_hub; also where the stock class renames and merges weights as it saves."""
+    torch.manual_seed(0)
+    nomic = NomicBertModel(NomicBertConfig(**BERT))
+    for name, model in (("llama", tiny_llama()), ("nomic", nomic.eval())):
+        lowrank_ft.convert(model, rank=8)
+        save_compact(model, tmp_path / name)
+        with torch.no_grad(), stored_as(model, "pivoted"):
+            torch.save(model(ids)[0], tmp_path / f"{name}.pt")
+    torch.save(ids, tmp_path / "ids.pt")
+    online(
+        "-c",
+        """
+import lowrank_ft, torch
+from transformers import AutoModel, AutoModelForCausalLM
+for name, auto in (("llama", AutoModelForCausalLM), ("nomic", AutoModel)):
+    auto.from_pretrained(name).push_to_hub(f"me/{name}")
+    pulled, info = auto.from_pretrained(f"me/{name}", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        assert torch.equal(pulled(torch.load("ids.pt"))[0], torch.load(f"{name}.pt")), name
+""",
+    )
+    for name in ("llama", "nomic"):
+        local = (tmp_path / name / "model.safetensors").read_bytes()
+        assert json.loads(hub.files(f"me/{name}")["config.json"])["quantization_config"]["quant_method"] == "lowrank"
+        assert len(hub.files(f"me/{name}")["model.safetensors"]) == len(local)
+
+
+@pytest.mark.parametrize("extra", ["", ", trust_remote_code=True"], ids=["package", "plugin"])
+def test_a_compact_model_in_the_cache_needs_no_hub(hub, online, command, tmp_path, extra):
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=8)
+    save_compact(model, tmp_path / "compact")
+    command("push", tmp_path / "compact", "--repo-id", "me/x")
+    load = f"""
+{"" if extra else "import lowrank_ft"}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("me/x"{extra})
+print(sum(type(m).__name__ == "LowRankLinear" for m in model.modules()))
+"""
+    assert online("-c", load).stdout.split() == ["14"]
+    seen = len(hub.requests)
+    offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n"
+    assert online("-c", offline + load).stdout.split() == ["14"]
+    assert len(hub.requests) == seen
+
+
+def test_branches_and_pull_requests(hub, command, tmp_path):
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=8)
+    save_compact(model, tmp_path / "compact")
+    pull_request = ["push", tmp_path / "compact", "--repo-id", "me/x", "--create-pr"]
+    done = command(*pull_request, check=False)
+    assert done.returncode == 1
+    assert "error: there is no me/x on the Hub to open a pull request for" in done.stderr
+    command("push", tmp_path / "compact", "--repo-id", "me/x", "--revision", "v1", "--commit-message", "First")
+    assert "model.safetensors" in hub.files("me/x", "v1")
+    assert "model.safetensors" not in hub.files("me/x")
+    assert hub.commits("me/x")[-1].message == "First"
+    done = command(*pull_request)
+    assert done.stdout.strip() == f"{hub.endpoint}/me/x/discussions/1"
+    assert "model.safetensors" not in hub.files("me/x")
+    assert "model.safetensors" in hub.files("me/x", "refs/pr/1")
+    done = command(*pull_request, "--revision", "v9", check=False)
+    assert "error: there is no revision 'v9' of me/x on the Hub to open a pull request for" in done.stderr
+
+
+def test_the_licence_of_the_base_model_is_inherited(hub, command, tmp_path):
+    shutil.copytree(DEMO_MODEL, tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text("---\nlicense: other\nlicense_name: kind\ntags: [x]\n---\nHello\n")
+    hub.add_folder("me/dense", tmp_path / "dense")
+    svd = ["--rank", "8", "--method", "svd", "--output-dir"]
+    command("convert", "me/dense", *svd, "compact")
+    fields = metadata_load(tmp_path / "compact" / "README.md")
+    assert (fields["license"], fields["license_name"]) == ("other", "kind")
+    assert (fields["base_model"], fields["base_model_relation"]) == ("me/dense", "quantized")
+    assert "x" not in fields["tags"]
+    command("export", "compact", "--form", "factors", "--output-dir", "again")
+    assert metadata_load(tmp_path / "again" / "README.md")["license"] == "other"
+    (tmp_path / "dense" / "README.md").write_text("---\nlicense: [\n---\n")  # a damaged card is no reason to stop
+    command("convert", tmp_path / "dense", *svd, "of-damaged")
+    assert "license" not in metadata_load(tmp_path / "of-damaged" / "README.md")
 
 
 def test_plan_and_convert_a_model_on_the_hub(hub, command, tmp_path):

@@ -26,12 +26,14 @@ from lowrank_ft.factorization.targets import find_linears
 from lowrank_ft.nn import GUIDES, LowRankLinear, end_guidance, lowrank_layers
 from lowrank_ft.nn.modes import evaluating
 from lowrank_ft.nn.replace import dense_weight
+from tests.architectures import row
+from tests.architectures.row import GROUPED, SMALL
 from tests.conftest import tiny_gpt2, tiny_llama
-from tests.integration.test_architectures import GROUPED, SMALL, T5, WHISPER
 from tests.numerics.test_regression import naive_regression
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32)
 SWIN = tf.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
+T5, WHISPER = tf.T5Config(**row.T5), tf.WhisperConfig(**row.WHISPER)
 ALBERT = tf.AlbertConfig(**{**SMALL, "num_hidden_layers": 3}, embedding_size=16)
 SWITCH = tf.SwitchTransformersConfig(
     vocab_size=97, d_model=32, d_kv=8, d_ff=48, expert_capacity=64, num_layers=2, num_sparse_encoder_layers=1,

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from accelerate.utils import infer_auto_device_map
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowrank_ft
-from lowrank_ft.errors import TargetError
+from lowrank_ft.errors import CheckpointError, TargetError
 from lowrank_ft.export import save_compact
+from lowrank_ft.nn.forms import stored_as
 from tests.conftest import tiny_llama
 
 
@@ -58,3 +59,69 @@ def test_no_device_map_comes_between_two_factors(tmp_path):
     for size in range(2_000, 60_000, 4_000):
         places = infer_auto_device_map(loaded, {0: size, "cpu": 10**9}, no_split_module_classes=classes)
         assert not any(name.endswith((".U", ".V", ".U.weight", ".V.weight")) for name in places)
+
+
+def compact(tmp_path, **overrides):
+    model = tiny_llama(**overrides)
+    lowrank_ft.convert(model, rank=6)
+    save_compact(model, tmp_path / "m")
+    return model
+
+
+@pytest.mark.parametrize("size", [28_000, 34_000, 40_000])
+def test_parts_on_disk_are_computed_with(size, tmp_path, ids):
+    """The map that accelerate infers where memory is short, over blocks that may be split."""
+    model = compact(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    places = infer_auto_device_map(loaded, {"cpu": size, "disk": 10**9}, no_split_module_classes=["LowRankLinear"])
+    assert {"cpu", "disk"} <= set(places.values())
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", device_map=places, offload_folder=str(tmp_path / "off")
+    )
+    assert any(p.is_meta for p in offloaded.parameters())
+    with torch.no_grad(), stored_as(model, "pivoted"):
+        torch.testing.assert_close(offloaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def empty(folder):
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_empty_model_is_filled_by_accelerate(place, tied, tmp_path, ids):
+    model = compact(tmp_path, tie_word_embeddings=tied)
+    fresh = empty(tmp_path / "m")
+    assert lowrank_ft.apply_config(fresh) == 14
+    fresh.tie_weights()
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    filled = load_checkpoint_and_dispatch(
+        fresh, str(tmp_path / "m"), device_map={**places, "model.layers.1": place}, offload_folder=str(tmp_path / "off"),
+        offload_buffers=True,
+    )  # fmt: skip
+    with torch.no_grad(), stored_as(model, "pivoted"):
+        torch.testing.assert_close(filled(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_without_it_the_tripwire_stops_accelerate(tmp_path):
+    compact(tmp_path)
+    with pytest.raises(ValueError, match=r'Trying to set a tensor of shape torch.Size\(\[1\]\) in "weight"'):
+        load_checkpoint_and_dispatch(empty(tmp_path / "m"), str(tmp_path / "m"), device_map={"": "cpu"})
+
+
+def test_a_config_is_applied_to_an_empty_model_of_a_compact_checkpoint_only(tmp_path):
+    compact(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    dense = AutoModelForCausalLM.from_config(loaded.config)
+    with init_empty_weights():
+        other = type(dense)(type(loaded.config)(**{**loaded.config.to_dict(), "quantization_config": None}))
+        fewer = empty(tmp_path / "m")
+    fewer.config.quantization_config = {"quant_method": "lowrank", "ranks": {"elsewhere": 3}}
+    for model, message in (
+        (other, "names no factored linears"), (loaded, "has factored linears already"),
+        (dense, r"has weights already.* make it inside accelerate\.init_empty_weights"),
+        (fewer, "has none of the factored linears of the checkpoint, such as elsewhere"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            lowrank_ft.apply_config(model)

@@ -8,9 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lowrank_ft
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import PlanError
-from lowrank_ft.factorization.plan import Plan, dense_remainder, make_plan
+from lowrank_ft.factorization.plan import Plan, make_plan
+from lowrank_ft.factorization.remainder import dense_parts, dense_remainder, factored_share, notes
 from lowrank_ft.factorization.solvers import gram_singular_values, singular_values
+from lowrank_ft.training import ModelArguments
 from recipes import finetune
 from tests.conftest import DEMO_MODEL, tiny_llama
 
@@ -29,12 +32,53 @@ def test_experts_that_stay_dense_are_said(command, tmp_path):
     assert sum(left.values()) == experts
     model.save_pretrained(tmp_path / "moe")
     done = command("plan", tmp_path / "moe", "--rank", "4")
-    share = f"{left['model.layers.*.mlp.experts.gate_up_proj'] / model.num_parameters():.0%}"
-    assert f"model.layers.*.mlp.experts.gate_up_proj stays dense: {share} of the parameters" in done.stdout
+    said = f"experts of 2 layers stay dense: {experts / model.num_parameters():.0%} of the parameters"
+    assert f"note      {said} (model.layers.*.mlp.experts.gate_up_proj, " in done.stdout
     assert json.loads(command("plan", tmp_path / "moe", "--rank", "4", "--json").stdout)["stays_dense"] == left
     done = command("convert", tmp_path / "moe", "--rank", "4", "--method", "svd", "--output-dir", tmp_path / "out")
-    assert f"stays dense: {share} of the parameters" in done.stderr
+    assert f"note      {said} (" in done.stderr
     assert dense_remainder(tiny_llama(), make_plan(tiny_llama(), rank=4)) == {}
+    assert notes(tiny_llama(), make_plan(tiny_llama(), rank=4)) == []
+
+
+def test_a_fine_tuning_says_it_too(tmp_path, capsys):
+    model = mixtral()
+    model.save_pretrained(tmp_path / "moe")
+    arguments = ModelArguments(model=str(tmp_path / "moe"), rank=4, method="svd", guide="none")
+    finetune.prepare_model(arguments, Source(str(tmp_path / "moe")), [])
+    (said,) = notes(model, make_plan(model, rank=4))
+    assert f"note: {said}\n" in capsys.readouterr().err
+
+
+def test_every_matrix_is_either_planned_or_left_for_a_reason():
+    for model in (mixtral(), tiny_llama(tie_word_embeddings=True)):
+        plan = make_plan(model, rank=4, exclude_modules=["k_proj"])
+        parts = {part.kind: part for part in dense_parts(model, plan)}
+        matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+        assert plan.target_parameters + sum(part.parameters for part in parts.values()) == matrices
+        left = parts["model.layers.*.self_attn.k_proj.weight"]
+        assert (left.why, left.layers) == ("not among the targets", 2)
+        head = parts.pop("lm_head.weight", None)
+        assert head is None or head.why == "the output head"
+        inner = plan.target_parameters + sum(part.parameters for part in parts.values() if part.why != "an embedding")
+        assert factored_share(model, plan) == plan.target_parameters / inner
+
+
+def test_a_linear_of_full_rank_and_a_narrow_one_are_told_apart():
+    model = tiny_llama()
+    model.model.layers[1].gate = torch.nn.Linear(32, 8)
+    plan = make_plan(model, rank=4, rank_pattern={"o_proj": 32})
+    why = {part.kind: part.why for part in dense_parts(model, plan)}
+    assert why["model.layers.*.self_attn.o_proj.weight"] == "rank 32 is full rank; kept dense"
+    assert why["model.layers.*.gate.weight"] == "narrower than 16"
+    assert why["model.embed_tokens.weight"] == "an embedding"
+
+
+def test_a_large_linear_that_was_excluded_is_said():
+    model = tiny_llama()
+    lines = notes(model, make_plan(model, rank=4, exclude_modules=["up_proj"]))
+    share = 2 * 32 * 48 / model.num_parameters()
+    assert lines == [f"model.layers.*.mlp.up_proj stays dense: {share:.0%} of the parameters (not among the targets)"]
 
 
 def test_quantized_sources_are_refused_by_name(command, tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, FalconConfig, FalconForCausalLM, MambaConfig, MambaModel
 
 from lowrank_ft.errors import TargetError
 from lowrank_ft.factorization.targets import find_linears, matches, pattern_value, select_targets
@@ -94,3 +94,51 @@ def test_narrow_gates_are_left_out_unless_named():
     model = nn.ModuleList([nn.ModuleDict({"gate": nn.Linear(64, 4), "up": nn.Linear(64, 64)})])
     assert [s.name for s in select_targets(model)] == ["0.up"]
     assert [s.name for s in select_targets(model, ["gate"])] == ["0.gate"]
+
+
+def test_falcons_own_linears_are_linears():
+    """They were not counted, and Falcon was refused as a model without repeated blocks."""
+    model = FalconForCausalLM(FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    leaves = {s.name.rpartition(".")[2] for s in select_targets(model)}
+    assert leaves == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(("inside", "message"), [
+    (OwnLinear(32, 32), r"has only linears of classes of its own in its repeated blocks \(OwnLinear\)"),
+    (nn.Linear(32, 8), "has no linear of at least 16 inputs and outputs in its repeated blocks"),
+    (nn.ReLU(), "has no repeated blocks with linears"),
+])  # fmt: skip
+def test_why_there_is_no_default_target_is_said(inside, message):
+    model = nn.ModuleDict({"layers": nn.ModuleList([inside]), "pooler": nn.Linear(32, 32)})
+    with pytest.raises(TargetError, match=message + "; name target_modules out of .*pooler"):
+        select_targets(model)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_blocks_that_share_a_weight_are_left_out_unless_named(meta):
+    with torch.device("meta" if meta else "cpu"):
+        model = tiny_llama()
+    key = "model.layers.{}.mlp.up_proj.weight"
+    if meta:  # as transformers declares it, before it carries it out
+        model.all_tied_weights_keys = {key.format(1): key.format(0)}
+    else:
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    names = [s.name for s in select_targets(model)]
+    assert len(names) == 12
+    assert not any("up_proj" in name for name in names)
+    with pytest.raises(
+        TargetError, match=r"layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj"
+    ):
+        select_targets(model, ["up_proj"])
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_a_linear_whose_weight_is_read_by_its_owner_is_left_out_unless_named(targets):
+    model = MambaModel(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, time_step_rank=16))
+    leaves = [s.name.rpartition(".")[2] for s in select_targets(model, targets)]
+    assert leaves == ["in_proj", "x_proj", "out_proj"]
+    assert [s.name for s in select_targets(model, ["dt_proj"])] == ["layers.0.mixer.dt_proj"]

@@ -1,0 +1,11 @@
+"""Every row of models that see or hear: see ``check``."""
+
+import pytest
+
+from tests.architectures.check import check_and_compare
+from tests.architectures.senses import ROWS
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.cls)
+def test_it_is_converted_saved_loaded_merged_and_trained(row, tmp_path, plain_output):
+    check_and_compare(row, tmp_path)
