@@ -75,7 +75,14 @@ class EvaluationSettings:
             ("--talk", self.talks),
         )
         tasks = ("--tasks", self.tasks)
-        needs = {"cache_dir": tasks, "stride": text, "max_tokens": text, "block_size": text, "limit": items, "max_new_tokens": talks}
+        needs = {
+            "cache_dir": tasks,
+            "stride": text,
+            "max_tokens": text,
+            "block_size": text,
+            "limit": items,
+            "max_new_tokens": talks,
+        }
         for name, (about, given) in needs.items():
             if getattr(self, name) is not None and not given:
                 flag = _flag(name)
