@@ -71,8 +71,8 @@ class Calibration:
 
 
 def default_method(calibration: Calibration | None) -> str:
-    """``activation`` with calibration data, and ``svd`` without."""
-    return "svd" if calibration is None else "activation"
+    """``anchored`` with calibration data, and ``svd`` without."""
+    return "svd" if calibration is None else "anchored"
 
 
 def first_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:

@@ -566,13 +566,13 @@ def test_the_record_holds_what_the_naive_computation_gives():
     data = record.to_dict(
         plan, command="c", base_model="m", method=None, allocation=None, calibration=calibration, seconds=1.23
     )
-    assert data["method"] == "activation"
+    assert data["method"] == "anchored"
     assert data["calibration"] == {"source": "some text", "tokens": 3 * 4 * 24}
     assert (data["refine_epochs"], data["distill_epochs"], data["seconds"]) == (0, 0, 1.2)
     again = ConversionRecord.from_dict(json.loads(json.dumps(data)))
     assert (again.linears, again.blocks, again.plan) == (record.linears, record.blocks, plan)
     assert (again.command, again.base_model, again.calibration) == ("c", "m", data["calibration"])
-    assert again.facts["method"] == "activation"
+    assert again.facts["method"] == "anchored"
 
 
 @pytest.mark.parametrize("guide", GUIDES)
