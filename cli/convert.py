@@ -19,6 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_size(parser)
     parser.add_argument("--plan", metavar="FILE", help="take the ranks from a file that plan --json wrote")
+    promise = parser.add_mutually_exclusive_group()
+    promise.add_argument(
+        "--max-loss", metavar="X",
+        help="instead of a size: the smallest model whose perplexity on held-out calibration text rises by at most this, "
+        "such as 5%%",
+    )  # fmt: skip
+    promise.add_argument(
+        "--max-kl", metavar="X", type=float,
+        help="the same for the KL divergence from the dense model, in nats per token, such as 0.1",
+    )  # fmt: skip
     add_calibration(parser)
     add_output(parser, "lowrank")
     add_dtype(parser)

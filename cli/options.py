@@ -1,6 +1,7 @@
 """Turn parsed flags into the library's arguments; shared by the commands."""
 
 import argparse
+import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.conversion.options import CalibrationOptions
+from lowrank_ft.conversion.promise import Promise
 from lowrank_ft.errors import ConfigError, RankError, first_line
 from lowrank_ft.evaluation.compare import EvaluationSettings
 from lowrank_ft.factorization.options import SizeOptions
@@ -44,6 +46,37 @@ def size_options(options: argparse.Namespace) -> SizeOptions:
         target_modules=as_patterns(options.target_modules),
         exclude_modules=as_patterns(options.exclude_modules),
     )
+
+
+def promise_of(options: argparse.Namespace) -> Promise | None:
+    """What may be lost at most, where that is asked for instead of a size.
+
+    Raises:
+        ConfigError: it is no such number, or a size is given as well.
+    """
+    if options.max_loss is None and options.max_kl is None:
+        return None
+    name, typed = ("--max-loss", options.max_loss) if options.max_kl is None else ("--max-kl", options.max_kl)
+    kept = {"rank": options.rank, "param-ratio": options.param_ratio, "energy": options.energy, "plan": options.plan}
+    given = [flag for flag, value in kept.items() if value is not None]
+    given += ["rank-pattern"] if options.rank_pattern else []
+    if given:
+        raise ConfigError(f"{name} finds the size; leave --{given[0]} out")
+    if options.method == "svd" or options.allocation not in (None, "loss"):
+        raise ConfigError(f"{name} needs calibration and allocation by loss; leave --method svd and --allocation out")
+    if options.max_kl is not None:
+        amount = float(typed)
+    else:
+        try:
+            amount = float(typed.removesuffix("%")) / (100 if typed.endswith("%") else 1)
+        except ValueError:
+            amount = math.nan
+    if not 0 < amount < math.inf:
+        raise ConfigError(
+            f"{name} is {typed}; it must be a number above 0, such as {'5%' if name == '--max-loss' else 0.1}"
+        )
+    most = math.log1p(amount) if options.max_kl is None else amount
+    return Promise("loss" if options.max_kl is None else "kl", most, f"{name} {typed}")
 
 
 def calibration_options(options: argparse.Namespace) -> CalibrationOptions:

@@ -14,6 +14,7 @@ from lowrank_ft_cli.options import (
     dtype_of,
     hub_target,
     output_dir_of,
+    promise_of,
     shard_size,
     size_options,
     source_of,
@@ -23,14 +24,16 @@ from transformers import PreTrainedModel
 
 from lowrank_ft.checkpoints.atomic import check_output_dir
 from lowrank_ft.checkpoints.push import push
-from lowrank_ft.checkpoints.source import check_finite, check_runs, load_model, skeleton, writes_text
+from lowrank_ft.checkpoints.source import Source, check_finite, check_runs, load_model, skeleton, writes_text
 from lowrank_ft.console import shown_command
-from lowrank_ft.conversion import ConversionRecord
+from lowrank_ft.conversion import Calibration, ConversionRecord
 from lowrank_ft.conversion.convert import allocate, convert, default_allocation, spectrum_of
 from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.prepare import prepare
-from lowrank_ft.errors import RankError, TargetError, first_line
+from lowrank_ft.conversion.promise import convert_within
+from lowrank_ft.errors import ConfigError, RankError, TargetError, first_line
 from lowrank_ft.export import save_compact
+from lowrank_ft.factorization.options import SizeOptions
 from lowrank_ft.factorization.plan import Plan, make_plan
 
 
@@ -38,50 +41,43 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     source = source_of(options)
     options.output_dir = output_dir_of(options, source.name)
     # Everything that can be wrong is looked at before weights are read.
-    sizes, calibrated = size_options(options), calibration_options(options)
+    sizes, calibrated, promise = size_options(options), calibration_options(options), promise_of(options)
     shard_size(options)
     check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     repo_id, device = hub_target(options), device_of(options)
     config = source.load_config()
     refuse_compact(config, source)
-    plan: Plan | None = None
-    if options.plan is not None:
-        given = [*sizes.given(), *(["allocation"] if options.allocation else [])]
-        if given:
-            raise RankError(f"--plan sets all ranks; leave --{given[0].replace('_', '-')} out")
-        plan = Plan.load(options.plan)
-    elif options.energy is None:
-        plan = make_plan(skeleton(config, source.name, source.trust_remote_code), **vars(sizes))
-
+    if promise is not None and not writes_text(config):
+        raise ConfigError(f"{promise.shown} needs a causal language model, which {source.name} is not; give a size")
+    plan = planned_size(options, sizes, source) if promise is None else None
     start = time.monotonic()
     stored, computed = dtypes(options, config, device)
     model = load_model(source, computed, device)
     check_finite(model, source.name)
-    if plan is None:
+    if promise is not None:
+        plan = make_plan(model, param_ratio=0.8, **which_of(sizes))  # to estimate the work by; the size is found below
+    elif plan is None:
         plan = make_plan(model, **vars(sizes), spectrum=spectrum_of(model))
     ran = check_runs(model) is None
-    prepared = prepare(calibrated, source, model) if calibrated.wants_data(writes_text(config)) else None
+    prepared = prepare(calibrated, source, model) if promise or calibrated.wants_data(writes_text(config)) else None
     method = options.method or (EFFORTS[calibrated.effort].method if prepared else "svd")
     if prepared is None and options.method is None:
         print(f"note: a {type(model).__name__} cannot write its own calibration text, so this is plain SVD; "
               "--calibration-data FILE gives a much better model", file=sys.stderr)  # fmt: skip
-    allocation = options.allocation or default_allocation(options.param_ratio, prepared is not None)
+    by_loss = default_allocation(0.8 if promise else options.param_ratio, prepared is not None)
+    allocation = options.allocation or by_loss
     calibration = None
     if prepared is not None:
         print_estimate(prepared, model, plan, "by plan" if options.plan else allocation, method)
         calibration = read_calibration(prepared, model)
-    plan = allocate(model, plan, allocation, calibration, progress=True)
-    print_plan(plan, to_stderr=True)
-    print_remainder(model, plan, to_stderr=True)
-    if not plan.ranks:
-        raise RankError(f"every one of the {len(plan.linears)} targeted linears stays dense; lower the rank")
-    record = ConversionRecord()
-    try:
-        convert(model, plan, method=method, calibration=calibration, record=record, progress=True)
-    except (RuntimeError, IndexError, TypeError):  # of a forward pass halfway, where that is why
-        if ran:
-            _require_runs(model)
-        raise
+    if promise is not None:
+        assert calibration is not None
+        kept = convert_within(model, promise, calibration, method, which_of(sizes), True, _say)
+        model, plan, record = kept.model, kept.plan, kept.record
+        print_plan(plan, to_stderr=True)
+    else:
+        plan = allocate(model, plan, allocation, calibration, progress=True)
+        record = _convert(model, plan, method, calibration, ran)
     if ran:
         _require_runs(model)
     if record.distillation is not None:
@@ -101,6 +97,42 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     print(Path(options.output_dir))
     if repo_id is not None:
         print(push(options.output_dir, repo_id, private=options.private, token=options.token))
+
+
+def planned_size(options: argparse.Namespace, sizes: SizeOptions, source: Source) -> Plan | None:
+    """The plan, where the weights are not needed to make it."""
+    if options.plan is not None:
+        given = [*sizes.given(), *(["allocation"] if options.allocation else [])]
+        if given:
+            raise RankError(f"--plan sets all ranks; leave --{given[0].replace('_', '-')} out")
+        return Plan.load(options.plan)
+    if options.energy is not None:
+        return None
+    return make_plan(skeleton(source.load_config(), source.name, source.trust_remote_code), **vars(sizes))
+
+
+def _convert(model: Any, plan: Plan, method: str, calibration: Calibration | None, ran: bool) -> ConversionRecord:
+    print_plan(plan, to_stderr=True)
+    print_remainder(model, plan, to_stderr=True)
+    if not plan.ranks:
+        raise RankError(f"every one of the {len(plan.linears)} targeted linears stays dense; lower the rank")
+    record = ConversionRecord()
+    try:
+        convert(model, plan, method=method, calibration=calibration, record=record, progress=True)
+    except (RuntimeError, IndexError, TypeError):  # of a forward pass halfway, where that is why
+        if ran:
+            _require_runs(model)
+        raise
+    return record
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def which_of(sizes: SizeOptions) -> dict[str, Any]:
+    """Which linears are factorized, without how much is kept of them."""
+    return {name: getattr(sizes, name) for name in ("target_modules", "exclude_modules")}
 
 
 def dtypes(options: argparse.Namespace, config: Any, device: str) -> tuple[torch.dtype | None, str | torch.dtype]:
