@@ -135,8 +135,7 @@ class LowRankQuantizer(HfQuantizer):
         if self._foreign_prefix:  # saved again, it has its own names, also of weights
             self.quantization_config.ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
             model.config.quantization_config = self.quantization_config
-        # Those of the stock class would rename factors, or merge them, when this model is saved or pushed.
-        model.__dict__["_weight_conversions"] = []
+            model.__dict__.pop("_weight_conversions", None)
         # From here on this is an ordinary model: with these marks on it, transformers refuses .half(), .to() and
         # training. The entry in its config stays, so that saving it makes a compact checkpoint again.
         for module in model.modules():

@@ -12,7 +12,7 @@ from lowrank_ft.checkpoints.companions import companions
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, PLACEHOLDER, RANK_MAP_FILE
 from lowrank_ft.checkpoints.source import Source, is_hub_id
 from lowrank_ft.console import human_bytes
-from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, OutputError, first_line
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError, OutputError, first_line
 
 # Beside the companions, what this package and PEFT write. Whatever else lies in the folder stays there.
 _WRITTEN = (
@@ -38,16 +38,24 @@ def push(
     uploaded is listed on stderr before.
 
     Args:
-        revision: branch to push to, made if there is none; with ``create_pr`` the one that is to be changed.
-        create_pr: open a pull request, where the repository is somebody else's or the change wants a look.
+        private: make a new repository private.
+        revision: branch to push to, made if there is none.
+        create_pr: open a pull request against the default branch of a repository that exists.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
+        ConfigError: ``create_pr`` together with ``revision`` or ``private``.
         CheckpointNotFoundError, CheckpointError: the folder is not a whole checkpoint.
         OutputError: the Hub refuses.
     """
+    if create_pr and (private or revision is not None):
+        given = "--private" if private else "--revision"
+        raise ConfigError(
+            "a pull request is opened against the default branch of a repository that exists; leave "
+            f"{given} or --create-pr out"
+        )
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"{folder} is not a folder; push what convert or finetune wrote")
@@ -64,7 +72,7 @@ def push(
     try:
         if not create_pr:  # a pull request is made to what is there
             api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None and not create_pr:
+        if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as staged:
             _stage(folder, Path(staged), repo_id)
@@ -76,13 +84,12 @@ def push(
                 commit_message=commit_message or "Upload low-rank model",
                 create_pr=create_pr,
             )
-    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
-        what = f"revision {revision!r} of {repo_id}" if isinstance(error, hub_errors.RevisionNotFoundError) else repo_id
-        raise OutputError(
-            f"there is no {what} on the Hub to open a pull request for, or your token may not see it; leave --create-pr "
-            "out to make it"
-        ) from error
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
+        if create_pr and isinstance(error, hub_errors.RepositoryNotFoundError):
+            raise OutputError(
+                f"there is no {repo_id} on the Hub that your token may see, to open a pull request for; check the name, run "
+                "hf auth login, or leave --create-pr out to make the repository"
+            ) from error
         raise OutputError(
             f"pushing to {repo_id} failed: {first_line(error)}; run hf auth login with a token that may write there"
         ) from error

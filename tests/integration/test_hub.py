@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from transformers import NomicBertConfig, NomicBertModel
 
 import lowrank_ft
+from lowrank_ft.checkpoints.push import push
+from lowrank_ft.errors import ConfigError
 from lowrank_ft.export import save_compact
 from lowrank_ft.nn.forms import stored_as
 from tests.conftest import DEMO_MODEL, tiny_llama
@@ -140,7 +142,7 @@ def test_branches_and_pull_requests(hub, command, tmp_path):
     pull_request = ["push", tmp_path / "compact", "--repo-id", "me/x", "--create-pr"]
     done = command(*pull_request, check=False)
     assert done.returncode == 1
-    assert "error: there is no me/x on the Hub to open a pull request for" in done.stderr
+    assert "error: there is no me/x on the Hub that your token may see, to open a pull request for" in done.stderr
     command("push", tmp_path / "compact", "--repo-id", "me/x", "--revision", "v1", "--commit-message", "First")
     assert "model.safetensors" in hub.files("me/x", "v1")
     assert "model.safetensors" not in hub.files("me/x")
@@ -149,8 +151,13 @@ def test_branches_and_pull_requests(hub, command, tmp_path):
     assert done.stdout.strip() == f"{hub.endpoint}/me/x/discussions/1"
     assert "model.safetensors" not in hub.files("me/x")
     assert "model.safetensors" in hub.files("me/x", "refs/pr/1")
-    done = command(*pull_request, "--revision", "v9", check=False)
-    assert "error: there is no revision 'v9' of me/x on the Hub to open a pull request for" in done.stderr
+
+
+@pytest.mark.parametrize("more", [{"revision": "v1"}, {"private": True}])
+def test_a_pull_request_needs_a_repository_and_its_default_branch(more, tmp_path):
+    message = rf"default branch of a repository that exists; leave --{next(iter(more))} or --create-pr out"
+    with pytest.raises(ConfigError, match=message):
+        push(tmp_path, "me/x", create_pr=True, **more)
 
 
 def test_the_licence_of_the_base_model_is_inherited(hub, command, tmp_path):
