@@ -4,8 +4,8 @@
 
 The yardstick is whitened SVD at uniform ranks, stored as U V (SVD-LLM's formula, in ``common.py``), on the same
 calibration text. All rungs after it are pivoted, and so have larger ranks at the same size. The last rungs are what
-``lowrank-ft convert --calibration-data FILE`` and ``lowrank-ft convert`` (on text that the model writes) do with no other
-flag, run as commands. Excess is ``ln(ppl) - ln(ppl of the dense model)``. A run that is broken off goes on where it was:
+``lowrank-ft convert --calibration-data FILE`` does at each ``--effort``, and without the option (on text that the model
+writes), run as commands. Excess is ``ln(ppl) - ln(ppl of the dense model)``. A run that is broken off goes on where it was:
 rows that the output file holds are not measured again.
 """
 
@@ -34,13 +34,21 @@ YARDSTICK = "whitened SVD (yardstick)"
 PIVOTED = "whitened SVD, pivoted"
 PLAIN_FORM = ("plain SVD", YARDSTICK)  # stored as U V
 DEFAULT = "lowrank-ft convert"
+TRAINED = "anchored, loss allocation, refined, distilled"  # once over all of the text, at 1e-3
+COMMANDS = {
+    f"{DEFAULT} --effort fast": ["--effort", "fast"],
+    DEFAULT: [],
+    f"{DEFAULT} --effort best": ["--effort", "best"],
+    f"{DEFAULT} --calibration-data self": ["--calibration-data", "self"],
+}
 
 
 def rungs(options: argparse.Namespace, ratio: float, batches: list[Any]) -> dict[str, Callable[[Any], Any]]:
     """Name to what turns a dense model into that rung's, in the order of the ladder."""
 
     def ours(**settings: Any) -> Callable[[Any], Any]:
-        data = {k: settings.pop(k, 0) for k in ("refine_epochs", "distill_epochs")}
+        data = {"fit_tokens": CALIBRATION_TOKENS, "distill_learning_rate": 1e-3}
+        data |= {k: settings.pop(k, 0) for k in ("refine_epochs", "distill_epochs")}
         return lambda m: convert(m, settings.pop("plan", None), calibration=Calibration(batches, **data), **settings)
 
     def uniform(**settings: Any) -> Callable[[Any], Any]:
@@ -53,16 +61,16 @@ def rungs(options: argparse.Namespace, ratio: float, batches: list[Any]) -> dict
         "anchored": uniform(),
         "anchored, loss allocation": ours(param_ratio=ratio, allocation="loss"),
         "anchored, loss allocation, refined": ours(param_ratio=ratio, allocation="loss", refine_epochs=1),
-        DEFAULT: lambda m: None,
-        f"{DEFAULT}, self": lambda m: None,
+        TRAINED: ours(param_ratio=ratio, allocation="loss", refine_epochs=1, distill_epochs=1),
+        **{name: lambda m: None for name in COMMANDS},
     }
 
 
-def command_line(options: argparse.Namespace, ratio: float, own_text: bool) -> Any:
+def command_line(options: argparse.Namespace, ratio: float, flags: list[str]) -> Any:
     """The model that the command makes, loaded from what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        data = [] if own_text else ["--calibration-data", options.calibration]
-        command = ["convert", options.model, "--param-ratio", str(ratio), *data, "--output-dir", f"{folder}/m"]
+        data = [] if "--calibration-data" in flags else ["--calibration-data", options.calibration]
+        command = ["convert", options.model, "--param-ratio", str(ratio), *data, *flags, "--output-dir", f"{folder}/m"]
         subprocess.run(
             [sys.executable, "-m", "lowrank_ft_cli.main", *command, "--device", options.device],
             check=True, stdout=subprocess.DEVNULL,
@@ -109,8 +117,8 @@ def main() -> None:
             if (options.only and name not in options.only) or (ratio, name) in have:
                 continue
             start = time.monotonic()
-            if name.startswith(DEFAULT):
-                model = command_line(options, ratio, own_text=name != DEFAULT)
+            if name in COMMANDS:
+                model = command_line(options, ratio, COMMANDS[name])
             else:
                 model = common.load(options.model, options.device)
                 build(model)

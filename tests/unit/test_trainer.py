@@ -532,7 +532,7 @@ def test_the_speed_of_training_leaves_evaluations_out(data, tmp_path, monkeypatc
 
 
 def test_a_training_that_was_in_vain_is_said_loudly(data, tmp_path):
-    options = arguments(tmp_path, learning_rate=5.0, eval_steps=4, load_best_model_at_end=True, max_grad_norm=0.0)
+    options = arguments(tmp_path, learning_rate=0.5, eval_steps=4, load_best_model_at_end=True, max_grad_norm=0.0)
     trainer = Trainer(guided(), options, *data.split(4))
     with pytest.warns(UserWarning, match="the result is the model AS IT WAS BEFORE TRAINING"):
         trainer.train()
