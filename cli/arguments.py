@@ -80,12 +80,12 @@ def add_output(parser: argparse.ArgumentParser, suffix: str) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="size limit of each weight file (default: 5GB)")
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
+def add_dtype(parser: argparse.ArgumentParser, default: str = "that of the checkpoint") -> None:
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="dtype of the weights (default: that of the checkpoint)",
+        help=f"dtype of the weights (default: {default})",
     )
 
 

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of a reply, at most (default: 128)")
     parser.add_argument("--json", action="store_true", help="print the numbers, and all replies, as JSON")
-    add_dtype(parser)
+    add_dtype(parser, "float32 on a CPU, which is faster there, else that of the checkpoint")
     add_device(parser)
 
 

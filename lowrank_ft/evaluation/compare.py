@@ -212,6 +212,8 @@ def measure(
     """Numbers of one model, under its own tokenizer."""
     folder = source.download()
     tokenizer = source.load_tokenizer()
+    if dtype == "auto" and device == "cpu":
+        dtype = torch.float32  # without matrix units for 16 bits, a CPU takes several times as long in them
     model = load_model(source, dtype, device)
     numbers: dict[str, Any] = {
         "name": source.name,
