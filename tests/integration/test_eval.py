@@ -313,3 +313,13 @@ def test_nothing_else_is_printed(cli, compact):
 def test_the_library_alone_needs_no_harness(python):
     code = "import lowrank_ft.evaluation.lm_eval, lowrank_ft.evaluation.perplexity, sys; assert 'lm_eval' not in sys.modules"
     python("-c", code)
+
+
+def test_a_cpu_computes_in_float32_unless_asked(evaluate, data):
+    """The demo model is stored in bfloat16."""
+    flags = ["--data", data, "--block-size", "64", "--max-tokens", "512", "--device", "cpu", "--json"]
+    found = {
+        dtype: json.loads(evaluate(DEMO_MODEL, *flags, *(["--dtype", dtype] if dtype else [])).stdout)["model"]["loss"]
+        for dtype in ("", "float32", "bfloat16")
+    }
+    assert found[""] == found["float32"] != found["bfloat16"]
