@@ -182,8 +182,9 @@ class _Block:
         missing = {} if self.method == "svd" else self._dense(self.ranks)
         left = self.calibration.store()
         batches = self.calibration.fitted_and_held_out[: len(dense.hidden)]
+        count = len(self.calibration.fitted)
         for i, batch in enumerate(batches):
-            fitted = i < len(self.calibration.fitted)
+            fitted = i < count
             with ExitStack() as stack:
                 for group in groups if fitted else []:
                     module = self._dense(group.names[:1])[group.names[0]]
@@ -207,7 +208,7 @@ class _Block:
 
     def _moments(self, group: "Group", converted: _Stream) -> Moments:
         """Moments of the inputs of linears that are still dense in the block under conversion."""
-        name = group.names[0]
+        name, batches = group.names[0], self.calibration.fitted
         module, moments = self.model.get_submodule(name), Moments()
         for i, x in group.received():
             here = input_of(module, partial(converted.forward, self.block, self.name, i))
@@ -215,7 +216,7 @@ class _Block:
                 continue
             if here.dim() == 2 and len(here) != converted.hidden[i].shape[:-1].numel():
                 x = here  # tokens that a router chose, which need not be the same in both models
-            moments.add(here, x, token_mask(self.calibration.fitted[i], here, "decoder" in name), name)
+            moments.add(here, x, token_mask(batches[i], here, "decoder" in name), name)
         group.forget()
         return moments
 

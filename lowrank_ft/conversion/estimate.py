@@ -116,7 +116,9 @@ def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
         return max(first, weights + streams)
     kept = weights + dense * size  # the dense twin
     # Beside the factors: gradients, two states of AdamW, the best state so far; and a copy of 16-bit factors.
-    training = weights - dense * size + factors * size + dense * size + factors * 4 * (4 if size == 4 else 5)
+    training = (
+        weights + factors * size + factors * 4 * (4 if size == 4 else 5)
+    )  # the twin makes up for what is factored
     return max(first, kept + streams, training + logits + activations)
 
 

@@ -73,4 +73,5 @@ def find_turns(tokenizer: Any) -> Turns:
 def _settled(text: str, tokenizer: Any) -> tuple[int, ...]:
     """The ids of ``text`` that are the same whatever follows: its last characters may join the first of the words."""
     continued = [tokenizer(text + words, add_special_tokens=False, verbose=False)["input_ids"] for words in _BEGINNINGS]
+    # Not strict: the words have different lengths, and what is the same in all ends before the shortest does.
     return tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*continued, strict=False)))
