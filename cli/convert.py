@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same for the KL divergence from the dense model, in nats per token, such as 0.1",
     )  # fmt: skip
     add_calibration(parser)
+    parser.add_argument(
+        "--stream", action="store_true",
+        help="read, convert and write one block after the other, for models that are larger than memory; broken off, the "
+        "same command goes on after the last finished block",
+    )  # fmt: skip
     add_output(parser, "lowrank")
     add_dtype(parser)
     add_device(parser)

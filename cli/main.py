@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         code = int(COMMANDS[options.command].run(options) or 0)
         sys.stdout.flush()  # a reader that is gone is found out here, and not at exit
         return code
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"error: interrupted; {stop or 'nothing was left behind'}", file=sys.stderr)
         return 1
     except Exception as error:
         from lowrank_ft.console import printable, reader_is_gone  # it is imported by now, or quick to

@@ -120,6 +120,20 @@ def dtype_of(options: argparse.Namespace) -> str | torch.dtype:
     return "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
 
 
+def dtypes_of(options: argparse.Namespace, config: Any, device: str) -> tuple[torch.dtype | None, str | torch.dtype]:
+    """What is written (None: what is computed in), and what is computed in.
+
+    A CPU computes in float32, which is more precise there and often faster; a GPU in what the checkpoint has.
+    """
+    chosen = dtype_of(options)
+    if isinstance(chosen, torch.dtype):
+        return chosen, torch.float32 if device == "cpu" else chosen
+    stored = getattr(config, "dtype", None)
+    if device == "cpu" and isinstance(stored, torch.dtype):
+        return stored, torch.float32
+    return None, chosen
+
+
 def evaluation_settings(options: argparse.Namespace) -> EvaluationSettings:
     return _filled(EvaluationSettings, options)
 

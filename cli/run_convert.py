@@ -6,12 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lowrank_ft_cli.calibration import print_estimate, read_calibration
 from lowrank_ft_cli.options import (
     calibration_options,
     device_of,
-    dtype_of,
+    dtypes_of,
     hub_target,
     output_dir_of,
     promise_of,
@@ -20,6 +19,7 @@ from lowrank_ft_cli.options import (
     source_of,
 )
 from lowrank_ft_cli.run_plan import print_plan, print_remainder, refuse_compact
+from lowrank_ft_cli.run_stream import check_streams, convert_by_block
 from transformers import PreTrainedModel
 
 from lowrank_ft.checkpoints.atomic import check_output_dir
@@ -49,9 +49,16 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     refuse_compact(config, source)
     if promise is not None and not writes_text(config):
         raise ConfigError(f"{promise.shown} needs a causal language model, which {source.name} is not; give a size")
+    if options.stream:
+        check_streams(options, calibrated)
     plan = planned_size(options, sizes, source) if promise is None else None
+    if options.stream:
+        convert_by_block(options, source, sizes, calibrated, plan, config, device)
+        if repo_id is not None:
+            print(push(options.output_dir, repo_id, private=options.private, token=options.token))
+        return
     start = time.monotonic()
-    stored, computed = dtypes(options, config, device)
+    stored, computed = dtypes_of(options, config, device)
     model = load_model(source, computed, device)
     check_finite(model, source.name)
     if promise is not None:
@@ -133,20 +140,6 @@ def _say(line: str) -> None:
 def which_of(sizes: SizeOptions) -> dict[str, Any]:
     """Which linears are factorized, without how much is kept of them."""
     return {name: getattr(sizes, name) for name in ("target_modules", "exclude_modules")}
-
-
-def dtypes(options: argparse.Namespace, config: Any, device: str) -> tuple[torch.dtype | None, str | torch.dtype]:
-    """What is written (None: what is computed in), and what is computed in.
-
-    A CPU computes in float32, which is more precise there and often faster; a GPU in what the checkpoint has.
-    """
-    chosen = dtype_of(options)
-    if isinstance(chosen, torch.dtype):
-        return chosen, torch.float32 if device == "cpu" else chosen
-    stored = getattr(config, "dtype", None)
-    if device == "cpu" and isinstance(stored, torch.dtype):
-        return stored, torch.float32
-    return None, chosen
 
 
 def _require_runs(model: PreTrainedModel) -> None:

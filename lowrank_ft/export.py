@@ -6,15 +6,17 @@ is not installed. Without either, loading stops with an error.
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_ft.checkpoints.adapters import refuse_adapters
+from lowrank_ft.checkpoints.assemble import assemble
 from lowrank_ft.checkpoints.atomic import whole_folder
 from lowrank_ft.checkpoints.companions import copy_companions
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, RANK_MAP_FILE, describe_in_config
@@ -68,18 +70,67 @@ def save_compact(
     check_finite(model)
     with _written_as(model, form, dtype, base_model), whole_folder(output_dir, overwrite, keep_existing) as folder:
         _save(model, folder, max_shard_size)
-        check_written(folder, model)
-        copy_companions(companions_from, folder)
-        _warn_of_tokenizer(folder, companions_from)
-        if conversion is not None:
-            (folder / CONVERSION_FILE).write_text(json.dumps(conversion, indent=1) + "\n", encoding="utf-8")
-        drawn = save_rank_map(compare(model).linears, folder / RANK_MAP_FILE)
-        picture = RANK_MAP_FILE if drawn else None
-        card = model_card(
-            model, base_model=base_model, results=results, command=command, picture=picture, from_scratch=from_scratch,
-            base_card=companions_from,
-        )  # fmt: skip
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        _complete(model, folder, companions_from, base_model, results, command, conversion, from_scratch)
+
+
+def save_parts(
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    parts: Mapping[Path, Sequence[str]],
+    read: Callable[[str], Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    companions_from: Path | None = None,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+    conversion: Mapping[str, object] | None = None,
+) -> None:
+    """As :func:`save_compact`, for a model that was written block by block.
+
+    Args:
+        model: on the meta device.
+        parts: files that are written already, with the names of their tensors.
+        read: gives the tensors that are in none of them, by name.
+        dtype: what the parts have, and the rest will have; None for that of the model.
+
+    Raises:
+        CheckpointError: what was written does not load again.
+        OutputError: the folder may not be written.
+    """
+    bare: Any = model
+    if dtype is not None:
+        type(bare).to(bare, dtype)  # accelerate has put a method in its place that refuses
+    describe_in_config(model, base_model)
+    with whole_folder(output_dir, overwrite) as folder:
+        _save(model, folder, "5GB", {})
+        assemble(model, folder, parts, read)
+        _complete(model, folder, companions_from, base_model, None, command, conversion)
+
+
+def _complete(
+    model: PreTrainedModel,
+    folder: Path,
+    companions_from: Path | None,
+    base_model: str | None,
+    results: Mapping[str, object] | None,
+    command: str | None,
+    conversion: Mapping[str, object] | None,
+    from_scratch: bool = False,
+) -> None:
+    """Check the weights that were written, and put everything else beside them."""
+    check_written(folder, model)
+    copy_companions(companions_from, folder)
+    _warn_of_tokenizer(folder, companions_from)
+    if conversion is not None:
+        (folder / CONVERSION_FILE).write_text(json.dumps(conversion, indent=1) + "\n", encoding="utf-8")
+    drawn = save_rank_map(compare(model).linears, folder / RANK_MAP_FILE)
+    picture = RANK_MAP_FILE if drawn else None
+    card = model_card(
+        model, base_model=base_model, results=results, command=command, picture=picture, from_scratch=from_scratch,
+        base_card=companions_from,
+    )  # fmt: skip
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 @contextmanager
@@ -144,7 +195,8 @@ def _warn_of_tokenizer(folder: Path, origin: Path | None) -> None:
         )
 
 
-def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+def _save(model: PreTrainedModel, folder: Path, max_shard_size: str, weights: dict[str, Tensor] | None = None) -> None:
+    """Config, plugin and weights: those of the model, unless others are given."""
     config = model.config
     before = getattr(config, "auto_map", None)
     # A model with code of its own already uses this place; its checkpoint needs the package to load.
@@ -153,7 +205,7 @@ def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
         (folder / PLUGIN_FILE).write_text(plugin_source(), encoding="utf-8")
     try:
         # Stock name conversions on save know nothing of factors and would scatter them.
-        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=False, state_dict=weights)
     finally:
         if before is not None:
             config.auto_map = before

@@ -442,6 +442,7 @@ def load_model(
     device: str | None = None,
     auto_class: Any = None,
     num_labels: int | None = None,
+    offload_folder: Path | None = None,
 ) -> PreTrainedModel:
     """Load a dense or compact checkpoint with all its weights, in evaluation mode.
 
@@ -449,6 +450,8 @@ def load_model(
         auto_class: one of transformers' classes with a head that the checkpoint lacks; the caller fills it. By default
             the class is that of the checkpoint, and nothing may be missing.
         num_labels: outputs of that head.
+        offload_folder: leave all weights in their files (:mod:`lowrank_ft.checkpoints.on_disk`); here go those that
+            transformers does not take as they are stored.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: as :class:`Source`; or weights are missing from the checkpoint; or an
@@ -462,7 +465,11 @@ def load_model(
     if num_labels is not None:
         config.num_labels = num_labels
     cls = auto_class or model_class(config, source.name, source.trust_remote_code)
-    extra = {"trust_remote_code": True} if hasattr(cls, "_model_mapping") and source.trust_remote_code else {}
+    extra: dict[str, Any] = {}
+    if hasattr(cls, "_model_mapping") and source.trust_remote_code:
+        extra["trust_remote_code"] = True
+    if offload_folder is not None:
+        extra |= {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
     try:
         with without_adapter(folder) as weights:
             model, info = cls.from_pretrained(

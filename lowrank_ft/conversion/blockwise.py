@@ -25,6 +25,7 @@ from lowrank_ft.conversion.moments import Moments
 from lowrank_ft.conversion.received import Group, InputGroups, dense_moments, input_of
 from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.conversion.refine import refine_block, squared_error
+from lowrank_ft.conversion.stubs import capture_of_first
 from lowrank_ft.factorization.solvers import Regression, truncated_svd
 from lowrank_ft.nn.replace import dense_weight, factorized, swap
 
@@ -49,43 +50,59 @@ def convert_blocks(
         NonFiniteError: a weight or an activation holds NaN or infinity; the message names the linear.
         DivergedError: refinement failed.
     """
-    batches = calibration.fitted_and_held_out if _follows(method, calibration) else calibration.fitted
-    chains = find_chains(model, siblings(model, [b for n in ranks if (b := block_of(model, n))]), batches[0])
+    batches = calibration.fitted_and_held_out if follows(method, calibration) else calibration.fitted
+    blocks = [b for n in ranks if (b := block_of(model, n))]
+    chains = find_chains(model, siblings(model, blocks), batches[0])
     chains = [c for c in chains if any(_within(n, b) for b in c for n in ranks)]
     members = {b: {n: r for n, r in ranks.items() if _within(n, b)} for c in chains for b in c}
     loose = {n: r for n, r in ranks.items() if not any(n in m for m in members.values())}
-    inputs = [capture(model, chain, batches, calibration.store()) for chain in chains]
+    inputs = [capture_of_first(model, chain, batches, calibration.store()) for chain in chains[:1]]
+    inputs += [capture(model, chain, batches, calibration.store()) for chain in chains[1:]]
     _convert_loose(model, loose, calibration, method, record)
 
     bar = tqdm(total=len(members), desc="factorize", unit="block", disable=None if progress else True)
     for i, chain in enumerate(chains):
-        dense = _Stream(inputs.pop(0), calibration)
-        converted: _Stream | None = None
-        if not _follows(method, calibration):
+        dense = Stream(inputs.pop(0), calibration)
+        converted: Stream | None = None
+        if not follows(method, calibration):
             pass
         elif i == 0 and not loose:  # up to here, the converted model is the dense one
             converted = copy.copy(dense)
         else:
-            converted = _Stream(capture(model, chain, batches, calibration.store()), calibration)
+            converted = Stream(capture(model, chain, batches, calibration.store()), calibration)
         for name in chain:
-            if members[name]:
-                _Block(model, name, members[name], method, calibration).convert(dense, converted, record)
-            else:
-                unchanged = converted is not None and converted.hidden is dense.hidden
-                dense.hidden = dense.after(model.get_submodule(name), name)
-                if converted is not None:
-                    block = model.get_submodule(name)
-                    converted.hidden = dense.hidden if unchanged else converted.after(block, name)
+            convert_block(model, name, members[name], dense, converted, method, calibration, record)
             bar.update()
     bar.close()
 
 
-def _follows(method: str, calibration: Calibration) -> bool:
+def convert_block(
+    model: nn.Module,
+    name: str,
+    ranks: Mapping[str, int],
+    dense: "Stream",
+    converted: "Stream | None",
+    method: str,
+    calibration: Calibration,
+    record: ConversionRecord | None,
+) -> None:
+    """Factorize the linears of the block ``name``, if any, and move the streams past it."""
+    if ranks:
+        _Block(model, name, ranks, method, calibration).convert(dense, converted, record)
+        return
+    block = model.get_submodule(name)
+    unchanged = converted is not None and converted.hidden is dense.hidden
+    dense.hidden = dense.after(block, name)
+    if converted is not None:
+        converted.hidden = dense.hidden if unchanged else converted.after(block, name)
+
+
+def follows(method: str, calibration: Calibration) -> bool:
     """Whether anything looks at the hidden states of the converted model."""
     return method == "anchored" or calibration.refine_epochs > 0
 
 
-class _Stream:
+class Stream:
     """Hidden states on their way through a chain, batch by batch."""
 
     def __init__(self, inputs: ChainInputs, calibration: Calibration) -> None:
@@ -113,7 +130,7 @@ class _Block:
         self.block = model.get_submodule(name)
         self.twin = copy.deepcopy(self.block)
 
-    def convert(self, dense: _Stream, converted: _Stream | None, record: ConversionRecord | None) -> None:
+    def convert(self, dense: Stream, converted: Stream | None, record: ConversionRecord | None) -> None:
         """Convert the block, and move the streams past it."""
         seen, wanted = self._look(dense)
         moments: dict[str, Moments] = {}
@@ -137,7 +154,7 @@ class _Block:
             inputs = moments[name].inputs if name in moments else None
             record.add_linear(name, dense_weight(module), self.model.get_submodule(name), inputs)
 
-    def _follow(self, converted: _Stream, wanted: Activations, record: ConversionRecord | None) -> None:
+    def _follow(self, converted: Stream, wanted: Activations, record: ConversionRecord | None) -> None:
         """Refine the factors, and move the converted stream past the block."""
         left = converted.after(self.block, self.name)
         batches = self.calibration.fitted_and_held_out
@@ -155,7 +172,7 @@ class _Block:
         return mean_error(found, wanted, masks, start)
 
     def _refine(
-        self, converted: _Stream, wanted: Activations, masks: Sequence[Tensor | None], left: Activations, error: float
+        self, converted: Stream, wanted: Activations, masks: Sequence[Tensor | None], left: Activations, error: float
     ) -> tuple[Activations, float]:
         """Refine the block where that helps; what leaves it then, and how far off it is."""
         settings = self.calibration
@@ -176,7 +193,7 @@ class _Block:
         return {n: self.twin.get_submodule(n.removeprefix(f"{self.name}.")) for n in names}
 
     @torch.no_grad()
-    def _look(self, dense: _Stream) -> tuple[list["Group"], Activations]:
+    def _look(self, dense: Stream) -> tuple[list["Group"], Activations]:
         """Run the dense block once over all batches: what its linears receive, group by group, and what leaves it."""
         groups: list[Group] = []
         missing = {} if self.method == "svd" else self._dense(self.ranks)
@@ -206,7 +223,7 @@ class _Block:
             )
         return groups, left
 
-    def _moments(self, group: "Group", converted: _Stream) -> Moments:
+    def _moments(self, group: "Group", converted: Stream) -> Moments:
         """Moments of the inputs of linears that are still dense in the block under conversion."""
         name, batches = group.names[0], self.calibration.fitted
         module, moments = self.model.get_submodule(name), Moments()

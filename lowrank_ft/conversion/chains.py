@@ -142,7 +142,9 @@ def token_mask(batch: Batch, x: Tensor, decoder: bool = False) -> Tensor | None:
 def run(model: Any, batch: Batch) -> Any:
     """One forward pass, on the model's device, without a cache."""
     device = next(model.parameters()).device
-    return model(**{k: v.to(device) for k, v in batch.items()}, **without_cache(model))
+    if device.type != "meta":  # else its weights come from disk, to where the batch is
+        batch = {k: v.to(device) for k, v in batch.items()}
+    return model(**batch, **without_cache(model))
 
 
 def answer_of(output: Any) -> tuple[Tensor, bool]:

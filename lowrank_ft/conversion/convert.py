@@ -163,7 +163,16 @@ def allocate(
         raise ConfigError(f"allocation {allocation} needs calibration data; give some, or use allocation uniform")
     names = [p.name for p in plan.linears]
     with evaluating(model):
-        spectra = squared_spectra(model, names, calibration, allocation, progress)
+        return spend(plan, squared_spectra(model, names, calibration, allocation, progress))
+
+
+def spend(plan: Plan, spectra: Mapping[str, Tensor]) -> Plan:
+    """The plan with its budget spent by these spectra (:func:`squared_spectra`); a warning says which linears have none.
+
+    Raises:
+        RankError: the budget is below what the smallest ranks need.
+    """
+    names = [p.name for p in plan.linears]
     unreached = [name for name in names if name not in spectra]
     if unreached:
         warnings.warn(

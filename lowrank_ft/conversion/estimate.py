@@ -122,6 +122,38 @@ def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
     return max(first, kept + streams, training + logits + activations)
 
 
+def streamed_bytes(model: nn.Module, plan: Plan, calibration: Calibration | None) -> int:
+    """Of tensors, at the worst moment of a conversion block by block; the Python process itself comes on top.
+
+    Args:
+        model: on the meta device, in the dtype that is computed in.
+        calibration: None for plain SVD.
+    """
+    size = next(model.parameters()).element_size()
+    blocks: dict[str, int] = {}
+    others = [0]
+    for name, parameter in model.named_parameters():
+        if (owner := block_of(model, name.rpartition(".")[0])) is not None:
+            blocks[owner] = blocks.get(owner, 0) + parameter.numel() * size
+        else:
+            others.append(parameter.numel() * size)
+    widest = max((p.shape for p in plan.linears if p.rank is not None), key=lambda s: s[0] * s[1])
+    solver = 6 * 4 * widest[0] * widest[1]
+    block = max(blocks.values(), default=0)
+    if calibration is None:
+        return block + solver
+    hidden = max((p.shape[1] for p in plan.linears), default=0)
+    config: Any = getattr(model, "config", None)
+    hidden = getattr(config, "hidden_size", None) or hidden
+    tokens = sum(map(positions, calibration.fitted_and_held_out))
+    entered = GRADIENT_TOKENS * len(blocks)
+    kept = 0 if calibration.activations_dir is not None else size * hidden * max(3 * tokens, 2 * tokens + entered)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", 0) if hasattr(config, "get_text_config") else 0
+    logits = 4 * 4 * 2 * _TOKENS * vocabulary
+    moments = 3 * 8 * max((p.shape[1] ** 2 for p in plan.linears), default=0)
+    return kept + max(others) + max(2 * block + solver + moments, logits)
+
+
 def _without_grad(function: Callable[[], Any]) -> Any:
     with torch.no_grad():
         return function()

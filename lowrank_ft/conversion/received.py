@@ -84,19 +84,27 @@ def input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor | None:
 
 
 @torch.no_grad()
-def dense_moments(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, Moments]:
+def dense_moments(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    forward: Callable[[int], Any] | None = None,
+) -> dict[str, Moments]:
     """Moments of the inputs of several linears at once, from one run of the whole model per batch.
 
     Linears that read the same tensor share one object.
+
+    Args:
+        forward: runs what holds the linears on the batch of a number, to its end; None for the model, as far as needed.
     """
     found: dict[str, Moments] = {}
-    for batch in batches:
-        received = InputGroups(stop_after=len(names))
+    for i, batch in enumerate(batches):
+        received = InputGroups(stop_after=len(names) if forward is None else None)
         with ExitStack() as stack:
             for n in names:
                 stack.callback(model.get_submodule(n).register_forward_pre_hook(partial(received.note, n)).remove)
             with suppress(_Received):
-                run(model, batch)
+                run(model, batch) if forward is None else forward(i)
         for group, x in received.groups:
             mask = token_mask(batch, x, "decoder" in group[0])
             for moments in {id(m): m for m in _moments_of(group, found)}.values():

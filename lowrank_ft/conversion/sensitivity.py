@@ -11,8 +11,9 @@ projection of its output. The tail of the first is the share of a linear's outpu
 same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from tqdm.auto import tqdm
 
 from lowrank_ft.conversion.calibration import Calibration, first_batches
 from lowrank_ft.conversion.chains import Batch, answer_of, block_of, run, token_mask
+from lowrank_ft.conversion.moments import Moments
 from lowrank_ft.conversion.received import dense_moments
 from lowrank_ft.errors import require_choice
 from lowrank_ft.factorization.solvers import weighted_singular_values, working_dtype
 from lowrank_ft.nn.replace import dense_weight
 
-_NOTHING = torch.zeros(1)
 SENSITIVITY_TOKENS = 8_192
 """Tokens of the moments that only weigh linears against each other."""
 GRADIENT_TOKENS = 4_096
@@ -55,55 +56,76 @@ def squared_spectra(
     if allocation == "loss":
         few = first_batches(batches, GRADIENT_TOKENS)
         weights = output_gradients(model, names, few, calibration.seed, progress)
-    spectra: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     bar = tqdm(total=len(names), desc="allocate", unit="linear", disable=None if progress else True)
     for group in _in_runs(model, names):
-        moments = dense_moments(model, group, batches)
-        for name in group:
+        for name, found in dense_moments(model, group, batches).items():
             bar.update()
-            found = moments[name]
-            if found.inputs is None or (allocation == "loss" and not weights.get(name, _NOTHING).any()):
-                continue
-            matrix = dense_weight(model.get_submodule(name))
-            squares = weighted_singular_values(matrix, found.inputs / found.tokens, name).square()
-            if name in weights:
-                squares = weights[name].mean().cpu() * squares
-            total = squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
-            spectra[name] = squares if name in weights else squares / total
+            if found.inputs is not None:
+                squares[name] = weighted_squares(model.get_submodule(name), found, name)
     bar.close()
-    return spectra
+    return in_units_of_loss(squares, weights) if allocation == "loss" else as_shares(squares)
+
+
+def weighted_squares(linear: nn.Module, moments: Moments, name: str) -> Tensor:
+    """``s_i^2`` of ``W A^1/2``, descending, float64 on the CPU."""
+    assert moments.inputs is not None
+    return weighted_singular_values(dense_weight(linear), moments.inputs / moments.tokens, name).square()
+
+
+def in_units_of_loss(squares: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Times the mean squared gradient; a linear whose output moves nothing is left out."""
+    reached = {n: g for n, g in gradients.items() if g.any()}
+    return {n: reached[n].mean().cpu() * s for n, s in squares.items() if n in reached}
+
+
+def as_shares(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Over their sum."""
+    return {n: s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) for n, s in squares.items()}
 
 
 def output_gradients(
     model: nn.Module, names: Sequence[str], batches: Sequence[Batch], seed: int = 0, progress: bool = False
 ) -> dict[str, Tensor]:
     """Mean over tokens of the squared gradient of the model's own loss at each linear's output, ``(out,)`` each."""
-    sums: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Any:
-        def add(gradient: Tensor) -> None:
-            squares = gradient.detach().flatten(0, -2).float().square().sum(0).to(working_dtype(gradient.device))
-            sums[name] = sums[name] + squares if name in sums else squares
-
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            # A sum, because a leaf must not be changed in place, which the model may do with what it is given.
-            output = output if output.requires_grad else output.requires_grad_() + 0
-            output.register_hook(add)
-            return output
-
-        return hook
-
+    squares = GradientSquares()
     generator, tokens = torch.Generator().manual_seed(seed), 0
     with ExitStack() as stack:
-        stack.enter_context(_frozen(model))
+        stack.enter_context(frozen(model))
         stack.enter_context(torch.enable_grad())
         for name in names:
-            stack.callback(model.get_submodule(name).register_forward_hook(watch(name)).remove)
+            stack.callback(squares.watch(name, model.get_submodule(name)))
         for batch in tqdm(batches, desc="sensitivity", unit="batch", disable=None if progress else True):
             loss, counted = own_loss(run(model, batch), batch, generator)
             loss.backward()
             tokens += counted
-    return {n: s / tokens for n, s in sums.items()}
+    return squares.mean(tokens)
+
+
+class GradientSquares:
+    """Sums over tokens of the squared gradients at the outputs of linears."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def watch(self, name: str, module: nn.Module) -> Callable[[], None]:
+        """Count the gradients of backward passes from now on; what is returned ends that."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # A sum, because a leaf must not be changed in place, which the model may do with what it is given.
+            output = output if output.requires_grad else output.requires_grad_() + 0
+            output.register_hook(partial(self._add, name))
+            return output
+
+        return module.register_forward_hook(hook).remove
+
+    def mean(self, tokens: int) -> dict[str, Tensor]:
+        """``(out,)`` each, over this many tokens."""
+        return {n: s / tokens for n, s in self._sums.items()}
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        squares = gradient.detach().flatten(0, -2).float().square().sum(0).to(working_dtype(gradient.device))
+        self._sums[name] = self._sums[name] + squares if name in self._sums else squares
 
 
 def own_loss(output: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -127,7 +149,7 @@ def own_loss(output: Any, batch: Batch, generator: torch.Generator) -> tuple[Ten
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter collects gradients."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:

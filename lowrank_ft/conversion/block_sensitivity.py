@@ -1,0 +1,114 @@
+"""Allocation for a model on disk: the numbers of :mod:`lowrank_ft.conversion.sensitivity`, with one block in memory.
+
+forward     through the blocks, one after the other: moments of each linear, and what enters each block
+top         norm, head and loss, from what leaves the last block: the gradient there
+backward    through the blocks in reverse order: each runs once more from what entered it, and passes the gradient on
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lowrank_ft.checkpoints.on_disk import OnDisk
+from lowrank_ft.conversion.activations import Activations
+from lowrank_ft.conversion.blockwise import Stream
+from lowrank_ft.conversion.calibration import Calibration, first_batches
+from lowrank_ft.conversion.chains import Batch, capture, run
+from lowrank_ft.conversion.received import dense_moments
+from lowrank_ft.conversion.sensitivity import (
+    GRADIENT_TOKENS,
+    SENSITIVITY_TOKENS,
+    GradientSquares,
+    as_shares,
+    frozen,
+    in_units_of_loss,
+    own_loss,
+    weighted_squares,
+)
+from lowrank_ft.conversion.stubs import Returns, stubs
+from lowrank_ft.errors import require_choice
+
+
+def squared_spectra_on_disk(
+    disk: OnDisk,
+    returns: Returns,
+    members: Mapping[str, Sequence[str]],
+    calibration: Calibration,
+    allocation: str,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """As :func:`lowrank_ft.conversion.squared_spectra`.
+
+    Memory: one block, what enters it on 8,192 tokens; for ``loss``, also what enters each block on 4,096, where
+    ``calibration.activations_dir`` names no folder for it.
+
+    Args:
+        returns: of the blocks, in their order.
+        members: the linears of each block.
+        allocation: ``energy`` or ``loss``.
+    """
+    require_choice("allocation", allocation, ("energy", "loss"))
+    model, chain = disk.model, list(returns)
+    batches = first_batches(calibration.batches, SENSITIVITY_TOKENS)
+    few = first_batches(batches, GRADIENT_TOKENS) if allocation == "loss" else []
+    with stubs(model, returns):
+        stream = Stream(capture(model, chain, batches, calibration.store()), calibration)
+    squares: dict[str, Tensor] = {}
+    entered: dict[str, Activations] = {}
+    for name in tqdm(chain, desc="allocate", unit="block", disable=None if progress else True):
+        entered[name] = calibration.store()
+        for i in range(len(few)):
+            entered[name].append(stream.hidden[i])
+        with disk.loaded(name) as block:
+            left = calibration.store()
+            moments = dense_moments(model, members[name], batches, partial(_pass_on, stream, block, name, left))
+            stream.hidden = left
+            for linear, found in moments.items():
+                if found.inputs is not None:
+                    squares[linear] = weighted_squares(model.get_submodule(linear), found, linear)
+    if allocation == "energy":
+        return as_shares(squares)
+    gradients, tokens = _from_the_top(disk, returns, stream.hidden, few, calibration.seed)
+    sums = GradientSquares()
+    for name in tqdm(chain[::-1], desc="sensitivity", unit="block", disable=None if progress else True):
+        first = name == chain[0]
+        if first and not members[name]:
+            break
+        with disk.loaded(name) as block, ExitStack() as stack:
+            stack.enter_context(frozen(block))
+            stack.enter_context(torch.enable_grad())
+            for linear in members[name]:
+                stack.callback(sums.watch(linear, model.get_submodule(linear)))
+            for i, gradient in enumerate(gradients):
+                hidden = entered[name][i].detach().requires_grad_(not first)
+                stream.calls[name][i](block, hidden).backward(gradient)
+                if hidden.grad is not None:
+                    gradients[i] = hidden.grad
+        del entered[name]
+    return in_units_of_loss(squares, sums.mean(tokens))
+
+
+def _pass_on(stream: Stream, block: nn.Module, name: str, left: Activations, batch: int) -> None:
+    left.append(stream.forward(block, name, batch))
+
+
+def _from_the_top(
+    disk: OnDisk, returns: Returns, left: Activations, batches: Sequence[Batch], seed: int
+) -> tuple[list[Tensor], int]:
+    """The gradient of the model's own loss at what leaves its last block, per batch; and how many tokens it sums over."""
+    generator, tokens, gradients = torch.Generator().manual_seed(seed), 0, list[Tensor]()
+    last = list(returns)[-1]
+    with frozen(disk.model), torch.enable_grad():
+        for i, batch in enumerate(batches):
+            hidden = left[i].detach().requires_grad_()
+            with stubs(disk.model, returns, {last: hidden}):
+                loss, counted = own_loss(run(disk.model, batch), batch, generator)
+            loss.backward()
+            assert hidden.grad is not None
+            gradients.append(hidden.grad)
+            tokens += counted
+    return gradients, tokens
