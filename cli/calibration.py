@@ -1,11 +1,14 @@
 """Read the calibration data of ``plan`` and ``convert``, and say what is to come."""
 
 import sys
+from dataclasses import replace
 from typing import Any
+
+from lowrank_ft_cli.memory import free_bytes
 
 from lowrank_ft.console import human_bytes, human_seconds
 from lowrank_ft.conversion import Calibration
-from lowrank_ft.conversion.estimate import measure, peak_bytes, stages, work_of
+from lowrank_ft.conversion.estimate import measure, peak_bytes, stages, weight_bytes, work_of
 from lowrank_ft.conversion.prepare import Prepared
 from lowrank_ft.factorization.plan import Plan
 
@@ -24,10 +27,25 @@ def read_calibration(prepared: Prepared, model: Any) -> Calibration:
     return calibration
 
 
-def print_estimate(prepared: Prepared, model: Any, plan: Plan, allocation: str, method: str) -> None:
-    """One line: the stages of the work, what they take here, and what makes it less."""
+def print_estimate(
+    prepared: Prepared, model: Any, plan: Plan, allocation: str, method: str, may_drop: bool = False
+) -> Prepared:
+    """One line: the stages of the work, what they take here, and what makes it less.
+
+    Args:
+        may_drop: whether distillation is left out, and a note says so, where memory is too small for it.
+
+    Returns:
+        The settings that will do.
+    """
     speed = measure(model, plan, prepared.sample(model))
     work = work_of(prepared.outline(), prepared.own_tokens, allocation, method)
+    free = free_bytes(str(next(model.parameters()).device))
+    if may_drop and work.distilled and (needed := peak_bytes(model, plan, speed, work)) - weight_bytes(model) > free:
+        print(f"note: distillation would need about {human_bytes(needed)} of memory, and {human_bytes(free)} are free "
+              "beside the model, so it is left out; --distill-epochs 1 does it nevertheless", file=sys.stderr)  # fmt: skip
+        prepared = replace(prepared, settings={**prepared.settings, "distill_epochs": 0.0})
+        work = replace(work, distilled=0)
     parts = stages(speed, work)
     dearest = max(parts, key=lambda s: s.seconds)
     listed = ", ".join(f"{s.name} {human_seconds(s.seconds)}" for s in parts)
@@ -36,3 +54,4 @@ def print_estimate(prepared: Prepared, model: Any, plan: Plan, allocation: str, 
         f"about {human_bytes(peak_bytes(model, plan, speed, work))} of memory; --effort fast or {dearest.flag} takes less",
         file=sys.stderr,
     )  # fmt: skip
+    return prepared

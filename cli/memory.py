@@ -1,10 +1,11 @@
-"""``lowrank-ft plan --memory``: the table of peak training memory."""
+"""Memory: the table of ``lowrank-ft plan --memory``, and what is free here."""
 
 import argparse
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 
 from lowrank_ft.console import human_bytes, print_table
 from lowrank_ft.costs.memory import MODES, Architecture, Settings, estimate
@@ -29,6 +30,13 @@ def memory_of(plan: Plan, options: argparse.Namespace, model: Any) -> dict[str, 
     architecture = Architecture.of(model)
     modes = [{"mode": m.name, **asdict(estimate(plan, architecture, m, settings))} for m in MODES]
     return {"settings": asdict(settings), "modes": modes}
+
+
+def free_bytes(device: str) -> int:
+    """Memory that nobody uses: of a GPU, or where ``device`` is no GPU, of the machine."""
+    free = get_max_memory()
+    index = torch.device(device).index or 0
+    return int(free["cpu"] if torch.device(device).type in ("cpu", "mps") else free.get(index, free["cpu"]))
 
 
 def print_memory(memory: dict[str, Any]) -> None:

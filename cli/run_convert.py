@@ -19,7 +19,7 @@ from lowrank_ft_cli.options import (
     source_of,
 )
 from lowrank_ft_cli.run_plan import print_plan, print_remainder, refuse_compact
-from lowrank_ft_cli.run_stream import check_streams, convert_by_block
+from lowrank_ft_cli.run_stream import check_streams, convert_by_block, must_stream
 from transformers import PreTrainedModel
 
 from lowrank_ft.checkpoints.atomic import check_output_dir
@@ -52,7 +52,7 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     if options.stream:
         check_streams(options, calibrated)
     plan = planned_size(options, sizes, source) if promise is None else None
-    if options.stream:
+    if options.stream or must_stream(options, source, calibrated, config, device):
         convert_by_block(options, source, sizes, calibrated, plan, config, device)
         if repo_id is not None:
             print(push(options.output_dir, repo_id, private=options.private, token=options.token))
@@ -75,7 +75,8 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     allocation = options.allocation or by_loss
     calibration = None
     if prepared is not None:
-        print_estimate(prepared, model, plan, "by plan" if options.plan else allocation, method)
+        shown = "by plan" if options.plan else allocation
+        prepared = print_estimate(prepared, model, plan, shown, method, calibrated.distill_epochs is None)
         calibration = read_calibration(prepared, model)
     if promise is not None:
         assert calibration is not None

@@ -9,13 +9,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from lowrank_ft_cli.memory import free_bytes
 from lowrank_ft_cli.options import dtypes_of, shard_size
 from lowrank_ft_cli.run_plan import print_plan, print_remainder
-from torch import Tensor
 
 from lowrank_ft import __version__
 from lowrank_ft.checkpoints.on_disk import OnDisk, open_on_disk
-from lowrank_ft.checkpoints.source import Source, safetensors_files
+from lowrank_ft.checkpoints.source import Source, safetensors_files, skeleton
 from lowrank_ft.checkpoints.unfinished import Unfinished, fingerprint, open_unfinished
 from lowrank_ft.console import human_bytes, shown_command
 from lowrank_ft.conversion import Calibration, ConversionRecord
@@ -30,7 +31,7 @@ from lowrank_ft.conversion.streamed import Streaming, find_chain, members_of
 from lowrank_ft.errors import ConfigError, RankError
 from lowrank_ft.export import save_parts
 from lowrank_ft.factorization.options import SizeOptions
-from lowrank_ft.factorization.plan import Plan, make_plan
+from lowrank_ft.factorization.plan import Plan, count_parameters, make_plan
 from lowrank_ft.factorization.targets import LinearSpec
 from lowrank_ft.nn.modes import evaluating
 
@@ -56,6 +57,29 @@ def check_streams(options: argparse.Namespace, calibrated: CalibrationOptions) -
             "with --stream the model cannot write its own calibration text; give --calibration-data FILE, or --method "
             "svd, which needs no text and makes a much worse model"
         )
+
+
+def must_stream(
+    options: argparse.Namespace, source: Source, calibrated: CalibrationOptions, config: Any, device: str
+) -> bool:
+    """Whether the model does not fit into memory twice, dense and converted, and can be read block by block instead.
+
+    A note says so. Where it cannot be, because of what was asked for, the conversion is tried in memory.
+    """
+    model = skeleton(config, source.name, source.trust_remote_code)
+    computed = dtypes_of(options, config, device)[1]
+    size = computed.itemsize if isinstance(computed, torch.dtype) else next(model.parameters()).element_size()
+    needed, free = 2 * size * count_parameters(model), free_bytes(device)
+    if needed <= free:
+        return False
+    need = f"the model needs about {human_bytes(needed)} of memory to be converted, and {human_bytes(free)} are free"
+    try:
+        check_streams(options, calibrated)
+    except ConfigError as error:
+        print(f"warning: {need}; {error}", file=sys.stderr)
+        return False
+    print(f"note: {need}, so one block is read at a time (--stream), and there is no distillation", file=sys.stderr)
+    return True
 
 
 def convert_by_block(
@@ -176,7 +200,7 @@ def _plan_by_energy(disk: OnDisk, sizes: SizeOptions) -> Plan:
     """A plan that looks at each linear's weight."""
     spectrum = spectrum_of(disk.model)
 
-    def read(spec: LinearSpec) -> Tensor:
+    def read(spec: LinearSpec) -> torch.Tensor:
         with disk.loaded(spec.name):
             return spectrum(spec)
 

@@ -102,7 +102,7 @@ def stages(speed: Speed, work: Work) -> list[Stage]:
 def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
     """Of tensors, at the worst moment; the Python process itself comes on top."""
     size = next(model.parameters()).element_size()
-    weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    weights = weight_bytes(model)
     dense = sum(p.shape[0] * p.shape[1] for p in plan.linears if p.rank is not None)
     factors = sum(p.rank * sum(p.shape) for p in plan.linears if p.rank is not None)
     config: Any = getattr(model, "config", None)
@@ -120,6 +120,11 @@ def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
         weights + factors * size + factors * 4 * (4 if size == 4 else 5)
     )  # the twin makes up for what is factored
     return max(first, kept + streams, training + logits + activations)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of all parameters; tied ones count once."""
+    return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
 
 
 def streamed_bytes(model: nn.Module, plan: Plan, calibration: Calibration | None) -> int:

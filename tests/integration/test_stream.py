@@ -244,3 +244,26 @@ def test_a_plan_by_energy(command, tmp_path):
     for name, more in (("whole", []), ("streamed", ["--stream"])):
         assert command("convert", DEMO_MODEL, *flags, *more, "--output-dir", tmp_path / name).returncode == 0
     assert_same_weights(tmp_path / "streamed", tmp_path / "whole")
+
+
+def test_a_model_that_is_larger_than_memory(command, tmp_path, fit, monkeypatch):
+    monkeypatch.setattr("lowrank_ft_cli.run_stream.free_bytes", lambda _: 2**20)
+    done = command("convert", DEMO_MODEL, *fit[0], "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "MB of memory to be converted, and 1.05 MB are free, so one block is read at a time (--stream)" in done.stderr
+    assert len(list((tmp_path / "out").glob("model-*"))) == 6
+    done = command("convert", DEMO_MODEL, "--rank", "8", "--output-dir", tmp_path / "self", "--calibration-tokens", "2048")
+    assert done.returncode == 0, done.stderr
+    assert "warning: the model needs about" in done.stderr
+    assert "with --stream the model cannot write its own calibration text" in done.stderr
+
+
+def test_distillation_that_does_not_fit(command, tmp_path, fit, monkeypatch):
+    monkeypatch.setattr("lowrank_ft_cli.calibration.free_bytes", lambda _: 2**20)
+    done = command("convert", DEMO_MODEL, *fit[0], "--output-dir", tmp_path / "out")
+    assert "note: distillation would need about" in done.stderr
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["distill_epochs"] == 0
+    flags = ["--distill-epochs", "1", "--overwrite"]
+    done = command("convert", DEMO_MODEL, *fit[0], *flags, "--output-dir", tmp_path / "out")
+    assert "note: distillation" not in done.stderr
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["distill_epochs"] == 1
