@@ -1,9 +1,9 @@
 """Factors of one matrix: ``W (out, in) ~ U (out, r) @ V (r, in)``.
 
 Contract of every solver here: the input may be of any float dtype on any device; the decomposition runs in float64
-where the device has it (float32 on MPS); the result is float32 on the input's device; and
-the factors are *balanced*, ``U^T U = V V^T = diag(s)``, because training feels how a product is split
-(docs/explanation/factorization.md).
+where the device has it (float32 on MPS), or in float32 where a check shows that this is enough; the result is float32 on
+the input's device; and the factors are *balanced*, ``U^T U = V V^T = diag(s)``, because training feels how a product is
+split (docs/explanation/factorization.md).
 """
 
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank_ft.errors import NonFiniteError
 from lowrank_ft.factorization.ranks import resolve_rank
+from lowrank_ft.factorization.subspace import leading_basis
 
 
 class Factors(NamedTuple):
@@ -25,7 +26,7 @@ class Factors(NamedTuple):
 def truncated_svd(weight: Tensor, rank: int, name: str = "weight") -> Factors:
     """The best rank-``rank`` approximation in the Frobenius norm (Eckart and Young 1936), balanced.
 
-    The eigenvectors ``Q`` of the smaller Gram matrix are the singular vectors of that side, and the other factor is
+    ``Q`` spans the leading singular vectors of the shorter side (:func:`leading_basis` finds it), and the other factor is
     the projection ``Q^T W``: the same error as a full SVD at a fraction of its time, and no division by small
     singular values.
 
@@ -43,7 +44,7 @@ def truncated_svd(weight: Tensor, rank: int, name: str = "weight") -> Factors:
     tall = matrix.shape[0] > matrix.shape[1]
     if tall:
         matrix = matrix.T
-    basis = _gram_eigenvectors(matrix)[:, :rank]
+    basis = leading_basis(matrix, rank)
     projection = basis.T @ matrix
     # Row norms are the singular values, to the accuracy of the matrix and not of its square.
     scale = projection.norm(dim=1).sqrt()
@@ -108,7 +109,7 @@ class Regression:
             return truncated_svd(weight, rank, name)
         target = _working_copy(weight, name) @ self._mixed.to(weight.device)
         # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
-        basis = _left_basis(target, rank)
+        basis = leading_basis(target, rank)
         right = basis.T @ target @ self._whiten.T.to(weight.device)
         return balance(Factors(_result(basis, weight), _result(right, weight)))
 
@@ -202,18 +203,6 @@ def _inverse_root(moments: Tensor) -> Tensor:
         return whitening(moments)[0]
     eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     return torch.linalg.solve_triangular(lower, eye, upper=False).T
-
-
-def _gram_eigenvectors(matrix: Tensor) -> Tensor:
-    """Eigenvectors of ``M M^T``, largest eigenvalue first."""
-    return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(-1)
-
-
-def _left_basis(matrix: Tensor, rank: int) -> Tensor:
-    """Orthonormal columns that span the leading left singular vectors, ``(rows, rank)``."""
-    if matrix.shape[0] <= matrix.shape[1]:
-        return _gram_eigenvectors(matrix)[:, :rank]
-    return torch.linalg.qr(matrix @ _gram_eigenvectors(matrix.T)[:, :rank]).Q
 
 
 def _working_copy(weight: Tensor, name: str) -> Tensor:

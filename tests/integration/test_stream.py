@@ -250,9 +250,13 @@ def test_a_model_that_is_larger_than_memory(command, tmp_path, fit, monkeypatch)
     monkeypatch.setattr("lowrank_ft_cli.run_stream.free_bytes", lambda _: 2**20)
     done = command("convert", DEMO_MODEL, *fit[0], "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "MB of memory to be converted, and 1.05 MB are free, so one block is read at a time (--stream)" in done.stderr
+    assert (
+        "MB of memory to be converted, and 1.05 MB are free, so one block is read at a time (--stream)" in done.stderr
+    )
     assert len(list((tmp_path / "out").glob("model-*"))) == 6
-    done = command("convert", DEMO_MODEL, "--rank", "8", "--output-dir", tmp_path / "self", "--calibration-tokens", "2048")
+    done = command(
+        "convert", DEMO_MODEL, "--rank", "8", "--output-dir", tmp_path / "self", "--calibration-tokens", "2048"
+    )
     assert done.returncode == 0, done.stderr
     assert "warning: the model needs about" in done.stderr
     assert "with --stream the model cannot write its own calibration text" in done.stderr

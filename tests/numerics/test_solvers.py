@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowrank_ft.errors import NonFiniteError, RankError
+from lowrank_ft.factorization import subspace
 from lowrank_ft.factorization.solvers import Factors, balance, retained_energy, singular_values, truncated_svd
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 7), (7, 1)]
@@ -93,3 +94,84 @@ def test_spectrum_and_energy():
     assert retained_energy(values, 9) == pytest.approx(1.0)
     assert retained_energy(torch.tensor([4.0, 3.0]), 1) == pytest.approx(16 / 25)
     assert retained_energy(torch.zeros(3), 1) == 1.0
+
+
+def slow_matrix(rows, columns, exponent=0.6, seed=0):
+    """As weights of trained models have it: a spectrum that falls slowly, so that much lies in its tail."""
+    generator = torch.Generator().manual_seed(seed)
+    small = min(rows, columns)
+    u, _ = torch.linalg.qr(torch.randn(rows, small, generator=generator, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(columns, small, generator=generator, dtype=torch.float64))
+    return (u * torch.arange(1, small + 1, dtype=torch.float64) ** -exponent) @ v.T
+
+
+def lost(matrix, basis):
+    return (matrix.square().sum() - (basis.T @ matrix).square().sum()).item()
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96), (128, 128)])
+@pytest.mark.parametrize("rank", [4, 40])
+def test_the_fast_solvers_lose_no_more_than_they_have_to(monkeypatch, shape, rank):
+    monkeypatch.setattr(subspace, "_LARGE", 32)
+    monkeypatch.setattr(subspace, "_HUGE", 64)
+    monkeypatch.setattr(subspace, "_MOST_ROUNDS", 60)
+    matrix = slow_matrix(*shape) * 1e-22
+    used = spies(monkeypatch)
+    basis = subspace.leading_basis(matrix, rank)
+    assert used == (["_range_finder"] if rank == 4 else ["_checked_gram"])
+    torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=torch.float64), atol=1e-5, rtol=0)
+    least = torch.linalg.svdvals(matrix)[rank:].square().sum().item()
+    assert least * (1 - 1e-4) <= lost(matrix, basis) <= least * (1 + 1e-4)
+    projection = basis.T @ matrix  # the singular vectors themselves, so its rows are orthogonal
+    gram = projection @ projection.T / projection.square().sum()
+    assert (gram - gram.diagonal().diag()).abs().max() < 1e-5
+
+
+def spies(monkeypatch):
+    """The fast solvers that gave a result, in order."""
+    used = []
+    for name in ("_range_finder", "_checked_gram"):
+        solve = getattr(subspace, name)
+
+        def spy(*arguments, name=name, solve=solve):
+            found = solve(*arguments)
+            used.extend([name] if found is not None else [])
+            return found
+
+        monkeypatch.setattr(subspace, name, spy)
+    return used
+
+
+def test_float64_where_float32_cannot_tell(monkeypatch):
+    monkeypatch.setattr(subspace, "_LARGE", 32)
+    used = spies(monkeypatch)
+    steep = slow_matrix(64, 80, exponent=3.0)
+    basis = subspace.leading_basis(steep, 32)
+    assert used == []
+    least = torch.linalg.svdvals(steep)[32:].square().sum().item()
+    assert lost(steep, basis) == pytest.approx(least, rel=1e-4)
+
+
+def test_a_wrong_subspace_is_noticed(monkeypatch):
+    """As of a broken driver: the eigenvalues are right and the vectors are not."""
+    monkeypatch.setattr(subspace, "_LARGE", 32)
+    used, gram = spies(monkeypatch), subspace._gram
+
+    def broken(matrix, rank):
+        basis, values = gram(matrix, rank)
+        return (basis.roll(1, 0), values) if matrix.dtype == torch.float32 else (basis, values)
+
+    monkeypatch.setattr(subspace, "_gram", broken)
+    matrix = slow_matrix(64, 80)
+    basis = subspace.leading_basis(matrix, 20)
+    assert used == []
+    assert lost(matrix, basis) == pytest.approx(torch.linalg.svdvals(matrix)[20:].square().sum().item(), rel=1e-9)
+
+
+def test_a_range_finder_that_does_not_settle_gives_way(monkeypatch):
+    monkeypatch.setattr(subspace, "_LARGE", 32)
+    monkeypatch.setattr(subspace, "_HUGE", 64)
+    monkeypatch.setattr(subspace, "_MOST_ROUNDS", 1)
+    used = spies(monkeypatch)
+    subspace.leading_basis(slow_matrix(96, 128, exponent=0.2), 4)
+    assert used == ["_checked_gram"]

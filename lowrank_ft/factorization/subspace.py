@@ -1,0 +1,86 @@
+"""The leading singular subspace of a matrix, by whichever solver is the fastest that gets it right.
+
+    range finder   random vectors, multiplied by M M^T until what they span keeps no more energy (Halko, Martinsson and
+                   Tropp 2011, arXiv 0909.4061, algorithm 4.4 with a stopping rule): ranks far below the shorter side
+    float32 Gram   eigenvectors of the smaller Gram matrix in float32: large matrices
+    float64 Gram   the same in float64: small matrices, and where a check fails
+
+Each result but the last is checked: the energy that it loses, measured on the matrix, must be the least possible one up
+to a relative error of 1e-4. The least is estimated from what the result does not use: from the eigenvalues that are left
+over, or from what one more multiplication still gains.
+"""
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-4
+"""Of the lost energy ``|M - Q Q^T M|^2``, relative."""
+_LARGE = 512  # of the shorter side; below, float64 takes milliseconds
+_HUGE = 2048  # of the shorter side; below, the Gram matrix is faster than a few rounds
+_LOW = 16  # the shorter side over the rank, from which on the range finder is tried
+_LEAST_LOST = 0.02  # of the energy; where less is lost, float32 cannot tell how much
+_MOST_ROUNDS = 12
+
+
+def leading_basis(matrix: Tensor, rank: int) -> Tensor:
+    """Orthonormal columns that span the ``rank`` leading left singular vectors of ``matrix (rows, columns)``.
+
+    They are the singular vectors themselves, largest first.
+
+    Args:
+        matrix: finite, float64 (float32 on MPS).
+    """
+    small = min(matrix.shape)
+    if small >= _LARGE and rank < small and matrix.dtype == torch.float64:
+        scale = matrix.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        single = (matrix / scale).float()  # squares of small numbers would not be float32 numbers
+        basis = _range_finder(single, rank) if small >= _HUGE and rank * _LOW <= small else None
+        basis = _checked_gram(single, rank) if basis is None else basis
+        if basis is not None:
+            return basis.double()
+    return _gram(matrix, rank)[0]
+
+
+def _gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The basis by the smaller Gram matrix, and all of its eigenvalues, largest first."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+    leading = vectors.flip(-1)[:, :rank]
+    return leading if wide else torch.linalg.qr(matrix @ leading).Q, values.flip(-1)
+
+
+def _checked_gram(matrix: Tensor, rank: int) -> Tensor | None:
+    """None where what is lost cannot be told from rounding, or is more than the eigenvalues left over say."""
+    basis, values = _gram(matrix, rank)
+    total = _energy(matrix)
+    lost = total - _energy(basis.T @ matrix)
+    least = values[rank:].clamp_min(0).double().sum().item()
+    if lost < _LEAST_LOST * total or abs(lost - least) > TOLERANCE * lost:
+        return None
+    return basis
+
+
+def _range_finder(matrix: Tensor, rank: int) -> Tensor | None:
+    """None where the energy still grows after the last round."""
+    generator = torch.Generator().manual_seed(0)
+    width = min(min(matrix.shape), rank + max(16, rank // 2))
+    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+    basis = torch.linalg.qr(matrix @ start).Q
+    total, before = _energy(matrix), 0.0
+    for _ in range(_MOST_ROUNDS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+        projection = basis.T @ matrix
+        vectors = torch.linalg.eigh((projection @ projection.T).double()).eigenvectors.flip(-1)[:, :rank].to(matrix)
+        kept = _energy(vectors.T @ projection)
+        lost = total - kept
+        if lost < _LEAST_LOST * total:
+            return None
+        # Each round gains less than the one before, by about the same factor: twice the last gain bounds what is missing.
+        if 2 * (kept - before) <= TOLERANCE * lost:
+            return basis @ vectors
+        before = kept
+    return None
+
+
+def _energy(matrix: Tensor) -> float:
+    return matrix.square().sum(dtype=torch.float64).item()
