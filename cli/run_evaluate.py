@@ -45,6 +45,19 @@ def print_results(results: dict[str, Any], options: argparse.Namespace) -> None:
         print_talk(results)
     if options.tasks:
         print_tasks([r["tasks"] for r in models])
+    if results.get("draft"):
+        print_draft(results["draft"])
+
+
+def print_draft(draft: dict[str, Any]) -> None:
+    """Whether ``baseline.generate(assistant_model=model)`` would save time."""
+    pays = draft["speed_up"] > 1
+    many = f"{draft['tokens']} token{'s' * (draft['tokens'] != 1)} at a time"
+    print(
+        f"draft     as assistant_model of the baseline, {draft['acceptance']:.1%} of its tokens are accepted; by the bytes of "
+        f"both it would make generation {draft['speed_up']:.2f} times as fast ({many}), which "
+        f"{'pays' if pays else 'does not pay'}"
+    )
 
 
 def _change(key: str, mine: float, base: float) -> str:

@@ -19,6 +19,7 @@ from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column, texts
 from lowrank_ft.errors import ConfigError, NonFiniteError
 from lowrank_ft.evaluation.answers import check_cache_dir
+from lowrank_ft.evaluation.drafting import draft
 from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
 from lowrank_ft.evaluation.perplexity import agreement, evaluate_blocks, sequences
 from lowrank_ft.evaluation.prompts import PROMPTS, Prompt, read_prompts
@@ -107,7 +108,8 @@ def compare(
     Returns:
         ``model``, and with a baseline ``baseline``, ``difference`` and, on a text, ``agreement``, which is None where
         the two do not read it as the same tokens. With replies, ``talk``: ``max_new_tokens``, ``agreement`` and
-        ``replies`` of :func:`lowrank_ft.evaluation.talk.talk`, whose other numbers are under ``talk`` of each model.
+        ``replies`` of :func:`lowrank_ft.evaluation.talk.talk`, whose other numbers are under ``talk`` of each model. With
+        an agreement, ``draft`` (:class:`lowrank_ft.evaluation.drafting.Draft`).
 
     Raises:
         ConfigError: a model is no causal language model, or does not allow the block size.
@@ -139,7 +141,16 @@ def compare(
             results["agreement"] = agreement_of(mine, base, settings.batch_size, progress)
     if prompts:
         add_talk(results, measured, prompts, settings, progress)
+    add_draft(results)
     return results
+
+
+def add_draft(results: dict[str, Any]) -> None:
+    """What the model is worth as a draft of the baseline, by its agreement on the baseline's replies, or else on the text."""
+    agreed = (results.get("talk") or {}).get("agreement") or results.get("agreement")
+    if agreed:
+        cost = results["model"]["bytes"] / results["baseline"]["bytes"]
+        results["draft"] = asdict(draft(agreed["top1"], cost))
 
 
 def _prompts(settings: EvaluationSettings) -> list[Prompt]:

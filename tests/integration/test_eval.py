@@ -137,6 +137,9 @@ def test_agreement_with_the_baseline(evaluate, compact, data):
     assert "KL/token" in table
     assert f"{found['agreement']['kl']:.4f}" in table
     assert f"{found['agreement']['top1']:.1%}" in table
+    assert found["draft"]["acceptance"] == found["agreement"]["top1"]
+    assert found["draft"]["cost"] == found["model"]["bytes"] / found["baseline"]["bytes"]
+    assert f"\ndraft     as assistant_model of the baseline, {found['agreement']['top1']:.1%} of its tokens" in table
 
 
 @pytest.fixture
