@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_ft.errors import NonFiniteError
 from lowrank_ft.factorization.ranks import resolve_rank
-from lowrank_ft.factorization.subspace import leading_basis
+from lowrank_ft.factorization.subspace import leading_part
 
 
 class Factors(NamedTuple):
@@ -26,7 +26,7 @@ class Factors(NamedTuple):
 def truncated_svd(weight: Tensor, rank: int, name: str = "weight") -> Factors:
     """The best rank-``rank`` approximation in the Frobenius norm (Eckart and Young 1936), balanced.
 
-    ``Q`` spans the leading singular vectors of the shorter side (:func:`leading_basis` finds it), and the other factor is
+    ``Q`` spans the leading singular vectors of the shorter side (:func:`leading_part` finds it), and the other factor is
     the projection ``Q^T W``: the same error as a full SVD at a fraction of its time, and no division by small
     singular values.
 
@@ -44,8 +44,7 @@ def truncated_svd(weight: Tensor, rank: int, name: str = "weight") -> Factors:
     tall = matrix.shape[0] > matrix.shape[1]
     if tall:
         matrix = matrix.T
-    basis = leading_basis(matrix, rank)
-    projection = basis.T @ matrix
+    basis, projection = leading_part(matrix, rank)
     # Row norms are the singular values, to the accuracy of the matrix and not of its square.
     scale = projection.norm(dim=1).sqrt()
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -109,8 +108,8 @@ class Regression:
             return truncated_svd(weight, rank, name)
         target = _working_copy(weight, name) @ self._mixed.to(weight.device)
         # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
-        basis = leading_basis(target, rank)
-        right = basis.T @ target @ self._whiten.T.to(weight.device)
+        basis, projection = leading_part(target, rank)
+        right = projection @ self._whiten.T.to(weight.device)
         return balance(Factors(_result(basis, weight), _result(right, weight)))
 
 

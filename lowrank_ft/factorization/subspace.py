@@ -22,23 +22,24 @@ _LEAST_LOST = 0.02  # of the energy; where less is lost, float32 cannot tell how
 _MOST_ROUNDS = 12
 
 
-def leading_basis(matrix: Tensor, rank: int) -> Tensor:
-    """Orthonormal columns that span the ``rank`` leading left singular vectors of ``matrix (rows, columns)``.
+def leading_part(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``Q (rows, rank)`` and ``P = Q^T M (rank, columns)``: ``Q P`` is the best approximation of this rank.
 
-    They are the singular vectors themselves, largest first.
+    The columns of ``Q`` are orthonormal, and are the leading left singular vectors, largest first.
 
     Args:
-        matrix: finite, float64 (float32 on MPS).
+        matrix: ``M``, finite, float64 (float32 on MPS), which both results are, too.
     """
     small = min(matrix.shape)
     if small >= _LARGE and rank < small and matrix.dtype == torch.float64:
         scale = matrix.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         single = (matrix / scale).float()  # squares of small numbers would not be float32 numbers
-        basis = _range_finder(single, rank) if small >= _HUGE and rank * _LOW <= small else None
-        basis = _checked_gram(single, rank) if basis is None else basis
-        if basis is not None:
-            return basis.double()
-    return _gram(matrix, rank)[0]
+        found = _range_finder(single, rank) if small >= _HUGE and rank * _LOW <= small else None
+        found = _checked_gram(single, rank) if found is None else found
+        if found is not None:
+            return found[0].double(), found[1].double() * scale
+    basis = _gram(matrix, rank)[0]
+    return basis, basis.T @ matrix
 
 
 def _gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -49,18 +50,19 @@ def _gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return leading if wide else torch.linalg.qr(matrix @ leading).Q, values.flip(-1)
 
 
-def _checked_gram(matrix: Tensor, rank: int) -> Tensor | None:
+def _checked_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """None where what is lost cannot be told from rounding, or is more than the eigenvalues left over say."""
     basis, values = _gram(matrix, rank)
+    projection = basis.T @ matrix
     total = _energy(matrix)
-    lost = total - _energy(basis.T @ matrix)
+    lost = total - _energy(projection)
     least = values[rank:].clamp_min(0).double().sum().item()
     if lost < _LEAST_LOST * total or abs(lost - least) > TOLERANCE * lost:
         return None
-    return basis
+    return basis, projection
 
 
-def _range_finder(matrix: Tensor, rank: int) -> Tensor | None:
+def _range_finder(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """None where the energy still grows after the last round."""
     generator = torch.Generator().manual_seed(0)
     width = min(min(matrix.shape), rank + max(16, rank // 2))
@@ -71,13 +73,14 @@ def _range_finder(matrix: Tensor, rank: int) -> Tensor | None:
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
         projection = basis.T @ matrix
         vectors = torch.linalg.eigh((projection @ projection.T).double()).eigenvectors.flip(-1)[:, :rank].to(matrix)
-        kept = _energy(vectors.T @ projection)
+        leading = vectors.T @ projection
+        kept = _energy(leading)
         lost = total - kept
         if lost < _LEAST_LOST * total:
             return None
         # Each round gains less than the one before, by about the same factor: twice the last gain bounds what is missing.
         if 2 * (kept - before) <= TOLERANCE * lost:
-            return basis @ vectors
+            return basis @ vectors, leading
         before = kept
     return None
 

@@ -152,3 +152,8 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     draft = path.with_suffix(".partial")
     draft.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draft.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What an earlier run wrote, or None."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
