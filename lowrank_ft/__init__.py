@@ -1,11 +1,12 @@
 """Fine-tune a Hugging Face model into a smaller one.
 
-Importing this package registers the loader of compact checkpoints with transformers and the method ``lowrank`` with
-PEFT, so ``AutoModel.from_pretrained`` and ``get_peft_model`` know them. Importing a submodule that needs torch alone
-(``lowrank_ft.factorization.solvers``, ``lowrank_ft.nn``) still pays for that.
+Importing this package registers the loader of compact checkpoints with transformers and, once PEFT is imported, the
+method ``lowrank`` with PEFT. So ``AutoModel.from_pretrained`` and ``get_peft_model`` know them. Importing a submodule that
+needs torch alone (``lowrank_ft.factorization.solvers``, ``lowrank_ft.nn``) still pays for that.
 The command line's ``--help`` imports none of it.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lowrank_ft.checkpoints import loader as _loader
@@ -17,16 +18,18 @@ from lowrank_ft.conversion.unpivot import unpivot
 from lowrank_ft.errors import LowRankError
 from lowrank_ft.export import save_compact
 from lowrank_ft.factorization.plan import Plan, make_plan
-from lowrank_ft.integrations.peft import LowRankConfig  # registers the method with PEFT
+from lowrank_ft.integrations.when_imported import when_imported
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, end_guidance, set_alpha, set_gates
 from lowrank_ft.nn.replace import merge
 from lowrank_ft.pretraining.configs import preset_config
 from lowrank_ft.pretraining.initialize import initialize_lowrank
 
 if TYPE_CHECKING:
+    from lowrank_ft.integrations.peft import LowRankConfig
     from lowrank_ft.integrations.transformers_trainer.callback import GuidanceCallback, phase_out
 
 _loader.register()
+when_imported("peft", lambda: import_module("lowrank_ft.integrations.peft"))  # which registers itself
 
 __version__ = "0.1.0"
 
@@ -54,9 +57,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("GuidanceCallback", "phase_out"):  # they need transformers' Trainer, which takes seconds to import
-        from lowrank_ft.integrations.transformers_trainer import callback
+_LATER = {  # they need PEFT, or transformers' Trainer, which take seconds to import
+    "LowRankConfig": "lowrank_ft.integrations.peft",
+    "GuidanceCallback": "lowrank_ft.integrations.transformers_trainer.callback",
+    "phase_out": "lowrank_ft.integrations.transformers_trainer.callback",
+}
 
-        return getattr(callback, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
