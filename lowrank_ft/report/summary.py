@@ -76,8 +76,8 @@ def size_rows(comparison: Comparison) -> list[Row]:
         Row("parameters", f"{dense.parameters:,}", f"{compact.parameters:,}", change(dense.parameters, compact.parameters)),
         Row("FLOPs per token", human_count(dense.flops), human_count(compact.flops), change(dense.flops, compact.flops)),
         Row(
-            "multiply-adds per token, factored linears", f"{dense.factored:,}", f"{compact.factored:,}",
-            change(dense.factored, compact.factored),
+            "multiply-adds per token, factored linears", f"{dense.factored_multiply_adds:,}",
+            f"{compact.factored_multiply_adds:,}", change(dense.factored_multiply_adds, compact.factored_multiply_adds),
         ),
     ]  # fmt: skip
 
