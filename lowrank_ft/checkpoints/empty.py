@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from lowrank_ft.checkpoints.loader import LowRankQuantizationConfig, LowRankQuantizer
 from lowrank_ft.checkpoints.source import is_compact
 from lowrank_ft.errors import CheckpointError
-from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn import stored_form
 
 
 def apply_config(model: PreTrainedModel) -> int:
@@ -31,7 +31,7 @@ def apply_config(model: PreTrainedModel) -> int:
         raise CheckpointError(
             f"the config of this {name} names no factored linears; make it from a compact checkpoint's"
         )
-    if any(lowrank_layers(model)):
+    if stored_form(model)[0]:
         raise CheckpointError(f"this {name} has factored linears already; apply the config to a fresh one")
     if not all(p.is_meta for p in model.parameters()):
         raise CheckpointError(
@@ -44,7 +44,7 @@ def apply_config(model: PreTrainedModel) -> int:
         LowRankQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return sum(1 for _ in lowrank_layers(model))
+    return len(stored_form(model)[0])
 
 
 def _fields(entry: Any) -> dict[str, Any]:

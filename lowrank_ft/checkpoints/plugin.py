@@ -1,8 +1,8 @@
 """The file that makes a compact checkpoint load without this package.
 
 ``lowrank_plugin.py`` is the text of ``lowrank_ft.nn.lowrank_linear``, that of ``lowrank_ft.nn.factored_experts`` and that of
-``lowrank_ft.checkpoints.loader``: the very code that the package runs, so the two cannot drift apart. ``config.json`` names it under ``auto_map``, and
-transformers runs it when the user says ``trust_remote_code=True``.
+``lowrank_ft.checkpoints.loader``: the very code that the package runs, so the two cannot drift apart. ``config.json`` names
+it under ``auto_map``, and transformers runs it when the user says ``trust_remote_code=True``.
 """
 
 import inspect

@@ -23,7 +23,7 @@ from lowrank_ft.checkpoints.format import describe_in_config
 from lowrank_ft.conversion import METHODS, Calibration, ConversionRecord, convert_blocks, distill
 from lowrank_ft.conversion.calibration import default_method
 from lowrank_ft.conversion.chains import block_of
-from lowrank_ft.conversion.experts import fold_record, one_by_one, plan_spectra, stacks_of
+from lowrank_ft.conversion.experts import fold_records, one_by_one, plan_spectra, stacks_of
 from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.errors import ConfigError, PlanError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
@@ -144,7 +144,7 @@ def convert(
     if guide is None:
         fold_experts(model)
     if record is not None:
-        fold_record(record, plan)
+        record.linears = fold_records(record.linears, {p.name: p.experts for p in plan.linears if p.experts})
     describe_in_config(model)
     return plan
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.moments import Moments
-from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
+from lowrank_ft.conversion.record import LinearRecord
 from lowrank_ft.conversion.sensitivity import squared_spectra
 from lowrank_ft.factorization.plan import Plan
 from lowrank_ft.nn import UnfoldedExperts, fold_experts, unfold_experts
@@ -88,17 +88,23 @@ def summed(plan: Plan, spectra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def fold_record(record: ConversionRecord, plan: Plan) -> None:
-    """One entry for each stack in place of those of its experts: root mean squares over the experts."""
-    for p in plan.linears:
-        members = [r for e in range(p.experts) if (r := record.linears.pop(f"{p.name}.{e}", None)) is not None]
+def fold_records(records: Mapping[str, LinearRecord], stacks: Mapping[str, int]) -> dict[str, LinearRecord]:
+    """One record for each stack in place of those of its experts: root mean squares over the experts.
+
+    Args:
+        stacks: how many experts each has, by name.
+    """
+    folded = dict(records)
+    for stack, experts in stacks.items():
+        members = [r for e in range(experts) if (r := folded.pop(f"{stack}.{e}", None)) is not None]
         if not members:
             continue
         spectrum = torch.tensor([r.spectrum for r in members], dtype=torch.float64).square().mean(0).sqrt().tolist()
         errors = [[getattr(r, key) for r in members] for key in ("weight_error", "output_error")]
-        record.linears[p.name] = LinearRecord(
+        folded[stack] = LinearRecord(
             tuple(float(f"{s:.6g}") for s in spectrum), members[0].spectrum_index, *map(_root_mean_square, errors)
         )
+    return folded
 
 
 def _root_mean_square(values: Sequence[float | None]) -> float | None:

@@ -3,9 +3,9 @@
 A linear of shape ``(out, in)`` takes ``out * in`` multiply-adds per token, a factored one ``rank * (out + in - rank)``
 as it is stored and run, and ``rank * (out + in)`` as plain factors, in training. Those of all linears are counted,
 output head included, each once per token; of the experts of a layer, as many as the config sends a token to
-(``num_experts_per_tok``), and all of them where it does not say. One multiply-add is two FLOPs. Attention scores, which grow with the context,
-norms, activations and the embedding's look-up are not counted. :func:`training_cost` is about a whole training of a
-known context, and counts the scores too.
+(``num_experts_per_tok``), and all of them where it does not say. One multiply-add is two FLOPs. Attention scores, which
+grow with the context, norms, activations and the embedding's look-up are not counted. :func:`training_cost` is about a
+whole training of a known context, and counts the scores too.
 
 A training step takes three times the multiply-adds of the forward pass: the output, the gradient of the input, and the
 gradient of the weight. A weight that is not trained takes two, for it needs no gradient of its own.

@@ -84,8 +84,7 @@ class _Offers:
         tails = np.concatenate([np.cumsum(np.asarray(squares, dtype=np.float64)[::-1])[::-1], [0.0]])
         prices = [factored_parameters(shape, r) for r in ranks if r is not None]
         losses = [float(tails[min(r, len(tails) - 1)]) for r in ranks if r is not None]
-        prices = copies * np.array([*prices, dense_parameters(shape)])
-        return cls([*ranks, None], prices, np.array([*losses, 0.0]))
+        return cls([*ranks, None], copies * np.array([*prices, dense_parameters(shape)]), np.array([*losses, 0.0]))
 
     def best(self, price: float) -> int:
         return int(np.argmin(self.losses + price * self.prices))

@@ -251,6 +251,12 @@ def make_plan(
     return Plan(linears, count_parameters(model), pattern)
 
 
+def shape_text(p: LinearPlan) -> str:
+    """``out x in``, and of a stack how many."""
+    size = f"{p.shape[0]} x {p.shape[1]}"
+    return f"{p.experts} of {size}" if p.experts else size
+
+
 def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
     """Spend the parameters of ``plan`` anew, where they lose the least (see :func:`allocate_ranks`).
 
@@ -276,8 +282,7 @@ def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
     chosen = dict(zip([p.name for p in free], ranks, strict=True))
     notes = {n: "worth more dense than factored; kept dense" for n, r in chosen.items() if r is None}
     linears = tuple(
-        replace(p, rank=chosen[p.name], note=notes.get(p.name, "")) if p.name in chosen else p
-        for p in plan.linears
+        replace(p, rank=chosen[p.name], note=notes.get(p.name, "")) if p.name in chosen else p for p in plan.linears
     )
     return Plan(linears, plan.model_parameters, plan.rank_pattern)
 

@@ -115,7 +115,7 @@ def _reason(model: nn.Module, owner: nn.Module, name: str) -> str:
     if isinstance(owner, nn.modules.conv._ConvNd):
         return CONVOLUTION
     if is_linear(owner):
-        return _reason_of_linear(model, name.removesuffix(".weight"), owner.weight.shape)
+        return _reason_of_linear(model, name.removesuffix(".weight"), model.get_parameter(name).shape)
     for stack in stack_specs(name.rpartition(".")[0], owner):
         if stack.name == name:
             return _reason_of_linear(model, name, stack.shape)

@@ -2,10 +2,10 @@
 
 A *linear* is an ``nn.Linear``, GPT-2's ``Conv1D`` or a subclass of ``nn.Linear`` that is known to compute the same
 (both recognized by their class names, so that this module needs torch alone). The experts of a layer are stacked in one
-parameter of three dimensions for each projection, and such a *stack* is a target like a linear, under the parameter's name. A string pattern is a regular expression
-that must match the whole module name; a list holds names that match exactly or as a dotted suffix. Where no target is
-given, the default is every linear of the repeated blocks that can be factorized alone, never an embedding or the output
-head.
+parameter of three dimensions for each projection, and such a *stack* is a target like a linear, under the parameter's
+name. A string pattern is a regular expression that must match the whole module name; a list holds names that match
+exactly or as a dotted suffix. Where no target is given, the default is every linear and stack of the repeated blocks
+that can be factorized alone, never an embedding or the output head.
 """
 
 import difflib

@@ -17,9 +17,9 @@ from lowrank_ft.nn.quantized_guide import GUIDE_BITS, QuantizedGuideLinear, chec
 from lowrank_ft.nn.unfolded import UnfoldedExperts, fold_experts, unfold_experts
 
 __all__ = [
-    "FactoredExperts",
     "GUIDES",
     "GUIDE_BITS",
+    "FactoredExperts",
     "GuideLinear",
     "GuidedLowRankLinear",
     "LowRankLinear",

@@ -112,8 +112,10 @@ class FactoredExperts(RoutedExperts):
         return cls(stock, shapes, ranks, pivots, device or first.device, first.dtype)
 
     def _product(self, name: str, x: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
-        stack: Any = self.factors[name] if name in self.factors else None
-        return super()._product(name, x, ids, counts) if stack is None else stack(x, ids, counts)
+        if name not in self.factors:
+            return super()._product(name, x, ids, counts)
+        y: Tensor = self.factors[name](x, ids, counts)
+        return y
 
 
 class StackedFactors(nn.Module):

@@ -46,7 +46,7 @@ def unfold(experts: Any, names: Iterable[str] | None = None) -> UnfoldedExperts:
         experts: stock experts, or factored ones.
         names: of dense projections; those that are factored are unfolded in any case.
     """
-    factors = experts.factors if isinstance(experts, FactoredExperts) else {}
+    factors: Any = experts.factors if isinstance(experts, FactoredExperts) else {}
     linears = {name: _factored_linears(stack) for name, stack in factors.items()}
     return UnfoldedExperts(experts, linears | {name: _dense_linears(experts, name) for name in names or ()})
 
@@ -89,7 +89,8 @@ def fold(experts: UnfoldedExperts, change: Callable[[LowRankLinear], LowRankLine
         _fill(folded.factors[name], members)
         setattr(folded, name, members[0].weight)  # the tripwire, on the device and of the dtype of the factors
     folded.train(experts.training)
-    return folded  # type: ignore[no-any-return]
+    module: nn.Module = folded
+    return module
 
 
 def unfold_experts(model: nn.Module, names: Iterable[str] | None = None) -> None:
@@ -122,7 +123,8 @@ def folded_state(tensors: Mapping[str, Tensor], ranks: Iterable[str]) -> dict[st
         for part in ("U", "V"):
             members = [state.pop(f"{name}.{e}.{part}.weight") for e in range(count)]
             state[f"{owner}.factors.{leaf}.{part}"] = torch.stack(members)
-        state[name] = [state.pop(f"{name}.{e}.weight") for e in range(count)][0]
+        tripwires = [state.pop(f"{name}.{e}.weight") for e in range(count)]
+        state[name] = tripwires[0]
     return state
 
 
@@ -141,7 +143,13 @@ def _factored_linears(stack: StackedFactors) -> list[nn.Module]:
     linears: list[nn.Module] = []
     for e in range(stack.experts):
         layer = LowRankLinear(
-            stack.in_features, stack.out_features, stack.rank, False, device="meta", dtype=stack.U.dtype, pivot=stack.pivot
+            stack.in_features,
+            stack.out_features,
+            stack.rank,
+            False,
+            device="meta",
+            dtype=stack.U.dtype,
+            pivot=stack.pivot,
         )
         layer.U.weight = nn.Parameter(stack.U.detach()[e], stack.U.requires_grad)
         layer.V.weight = nn.Parameter(stack.V.detach()[e], stack.V.requires_grad)
