@@ -39,7 +39,7 @@ class UnfoldedExperts(RoutedExperts):
         return torch.cat(products) if products else x.new_zeros(0, linears[0].out_features)
 
 
-def unfold(experts: Any, names: Iterable[str] | None = None) -> UnfoldedExperts:
+def unfold(experts: Any, names: Iterable[str] = ()) -> UnfoldedExperts:
     """The same experts with linears in place of stacks, by reference.
 
     Args:
@@ -48,7 +48,7 @@ def unfold(experts: Any, names: Iterable[str] | None = None) -> UnfoldedExperts:
     """
     factors: Any = experts.factors if isinstance(experts, FactoredExperts) else {}
     linears = {name: _factored_linears(stack) for name, stack in factors.items()}
-    return UnfoldedExperts(experts, linears | {name: _dense_linears(experts, name) for name in names or ()})
+    return UnfoldedExperts(experts, linears | {name: _dense_linears(experts, name) for name in names})
 
 
 def fold(experts: UnfoldedExperts, change: Callable[[LowRankLinear], LowRankLinear] = lambda layer: layer) -> nn.Module:
@@ -93,14 +93,12 @@ def fold(experts: UnfoldedExperts, change: Callable[[LowRankLinear], LowRankLine
     return module
 
 
-def unfold_experts(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Unfold the stacks named in ``names``, in place; None for all that are factored."""
-    chosen: dict[str, list[str] | None] = {}
-    if names is None:
-        chosen = {name: None for name, module in model.named_modules() if isinstance(module, FactoredExperts)}
-    for name in names or ():
+def unfold_experts(model: nn.Module, names: Iterable[str] = ()) -> None:
+    """Unfold, in place, the dense stacks named in ``names`` and all factored experts."""
+    chosen = {name: list[str]() for name, module in model.named_modules() if isinstance(module, FactoredExperts)}
+    for name in names:
         owner, _, leaf = name.rpartition(".")
-        chosen.setdefault(owner, []).append(leaf)  # type: ignore[union-attr]
+        chosen.setdefault(owner, []).append(leaf)
     for owner, leaves in chosen.items():
         _swap(model, owner, unfold(model.get_submodule(owner), leaves))
 

