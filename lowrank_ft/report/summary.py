@@ -19,8 +19,8 @@ Results = Mapping[str, Any]
 """What ``lowrank-ft eval --json`` prints."""
 
 FLOPS_NOTE = (
-    "FLOPs: two per multiply-add, over all linears, output head included, each once per token. Attention scores, which "
-    "grow with the context, are not in it, nor are norms and activations."
+    "FLOPs: two per multiply-add, over all linears, output head included, each once per token; of experts, as many as a token "
+    "meets. Attention scores, which grow with the context, are not in it, nor are norms and activations."
 )
 
 # Said elsewhere, or no result of its own.

@@ -130,8 +130,8 @@ def convert_all(model: Any, texts: dict[str, Tensor], rows: Tensor, options: arg
     if "dense" not in report["models"]:
         report["models"]["dense"] = measured(model, texts, options.work / "dense")
         common.write_json(options.output, report)
-    for ratio in RATIOS:
-        for way, how in ways.items():
+    for way, how in ways.items():
+        for ratio in RATIOS:
             name = f"{way}, {ratio:g}"
             if name in report["models"]:
                 continue
@@ -191,11 +191,11 @@ def main() -> None:
     common.add_common(parser)
     parser.add_argument("--work", type=Path, default=Path("build/moe"), help="where the trained model is kept")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "moe.json")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=75)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--tokens", type=int, default=16_384, help="of calibration")
-    parser.add_argument("--eval-tokens", type=int, default=32_768, help="of each text")
+    parser.add_argument("--eval-tokens", type=int, default=16_384, help="of each text")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
