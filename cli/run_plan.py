@@ -28,7 +28,7 @@ from lowrank_ft.conversion.convert import allocate, spectrum_of
 from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.costs.flops import training_cost
 from lowrank_ft.errors import CheckpointError
-from lowrank_ft.factorization.plan import LinearPlan, Plan, make_plan
+from lowrank_ft.factorization.plan import LinearPlan, Plan, make_plan, shape_text
 from lowrank_ft.factorization.remainder import dense_remainder, notes
 from lowrank_ft.factorization.targets import kind_of
 from lowrank_ft.report.plots import check_picture_path, require_plotting, save_rank_map
@@ -122,15 +122,14 @@ def print_plan(plan: Plan, to_stderr: bool = False) -> None:
     rows = []
     for kind, members in kinds.items():
         ranks = [p.rank for p in members if p.rank is not None]
-        shapes = {p.shape for p in members}
+        shapes = {shape_text(p) for p in members}
         low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
         shown = "dense" if not ranks else str(low) if low == high else f"{low}-{high}"
         if ranks and len(ranks) < len(members):
             shown += f" ({len(members) - len(ranks)} dense)"
-        shape = members[0].shape
         rows.append(
             (
-                kind, str(len(members)), f"{shape[0]} x {shape[1]}" if len(shapes) == 1 else "various",
+                kind, str(len(members)), shape_text(members[0]) if len(shapes) == 1 else "various",
                 shown,
                 human_count(sum(p.dense_parameters for p in members)), human_count(sum(p.parameters for p in members)),
             )

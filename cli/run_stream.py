@@ -27,7 +27,7 @@ from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.estimate import streamed_bytes
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.prepare import prepare
-from lowrank_ft.conversion.streamed import Streaming, find_chain, members_of
+from lowrank_ft.conversion.streamed import Streaming, find_chain
 from lowrank_ft.errors import ConfigError, RankError
 from lowrank_ft.export import save_parts
 from lowrank_ft.factorization.options import SizeOptions
@@ -172,7 +172,7 @@ def _chain(disk: OnDisk, unfinished: Unfinished, plan: Plan, calibration: Calibr
 def _allocated(
     disk: OnDisk, returns: Mapping[str, bool], plan: Plan, calibration: Calibration, allocation: str
 ) -> Plan:
-    spectra = squared_spectra_on_disk(disk, returns, members_of(returns, plan), calibration, allocation, progress=True)
+    spectra = squared_spectra_on_disk(disk, returns, plan, calibration, allocation, progress=True)
     return spend(plan, spectra)
 
 
@@ -201,7 +201,7 @@ def _plan_by_energy(disk: OnDisk, sizes: SizeOptions) -> Plan:
     spectrum = spectrum_of(disk.model)
 
     def read(spec: LinearSpec) -> torch.Tensor:
-        with disk.loaded(spec.name):
+        with disk.loaded(spec.name.rpartition(".")[0] if spec.experts else spec.name):
             return spectrum(spec)
 
     return make_plan(disk.model, **vars(sizes), spectrum=read)

@@ -1,5 +1,6 @@
 """A model without weights gets the shape of a compact checkpoint, for loaders that fill models in place."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -7,7 +8,7 @@ from transformers import PreTrainedModel
 from lowrank_ft.checkpoints.loader import LowRankQuantizationConfig, LowRankQuantizer
 from lowrank_ft.checkpoints.source import is_compact
 from lowrank_ft.errors import CheckpointError
-from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn import stored_form
 
 
 def apply_config(model: PreTrainedModel) -> int:
@@ -31,7 +32,7 @@ def apply_config(model: PreTrainedModel) -> int:
         raise CheckpointError(
             f"the config of this {name} names no factored linears; make it from a compact checkpoint's"
         )
-    if any(lowrank_layers(model)):
+    if stored_form(model)[0]:
         raise CheckpointError(f"this {name} has factored linears already; apply the config to a fresh one")
     if not all(p.is_meta for p in model.parameters()):
         raise CheckpointError(
@@ -39,12 +40,25 @@ def apply_config(model: PreTrainedModel) -> int:
             "accelerate.init_empty_weights(), or load it with from_pretrained"
         )
     entry: Any = model.config.quantization_config
-    config = LowRankQuantizationConfig(**{k: v for k, v in _fields(entry).items() if k != "quant_method"})
+    put_layers(model, {k: v for k, v in _fields(entry).items() if k != "quant_method"})
+    return len(stored_form(model)[0])
+
+
+def put_layers(model: PreTrainedModel, entry: Mapping[str, Any]) -> None:
+    """Put factored layers on the meta device in the place of dense linears.
+
+    Args:
+        entry: ``ranks`` and ``pivots``, as ``quantization_config`` has them.
+
+    Raises:
+        CheckpointError: the model has none of the linears.
+    """
     try:
-        LowRankQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model)
+        LowRankQuantizer(LowRankQuantizationConfig(**entry), pre_quantized=True)._process_model_before_weight_loading(
+            model
+        )
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return sum(1 for _ in lowrank_layers(model))
 
 
 def _fields(entry: Any) -> dict[str, Any]:

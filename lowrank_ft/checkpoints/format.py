@@ -15,6 +15,10 @@ weight is read::
 Tensors are named ``<linear>.U.weight``, ``<linear>.V.weight``, ``<linear>.bias``, and ``<linear>.weight``, the
 one-element tripwire of :class:`~lowrank_ft.nn.LowRankLinear`. Linears under ``pivots`` have the pivoted form of that
 class, and ``<linear>.order``. Without any, the entry says version 1, which knew plain factors alone.
+
+A stack of experts is named as the parameter of the dense model, such as ``model.layers.0.mlp.experts.down_proj``. Its tensors
+are ``<experts>.factors.down_proj.U``, ``.V`` and, pivoted, ``.order``, and the tripwire ``<experts>.down_proj``
+(:class:`~lowrank_ft.nn.FactoredExperts`). With stacks, the entry says version 3.
 """
 
 from pathlib import Path
@@ -22,7 +26,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn import UnfoldedExperts, factored_stacks, stored_form
 
 CONVERSION_FILE = "conversion.json"
 RANK_MAP_FILE = "rank_map.png"
@@ -30,7 +34,8 @@ PLACEHOLDER = "path/or/hub-id"
 """Stands in a model card for the address that only a push knows."""
 
 QUANT_METHOD = "lowrank"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_WITHOUT_STACKS = 2
 _WITHOUT_PIVOTS = 1
 
 
@@ -39,9 +44,14 @@ def quantization_config(
     base_model: str | None = None,
     base_revision: str | None = None,
     pivots: dict[str, str] | None = None,
+    stacked: bool = False,
 ) -> dict[str, Any]:
-    """The entry for a model with these ranks; where its dense weights came from is told where that is known."""
-    version = FORMAT_VERSION if pivots else _WITHOUT_PIVOTS
+    """The entry for a model with these ranks; where its dense weights came from is told where that is known.
+
+    Args:
+        stacked: some are ranks of experts.
+    """
+    version = FORMAT_VERSION if stacked else _WITHOUT_STACKS if pivots else _WITHOUT_PIVOTS
     entry: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": version, "ranks": dict(ranks)}
     if pivots:
         entry["pivots"] = dict(pivots)
@@ -68,6 +78,6 @@ def describe_in_config(model: nn.Module, base_model: str | None = None) -> None:
     if known and Path(known).expanduser().is_dir():
         # As it was typed it could be read as a name on the Hub, or mean another folder elsewhere. It is not published.
         known = str(Path(known).expanduser().resolve())
-    ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
-    pivots = {name: layer.pivot for name, layer in lowrank_layers(model) if layer.pivot is not None}
-    config.quantization_config = quantization_config(ranks, known, revision, pivots)
+    ranks, pivots = stored_form(model)
+    stacked = any(True for _ in factored_stacks(model)) or any(isinstance(m, UnfoldedExperts) for m in model.modules())
+    config.quantization_config = quantization_config(ranks, known, revision, pivots, stacked)

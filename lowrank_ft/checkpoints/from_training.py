@@ -14,6 +14,7 @@ from lowrank_ft.checkpoints import sharded as tensor_files
 from lowrank_ft.checkpoints.configs import in_one_line
 from lowrank_ft.checkpoints.source import RUN_FILE, Source, check_finite, is_compact, load_model, model_class
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, first_line
+from lowrank_ft.nn.unfolded import folded_state
 from lowrank_ft.reading import kind_of, read_object
 
 _HEADS = {  # of PEFT's task types: the class, and how the weight is called whose rows are the labels
@@ -35,6 +36,8 @@ def load_training_checkpoint(folder: Path, trust_remote_code: bool = False) -> t
     config = Source(str(folder), trust_remote_code=trust_remote_code).load_config()
     tensors = {k: v for k, v in tensor_files.read(folder, "model").items() if not k.endswith(_GUIDE)}
     tensors = fold_adapters(tensors, _adapter_scale(folder))
+    entry = getattr(config, "quantization_config", None) or {}
+    tensors = folded_state(tensors, (entry if isinstance(entry, dict) else entry.to_dict()).get("ranks") or ())
     cls: Any = model_class(config, str(folder), trust_remote_code)
     dtype = next(v.dtype for v in tensors.values() if v.is_floating_point())
     model, info = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)

@@ -14,10 +14,11 @@ from transformers.quantizers import auto as transformers_registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowrank_ft.nn.factored_experts import FactoredExperts, factored_stacks, stored_form
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 
 METHOD = "lowrank"
-NEWEST_READABLE_FORMAT = 2
+NEWEST_READABLE_FORMAT = 3
 
 
 class LowRankQuantizationConfig(QuantizationConfigMixin):
@@ -75,16 +76,27 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._files = [str(f) for f in kwargs.get("checkpoint_files") or []]
         modules = dict(model.named_modules())
+        stacked = {name: None for name, p in model.named_parameters() if p.dim() == 3}  # such as experts
         swapped = 0
-        for name, found in self._modules_of(model, modules).items():
+        stacks: dict[str, dict[str, Any]] = {}
+        for name, found in self._modules_of(model, stacked | modules).items():
             rank = self.quantization_config.ranks[name]
             parent, _, leaf = found.rpartition(".")
             side = (self.quantization_config.pivots or {}).get(name)
+            swapped += 1
+            if found in stacked:
+                stacks.setdefault(parent, {})[leaf] = (rank, side)
+                continue
             layer = LowRankLinear.like(modules[found], rank, device="meta", pivot=side)
             setattr(model.get_submodule(parent), leaf, layer)
-            swapped += 1
+        for name, parts in stacks.items():
+            parent, _, leaf = name.rpartition(".")
+            ranks, pivots = ({n: part[i] for n, part in parts.items()} for i in (0, 1))
+            experts = FactoredExperts.like(modules[name], ranks, pivots, device="meta")
+            setattr(model.get_submodule(parent), leaf, experts)
         if swapped:  # a device map that puts U and V in different places computes with neither
-            model._no_split_modules = {*(model._no_split_modules or ()), LowRankLinear.__name__}
+            whole = {LowRankLinear.__name__, FactoredExperts.__name__}
+            model._no_split_modules = {*(model._no_split_modules or ()), *whole}
         if self.quantization_config.ranks and not swapped:
             first = next(iter(self.quantization_config.ranks))
             raise ValueError(
@@ -133,7 +145,7 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_random_factors(model)
         if self._foreign_prefix:  # saved again, it has its own names, also of weights
-            self.quantization_config.ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
+            self.quantization_config.ranks, self.quantization_config.pivots = stored_form(model)
             model.config.quantization_config = self.quantization_config
             model.__dict__.pop("_weight_conversions", None)
         # From here on this is an ordinary model: with these marks on it, transformers refuses .half(), .to() and
@@ -193,9 +205,11 @@ def _refuse_random_factors(model: PreTrainedModel) -> None:
     mark = "_is_hf_initialized"
     if not any(hasattr(p, mark) for p in model.parameters()):
         return
-    for name, layer in lowrank_layers(model):
-        for part in (layer.U, layer.V):
-            if not part.weight.is_meta and not getattr(part.weight, mark, False):
+    factors = {name: (layer.U.weight, layer.V.weight) for name, layer in lowrank_layers(model)}
+    factors |= {name: (stack.U, stack.V) for name, stack in factored_stacks(model)}
+    for name, parts in factors.items():
+        for part in parts:
+            if not part.is_meta and not getattr(part, mark, False):
                 raise ValueError(
                     f"the checkpoint has no weights for {name} under a name that {type(model).__name__} reads; "
                     "load it with the class that config.json names under architectures"

@@ -1,15 +1,15 @@
 """The file that makes a compact checkpoint load without this package.
 
-``lowrank_plugin.py`` is the text of ``lowrank_ft.nn.lowrank_linear`` followed by that of ``lowrank_ft.checkpoints.loader``: the
-very code that the package runs, so the two cannot drift apart. ``config.json`` names it under ``auto_map``, and
-transformers runs it when the user says ``trust_remote_code=True``.
+``lowrank_plugin.py`` is the text of ``lowrank_ft.nn.lowrank_linear``, that of ``lowrank_ft.nn.factored_experts`` and that of
+``lowrank_ft.checkpoints.loader``: the very code that the package runs, so the two cannot drift apart. ``config.json`` names
+it under ``auto_map``, and transformers runs it when the user says ``trust_remote_code=True``.
 """
 
 import inspect
 import re
 
 from lowrank_ft.checkpoints import loader
-from lowrank_ft.nn import lowrank_linear
+from lowrank_ft.nn import factored_experts, lowrank_linear
 
 PLUGIN_FILE = "lowrank_plugin.py"
 AUTO_MAP = {"AutoConfig": f"{PLUGIN_FILE.removesuffix('.py')}.{loader.LowRankAutoConfig.__name__}"}
@@ -22,13 +22,16 @@ Written by lowrank-ft from its own modules; it needs torch and transformers and 
 """
 
 '''
-_OWN_IMPORT = re.compile(r"^from lowrank_ft\.nn\.lowrank_linear import LowRankLinear, lowrank_layers\n", re.MULTILINE)
+_OWN_IMPORTS = re.compile(r"^from lowrank_ft\.nn\.\w+ import .*\n", re.MULTILINE)
 _MODULE_DOCSTRING = re.compile(r'\A""".*?"""\n', re.DOTALL)
 
 
 def plugin_source() -> str:
     """The text of ``lowrank_plugin.py``."""
-    layer = _MODULE_DOCSTRING.sub("", inspect.getsource(lowrank_linear)).strip()
-    code, replaced = _OWN_IMPORT.subn("", _MODULE_DOCSTRING.sub("", inspect.getsource(loader)).strip())
-    assert replaced == 1, "the loader no longer imports LowRankLinear the way that the plugin expects"
-    return f"{_HEADER}{layer}\n\n\n{code}\n"
+    parts = []
+    for module, imports in ((lowrank_linear, 0), (factored_experts, 1), (loader, 2)):
+        text = _MODULE_DOCSTRING.sub("", inspect.getsource(module)).strip()
+        code, replaced = _OWN_IMPORTS.subn("", text)
+        assert replaced == imports, f"{module.__name__} no longer imports the way that the plugin expects"
+        parts.append(code)
+    return _HEADER + "\n\n\n".join(parts) + "\n"

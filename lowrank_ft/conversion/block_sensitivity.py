@@ -5,7 +5,7 @@ top         norm, head and loss, from what leaves the last block: the gradient t
 backward    through the blocks in reverse order: each runs once more from what entered it, and passes the gradient on
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -18,6 +18,7 @@ from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.blockwise import Stream
 from lowrank_ft.conversion.calibration import Calibration, first_batches
 from lowrank_ft.conversion.chains import Batch, capture, run
+from lowrank_ft.conversion.experts import summed, unfolded
 from lowrank_ft.conversion.received import dense_moments
 from lowrank_ft.conversion.sensitivity import (
     GRADIENT_TOKENS,
@@ -31,24 +32,25 @@ from lowrank_ft.conversion.sensitivity import (
 )
 from lowrank_ft.conversion.stubs import Returns, stubs
 from lowrank_ft.errors import require_choice
+from lowrank_ft.factorization.plan import Plan
 
 
 def squared_spectra_on_disk(
     disk: OnDisk,
     returns: Returns,
-    members: Mapping[str, Sequence[str]],
+    plan: Plan,
     calibration: Calibration,
     allocation: str,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """As :func:`lowrank_ft.conversion.squared_spectra`.
+    """As :func:`lowrank_ft.conversion.experts.plan_spectra`.
 
     Memory: one block, what enters it on 8,192 tokens; for ``loss``, also what enters each block on 4,096, where
     ``calibration.activations_dir`` names no folder for it.
 
     Args:
         returns: of the blocks, in their order.
-        members: the linears of each block.
+        plan: of linears that lie in the blocks.
         allocation: ``energy`` or ``loss``.
     """
     require_choice("allocation", allocation, ("energy", "loss"))
@@ -57,39 +59,40 @@ def squared_spectra_on_disk(
     few = first_batches(batches, GRADIENT_TOKENS) if allocation == "loss" else []
     with stubs(model, returns):
         stream = Stream(capture(model, chain, batches, calibration.store()), calibration)
+    members = {b: Plan(tuple(p for p in plan.linears if p.name.startswith(f"{b}.")), 0) for b in chain}
     squares: dict[str, Tensor] = {}
     entered: dict[str, Activations] = {}
     for name in tqdm(chain, desc="allocate", unit="block", disable=None if progress else True):
         entered[name] = calibration.store()
         for i in range(len(few)):
             entered[name].append(stream.hidden[i])
-        with disk.loaded(name) as block:
-            left = calibration.store()
-            moments = dense_moments(model, members[name], batches, partial(_pass_on, stream, block, name, left))
+        with disk.loaded(name) as block, unfolded(model, members[name]) as each:
+            left, linears = calibration.store(), [p.name for p in each.linears]
+            moments = dense_moments(model, linears, batches, partial(_pass_on, stream, block, name, left))
             stream.hidden = left
             for linear, found in moments.items():
                 if found.inputs is not None:
                     squares[linear] = weighted_squares(model.get_submodule(linear), found, linear)
     if allocation == "energy":
-        return as_shares(squares)
+        return summed(plan, as_shares(squares))
     gradients, tokens = _from_the_top(disk, returns, stream.hidden, few, calibration.seed)
     sums = GradientSquares()
     for name in tqdm(chain[::-1], desc="sensitivity", unit="block", disable=None if progress else True):
         first = name == chain[0]
-        if first and not members[name]:
+        if first and not members[name].linears:
             break
-        with disk.loaded(name) as block, ExitStack() as stack:
+        with disk.loaded(name) as block, unfolded(model, members[name]) as each, ExitStack() as stack:
             stack.enter_context(frozen(block))
             stack.enter_context(torch.enable_grad())
-            for linear in members[name]:
-                stack.callback(sums.watch(linear, model.get_submodule(linear)))
+            for p in each.linears:
+                stack.callback(sums.watch(p.name, model.get_submodule(p.name)))
             for i, gradient in enumerate(gradients):
                 hidden = entered[name][i].detach().requires_grad_(not first)
                 stream.calls[name][i](block, hidden).backward(gradient)
                 if hidden.grad is not None:
                     gradients[i] = hidden.grad
         del entered[name]
-    return in_units_of_loss(squares, sums.mean(tokens))
+    return summed(plan, in_units_of_loss(squares, sums.mean(tokens)))
 
 
 def _pass_on(stream: Stream, block: nn.Module, name: str, left: Activations, batch: int) -> None:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import ChainInputs, block_of, capture, find_chains, siblings, token_mask
+from lowrank_ft.conversion.experts import is_expert, too_few, warn_of_few
 from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.conversion.moments import Moments
 from lowrank_ft.conversion.received import Group, InputGroups, dense_moments, input_of
@@ -134,14 +135,21 @@ class _Block:
         """Convert the block, and move the streams past it."""
         seen, wanted = self._look(dense)
         moments: dict[str, Moments] = {}
+        few: dict[str, int] = {}
         for group in seen:
-            shared = (
-                group.moments if converted is None or self.method != "anchored" else self._moments(group, converted)
-            )
-            solver = Regression(shared.inputs, shared.cross, self.calibration.damping, group.names[0])
+            expert = is_expert(self.model, group.names[0])
+            follow = converted is not None and self.method == "anchored" and not expert
+            shared = self._moments(group, converted) if follow and converted is not None else group.moments
+            solver: Regression | None = None
+            if expert and too_few(shared):
+                few |= dict.fromkeys(group.names, shared.tokens)
+            else:
+                solver = Regression(shared.inputs, shared.cross, self.calibration.damping, group.names[0])
             for name in group.names:
                 moments[name] = shared
                 factorize_linear(self.model, name, self.ranks[name], solver)
+        if few:
+            warn_of_few(list(few), self.name, max(few.values()))
         for name in self.ranks:
             if name not in moments:  # none is wanted, or no token of the calibration data came by
                 factorize_linear(self.model, name, self.ranks[name], None)
@@ -211,7 +219,8 @@ class _Block:
                     stack.callback(module.register_forward_pre_hook(partial(received.note, name)).remove)
                 left.append(dense.forward(self.twin, self.name, i))
             for names, x in received.groups:
-                groups.append(Group(names, self.calibration.store() if self.method == "anchored" else None))
+                kept = self.method == "anchored" and not is_expert(self.model, names[0])
+                groups.append(Group(names, self.calibration.store() if kept else None))
                 groups[-1].add(i, batch, x)
                 missing = {n: m for n, m in missing.items() if n not in names}
         if missing:

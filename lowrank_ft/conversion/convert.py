@@ -20,16 +20,24 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_ft.checkpoints.format import describe_in_config
-from lowrank_ft.conversion import METHODS, Calibration, ConversionRecord, convert_blocks, distill, squared_spectra
+from lowrank_ft.conversion import METHODS, Calibration, ConversionRecord, convert_blocks, distill
 from lowrank_ft.conversion.calibration import default_method
 from lowrank_ft.conversion.chains import block_of
+from lowrank_ft.conversion.experts import fold_records, one_by_one, plan_spectra, stacks_of
 from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.errors import ConfigError, PlanError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.plan import Plan, make_plan, reallocate
 from lowrank_ft.factorization.solvers import singular_values, truncated_svd
-from lowrank_ft.factorization.targets import LinearSpec, Patterns, is_linear, refuse_offloaded, refuse_tied
-from lowrank_ft.nn import GuidedLowRankLinear, check_guide_bits, lowrank_layers
+from lowrank_ft.factorization.targets import (
+    LinearSpec,
+    Patterns,
+    find_linears,
+    is_linear,
+    refuse_offloaded,
+    refuse_tied,
+)
+from lowrank_ft.nn import GuidedLowRankLinear, check_guide_bits, fold_experts, stored_form, unfold_experts
 from lowrank_ft.nn.modes import evaluating
 from lowrank_ft.nn.replace import dense_weight, factorized, swap
 
@@ -64,7 +72,8 @@ def convert(
             of norms and biases in the converted blocks are trained beside the factors, where factors are trained, and
             no guide is asked for.
         plan: what to do; without one it is made here from ``rank``, ``param_ratio`` or ``energy`` and the patterns.
-        guide: None for the deployed layers, or one of ``GUIDES`` to keep a dense branch for fine-tuning.
+        guide: None for the deployed layers, or one of ``GUIDES`` to keep a dense branch for fine-tuning. Experts with
+            guides stay unfolded, a guided layer for each expert, until they are saved.
         guide_bits: 4 to store a ``residual`` guide in 4 bits; None for the dtype of the model. 4 needs bitsandbytes, on
             the model's device and on the one that it is trained on.
         method: how the factors are found, one of ``METHODS``; by default ``anchored`` with calibration data and
@@ -92,7 +101,7 @@ def convert(
     if calibration is None and method != "svd":
         raise ConfigError(f"method {method} needs calibration data; give some, or use method svd, which needs none")
     check_guide_bits(guide, guide_bits, next(model.parameters()).device)
-    if any(lowrank_layers(model)):
+    if stored_form(model)[0]:
         raise PlanError("the model has factored linears already; convert the dense model, or merge this one first")
     if plan is None:
         plan = make_plan(
@@ -113,16 +122,18 @@ def convert(
     elif allocation is not None:
         raise PlanError("a plan already says which linears get which rank; leave the allocation out")
     check_fits(plan, model)
-    for name in plan.ranks:
+    unfold_experts(model, stacks_of(plan))
+    each = one_by_one(plan)
+    for name in each.ranks:
         refuse_offloaded(model.get_submodule(name), name)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    weights = {n: dense_weight(model.get_submodule(n)) for n in plan.ranks} if guide is not None else {}
+    weights = {n: dense_weight(model.get_submodule(n)) for n in each.ranks} if guide is not None else {}
     if calibration is None:
-        _truncate(model, plan, record, progress)
+        _truncate(model, each, record, progress)
     else:
         if guide is not None:  # with the dense branch, the layers give exactly what they gave before
             calibration = replace(calibration, train_vectors=False)
-        _fit(model, plan, method, calibration, record, progress)
+        _fit(model, each, method, calibration, record, progress)
     for name in list(weights):
         layer: Any = model.get_submodule(name)
         weight = weights.pop(
@@ -130,6 +141,10 @@ def convert(
         )  # the guide is a tensor of its own: with it, one linear is in memory twice and not all
         swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide), guide_bits))
     _freeze_again(model, frozen)
+    if guide is None:
+        fold_experts(model)
+    if record is not None:
+        record.linears = fold_records(record.linears, {p.name: p.experts for p in plan.linears if p.experts})
     describe_in_config(model)
     return plan
 
@@ -161,9 +176,8 @@ def allocate(
         return plan
     if calibration is None:
         raise ConfigError(f"allocation {allocation} needs calibration data; give some, or use allocation uniform")
-    names = [p.name for p in plan.linears]
     with evaluating(model):
-        return spend(plan, squared_spectra(model, names, calibration, allocation, progress))
+        return spend(plan, plan_spectra(model, plan, calibration, allocation, progress))
 
 
 def spend(plan: Plan, spectra: Mapping[str, Tensor]) -> Plan:
@@ -241,6 +255,11 @@ def spectrum_of(model: nn.Module) -> Callable[[LinearSpec], Tensor]:
     """For plans by energy: the singular values of a linear of ``model``."""
 
     def spectrum(spec: LinearSpec) -> Tensor:
+        if spec.experts:
+            stack = model.get_parameter(spec.name)
+            refuse_offloaded(stack, spec.name)
+            values = [singular_values(w, f"{spec.name}[{e}]") for e, w in enumerate(stack.detach())]
+            return torch.stack(values).square().sum(0).sqrt()
         module = model.get_submodule(spec.name)
         refuse_offloaded(module, spec.name)
         return singular_values(dense_weight(module), f"{spec.name}.weight")
@@ -251,9 +270,17 @@ def spectrum_of(model: nn.Module) -> Callable[[LinearSpec], Tensor]:
 def check_fits(plan: Plan, model: nn.Module) -> None:
     """Raise a PlanError unless every linear of the plan is in the model, dense, and of the planned shape."""
     modules = dict(model.named_modules())
+    stacks = {s.name: s for s in find_linears(model) if s.experts}
     for p in plan.linears:
+        if (stack := stacks.get(p.name)) is not None:
+            if (stack.shape, stack.experts) != (p.shape, p.experts):
+                raise PlanError(
+                    f"{p.name} is {stack.experts} experts of {stack.shape} in the model and {p.experts} of {p.shape} in "
+                    "the plan; make the plan from this model"
+                )
+            continue
         module = modules.get(p.name)
-        if module is None or not is_linear(module):
+        if module is None or not is_linear(module) or p.experts:
             found = "no such module" if module is None else type(module).__name__
             raise PlanError(f"the plan names {p.name}, but the model has {found} there; make the plan from this model")
         if tuple(dense_weight(module).shape) != p.shape:

@@ -18,7 +18,7 @@ from lowrank_ft.conversion.calibration import Calibration, positions
 from lowrank_ft.conversion.chains import Batch, block_of, capture, run
 from lowrank_ft.conversion.refine import squared_error
 from lowrank_ft.conversion.sensitivity import GRADIENT_TOKENS, SENSITIVITY_TOKENS
-from lowrank_ft.factorization.plan import Plan
+from lowrank_ft.factorization.plan import LinearPlan, Plan
 from lowrank_ft.factorization.solvers import Regression
 from lowrank_ft.nn.replace import dense_weight
 
@@ -76,8 +76,8 @@ def measure(model: Any, plan: Plan, batch: Batch) -> Speed:
     if first is not None:
         ratio, held = _block(model, first, small)
     by_shape = {p.shape: p for p in plan.linears if p.rank is not None}
-    each = {s: _factorize(dense_weight(model.get_submodule(p.name)), plan.ranks[p.name]) for s, p in by_shape.items()}
-    total = sum(each[p.shape] for p in plan.linears if p.rank is not None)
+    each = {s: _factorize(_matrix(model, p), plan.ranks[p.name]) for s, p in by_shape.items()}
+    total = sum(p.copies * each[p.shape] for p in plan.linears if p.rank is not None)
     return Speed(forward / tokens, ratio * forward / tokens, total, held / tokens * len(blocks))
 
 
@@ -103,8 +103,8 @@ def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
     """Of tensors, at the worst moment; the Python process itself comes on top."""
     size = next(model.parameters()).element_size()
     weights = weight_bytes(model)
-    dense = sum(p.shape[0] * p.shape[1] for p in plan.linears if p.rank is not None)
-    factors = sum(p.rank * sum(p.shape) for p in plan.linears if p.rank is not None)
+    dense = sum(p.dense_parameters for p in plan.linears if p.rank is not None)
+    factors = sum(p.trained_parameters for p in plan.linears if p.rank is not None)
     config: Any = getattr(model, "config", None)
     hidden = getattr(config, "hidden_size", None) or max(p.shape[1] for p in plan.linears)
     streams = (4 if work.anchored or work.refined else 2) * 4 * work.fitted * hidden
@@ -186,6 +186,14 @@ def _block(model: Any, name: str, batch: Batch) -> tuple[float, float]:
     forward = _seconds(lambda: _without_grad(lambda: call(block, hidden)))
     kept.clear()
     return max(1.0, _seconds(both) / max(forward, 1e-9) - 1), float(sum(kept.values()))
+
+
+def _matrix(model: nn.Module, p: LinearPlan) -> Tensor:
+    """``W (out, in)`` of a linear, or of the first expert of a stack."""
+    if not p.experts:
+        return dense_weight(model.get_submodule(p.name))
+    first = model.get_parameter(p.name).detach()[0]
+    return first if first.shape == p.shape else first.T
 
 
 def _factorize(weight: Tensor, rank: int) -> float:

@@ -4,8 +4,15 @@ from torch import Tensor, nn
 
 from lowrank_ft.conversion.unpivot import unpivot
 from lowrank_ft.errors import PlanError
-from lowrank_ft.factorization.targets import is_linear
-from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, check_guide_bits, lowrank_layers
+from lowrank_ft.factorization.targets import find_linears, is_linear
+from lowrank_ft.nn import (
+    GuidedLowRankLinear,
+    LowRankLinear,
+    check_guide_bits,
+    fold_experts,
+    lowrank_layers,
+    unfold_experts,
+)
 from lowrank_ft.nn.replace import dense_weight, swap
 
 MIN_COSINE = 0.1  # between factors and the weights that they were made from, mean over the linears
@@ -14,7 +21,7 @@ MIN_COSINE = 0.1  # between factors and the weights that they were made from, me
 def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str, guide_bits: int | None = None) -> None:
     """Put a guide beside every factored linear of ``model``, from the linear of the same name in ``dense_model``.
 
-    Pivoted factors become plain ones first (:func:`unpivot`).
+    Pivoted factors become plain ones first (:func:`unpivot`), and experts are unfolded: a guided layer for each.
 
     Args:
         guide: one of ``GUIDES``.
@@ -26,6 +33,16 @@ def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str, guide_bi
     """
     unpivot(model)
     check_guide_bits(guide, guide_bits, next(model.parameters()).device)
+    unfold_experts(model)
+    stacks = [s.name for s in find_linears(dense_model) if s.experts]
+    unfold_experts(dense_model, stacks)
+    try:
+        _attach(model, dense_model, guide, guide_bits)
+    finally:
+        fold_experts(dense_model)
+
+
+def _attach(model: nn.Module, dense_model: nn.Module, guide: str, guide_bits: int | None) -> None:
     weights = {name: _matching_dense_weight(dense_model, name, layer) for name, layer in lowrank_layers(model)}
     _require_kinship(model, weights)
     for name, layer in list(lowrank_layers(model)):

@@ -18,8 +18,8 @@ from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch, run
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.conversion.distill import mean_difference
+from lowrank_ft.conversion.experts import plan_spectra
 from lowrank_ft.conversion.record import ConversionRecord
-from lowrank_ft.conversion.sensitivity import squared_spectra
 from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import DataError, PlanError, RankError
 from lowrank_ft.evaluation.perplexity import predicted_tokens, summed_loss
@@ -84,9 +84,8 @@ def convert_within(
             f"{promise.shown} is judged by held-out text, and the calibration data are too few to spare any; give more "
             "(at least 16 sequences)"
         )
-    names = [p.name for p in make_plan(dense, param_ratio=_MOST, **which).linears]
     with evaluating(dense):
-        spectra = squared_spectra(dense, names, calibration, "loss", progress)
+        spectra = plan_spectra(dense, make_plan(dense, param_ratio=_MOST, **which), calibration, "loss", progress)
         base = mean_loss(dense, calibration.held_out) if promise.measure == "loss" else 0.0
     factor, above, kept, last = _FACTOR, _LEAST, None, ""
     for _ in range(_TRIES):

@@ -8,8 +8,8 @@ from torch import nn
 from lowrank_ft.checkpoints.format import describe_in_config
 from lowrank_ft.errors import TrainingStateError
 from lowrank_ft.factorization.solvers import Factors
-from lowrank_ft.factorization.targets import is_linear
-from lowrank_ft.nn import GuidedLowRankLinear, lowrank_layers
+from lowrank_ft.factorization.targets import find_linears, is_linear
+from lowrank_ft.nn import GuidedLowRankLinear, fold_experts, lowrank_layers, unfold_experts
 from lowrank_ft.nn.replace import dense_weight, factorized, swap
 from lowrank_ft.reading import kind_of, read_object
 
@@ -25,6 +25,9 @@ def shape_factors(model: nn.Module, checkpoint: Path) -> None:
     ranks = entry.get("ranks") if isinstance(entry, dict) else None
     if not isinstance(ranks, dict) or not ranks:
         raise TrainingStateError(f"{path}: ranks of the checkpoint are {kind_of(ranks)}; name one that finetune wrote")
+    stacks = {s.name: s.experts for s in find_linears(model) if s.experts and s.name in ranks}
+    unfold_experts(model, stacks)
+    ranks = {one: rank for name, rank in ranks.items() for one in _each(name, stacks.get(name, 0))}
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
         if (dense := modules.get(name)) is None or not is_linear(dense):
@@ -37,11 +40,20 @@ def shape_factors(model: nn.Module, checkpoint: Path) -> None:
             )
         zeros = dense_weight(dense).new_zeros
         swap(model, name, factorized(dense, Factors(zeros(rows, rank), zeros(rank, columns))))
+    fold_experts(model)
     describe_in_config(model)
 
 
+def _each(name: str, experts: int) -> list[str]:
+    return [f"{name}.{e}" for e in range(experts)] or [name]
+
+
 def shape_guides(model: nn.Module, guide: str, guide_bits: int | None = None) -> None:
-    """Guides of zeros beside all factors. A checkpoint of the guided phase holds their values, packed ones as they are."""
+    """Guides of zeros beside all factors. A checkpoint of the guided phase holds their values, packed ones as they are.
+
+    Experts are unfolded, as they are in a run with guides to its end.
+    """
+    unfold_experts(model)
     for name, layer in list(lowrank_layers(model)):
         zeros = torch.zeros(layer.out_features, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
         swap(model, name, GuidedLowRankLinear.from_lowrank(layer, zeros, guide, guide_bits))

@@ -10,7 +10,7 @@ After each block the conversion is as good as stopped: what it needs to go on is
 Training of all factors together needs the whole model, so it is not done here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,18 +19,20 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lowrank_ft.checkpoints.empty import put_layers
 from lowrank_ft.checkpoints.on_disk import OnDisk
 from lowrank_ft.checkpoints.unfinished import Unfinished
 from lowrank_ft.conversion.blockwise import Stream, convert_block, follows
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch, block_of, capture, find_chains, siblings
+from lowrank_ft.conversion.experts import fold_records, one_by_one, stacks_of
 from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
 from lowrank_ft.conversion.stubs import Returns, returns_of, stubs
 from lowrank_ft.errors import TargetError
-from lowrank_ft.factorization.plan import Plan
+from lowrank_ft.factorization.plan import LinearPlan, Plan
 from lowrank_ft.factorization.solvers import truncated_svd
-from lowrank_ft.nn import LowRankLinear, lowrank_layers
-from lowrank_ft.nn.forms import pivoted, swap
+from lowrank_ft.nn import LowRankLinear, stored_form, unfold_experts
+from lowrank_ft.nn.forms import pivoted, store, swap
 from lowrank_ft.nn.modes import evaluating
 from lowrank_ft.nn.replace import dense_weight, factorized
 
@@ -65,9 +67,9 @@ def find_chain(disk: OnDisk, plan: Plan, batch: Batch) -> Returns:
     return returns
 
 
-def members_of(chain: Returns, plan: Plan) -> dict[str, list[str]]:
+def members_of(chain: Returns, plan: Plan) -> dict[str, list[LinearPlan]]:
     """The planned linears of each block."""
-    return {b: [p.name for p in plan.linears if p.name.startswith(f"{b}.")] for b in chain}
+    return {b: [p for p in plan.linears if p.name.startswith(f"{b}.")] for b in chain}
 
 
 @dataclass
@@ -88,16 +90,18 @@ class Streaming:
 
     def truncate(self, plan: Plan, progress: bool = False) -> None:
         """Plain SVD of every planned linear; blocks need not be a chain."""
-        units: dict[str, list[str]] = {}
-        for name in plan.ranks:
-            units.setdefault(block_of(self.disk.model, name) or name, []).append(name)
-        for unit, names in self._left_to_do(units, progress):
-            with self._written(unit, {}):
-                for name in names:
-                    dense: Any = self.disk.model.get_submodule(name)
-                    layer = factorized(dense, truncated_svd(dense_weight(dense), plan.ranks[name], f"{name}.weight"))
+        model, units = self.disk.model, dict[str, list[LinearPlan]]()
+        for p in plan.linears:
+            if p.rank is not None:
+                units.setdefault(block_of(model, p.name) or p.name, []).append(p)
+        for unit, linears in self._left_to_do(units, progress):
+            with self._written(unit, linears, {}) as ranks:
+                for name, rank in ranks.items():
+                    dense: Any = model.get_submodule(name)
+                    layer = factorized(dense, truncated_svd(dense_weight(dense), rank, f"{name}.weight"))
                     self.record.add_linear(name, dense_weight(dense), layer, None)
-                    swap(self.disk.model, name, layer)
+                    swap(model, name, layer)
+        self.record.linears = fold_records(self.record.linears, {p.name: p.experts for p in plan.linears if p.experts})
 
     def fit(self, plan: Plan, returns: Returns, method: str, calibration: Calibration, progress: bool = False) -> None:
         """Fit the linears of a chain of blocks to calibration data.
@@ -118,16 +122,17 @@ class Streaming:
                     stream.hidden = calibration.store()
                     for x in kept:
                         stream.hidden.append(x.to(self.disk.device))
-            for block, names in self._left_to_do(members_of(returns, plan), progress):
-                ranks = {n: plan.ranks[n] for n in names if n in plan.ranks}
-                with self._written(block, streams):
+            for block, linears in self._left_to_do(members_of(returns, plan), progress):
+                with self._written(block, linears, streams) as ranks:
                     convert_block(model, block, ranks, dense, converted, method, calibration, self.record)
+        self.record.linears = fold_records(self.record.linears, {p.name: p.experts for p in plan.linears if p.experts})
 
-    def _left_to_do(self, units: Mapping[str, list[str]], progress: bool) -> Iterator[tuple[str, list[str]]]:
+    def _left_to_do(
+        self, units: Mapping[str, list[LinearPlan]], progress: bool
+    ) -> Iterator[tuple[str, list[LinearPlan]]]:
         """Those that were written before get their shape back, and the record what is known of them."""
         done = [u for u in units if self.unfinished.has(u)]
-        for unit in done:
-            self._remember(unit)
+        self._remember(done)
         left = [u for u in units if u not in done]
         for unit in tqdm(
             left, desc="factorize", unit="block", initial=len(done), total=len(units),
@@ -136,21 +141,33 @@ class Streaming:
             yield unit, units[unit]
 
     @contextmanager
-    def _written(self, unit: str, streams: Mapping[str, Stream]) -> Iterator[None]:
-        """Inside, the unit is in memory, to be converted; then it is written, and what comes next can be taken up."""
+    def _written(
+        self, unit: str, linears: Sequence[LinearPlan], streams: Mapping[str, Stream]
+    ) -> Iterator[dict[str, int]]:
+        """Inside, the unit is in memory, to be converted; then it is written, and what comes next can be taken up.
+
+        The ranks that are given out are those of single linears, of which a stack of experts is made up inside.
+        """
+        model = self.disk.model
         self.disk.load(unit)
-        known = set(self.record.linears)
-        blocks = len(self.record.blocks)
-        yield
-        layers = _store_pivoted(self.disk.model, unit, self.dtype)
+        plan = Plan(tuple(linears), 0)
+        known, blocks = set(self.record.linears), len(self.record.blocks)
+        unfold_experts(model.get_submodule(unit), [n.removeprefix(f"{unit}.") for n in stacks_of(plan)])
+        yield one_by_one(plan).ranks
+        module: Any = model.get_submodule(unit)
+        if isinstance(module, LowRankLinear):  # a linear that is in no block
+            swap(model, unit, pivoted(module, self.dtype))
+        else:
+            store(module, "pivoted", self.dtype, {})
+        module = model.get_submodule(unit)
+        ranks, pivots = stored_form(module)
         facts = {
-            "layers": layers,
+            "ranks": {_full(unit, n): r for n, r in ranks.items()},
+            "pivots": {_full(unit, n): side for n, side in pivots.items()},
             "linears": {n: asdict(e) for n, e in self.record.linears.items() if n not in known},
             "blocks": [asdict(b) for b in self.record.blocks[blocks:]],
         }
-        tensors = {
-            f"{unit}.{k}": self._as_stored(v) for k, v in self.disk.model.get_submodule(unit).state_dict().items()
-        }
+        tensors = {f"{unit}.{k}": self._as_stored(v) for k, v in module.state_dict().items()}
         self.unfinished.add(unit, tensors, facts, {n: s.hidden for n, s in streams.items()})
         self.disk.unload(unit)
 
@@ -158,22 +175,19 @@ class Streaming:
         tensor = tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
         return tensor.detach().cpu().contiguous()
 
-    def _remember(self, unit: str) -> None:
-        facts = self.unfinished.facts(unit)
-        self.disk.unhook(unit)
-        for name, (rank, pivot) in facts["layers"].items():
-            dense: Any = self.disk.model.get_submodule(name)
-            layer = LowRankLinear.like(dense, rank, device="meta", pivot=pivot)
-            swap(self.disk.model, name, layer.train(dense.training))
-        self.record.linears |= {n: LinearRecord.from_dict(e) for n, e in facts["linears"].items()}
-        for entry in facts["blocks"]:
-            self.record.add_block(entry["name"], entry["error_before"], entry["error_after"])
+    def _remember(self, units: Sequence[str]) -> None:
+        entry: dict[str, dict[str, Any]] = {"ranks": {}, "pivots": {}}
+        for unit in units:
+            facts = self.unfinished.facts(unit)
+            self.disk.unhook(unit)
+            for key, known in entry.items():
+                known |= facts[key]
+            self.record.linears |= {n: LinearRecord.from_dict(e) for n, e in facts["linears"].items()}
+            for block in facts["blocks"]:
+                self.record.add_block(block["name"], block["error_before"], block["error_after"])
+        if entry["ranks"]:
+            put_layers(self.disk.model, entry)
 
 
-def _store_pivoted(model: Any, unit: str, dtype: torch.dtype | None) -> dict[str, tuple[int, str | None]]:
-    """Give the factors of a unit the form in which they are stored; rank and pivot of each."""
-    module = model.get_submodule(unit)
-    layers = {f"{unit}.{n}".rstrip("."): layer for n, layer in lowrank_layers(module)}
-    for name, layer in layers.items():
-        swap(model, name, pivoted(layer, dtype))
-    return {n: (layer.rank, layer.pivot) for n, layer in ((n, model.get_submodule(n)) for n in layers)}
+def _full(unit: str, name: str) -> str:
+    return f"{unit}.{name}" if name else unit

@@ -2,14 +2,16 @@
 
 A linear of shape ``(out, in)`` takes ``out * in`` multiply-adds per token, a factored one ``rank * (out + in - rank)``
 as it is stored and run, and ``rank * (out + in)`` as plain factors, in training. Those of all linears are counted,
-output head included, each once per token; one multiply-add is two FLOPs. Attention scores, which grow with the context,
-norms, activations and the embedding's look-up are not counted. :func:`training_cost` is about a whole training of a
-known context, and counts the scores too.
+output head included, each once per token; of the experts of a layer, as many as the config sends a token to
+(``num_experts_per_tok``), and all of them where it does not say. One multiply-add is two FLOPs. Attention scores, which
+grow with the context, norms, activations and the embedding's look-up are not counted. :func:`training_cost` is about a
+whole training of a known context, and counts the scores too.
 
 A training step takes three times the multiply-adds of the forward pass: the output, the gradient of the input, and the
 gradient of the weight. A weight that is not trained takes two, for it needs no gradient of its own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,8 @@ from lowrank_ft.costs.accounting import FLOPS_PER_MULTIPLY_ADD, FORWARD_AND_BACK
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.factorization.plan import LinearPlan, Plan, count_parameters
 from lowrank_ft.factorization.ranks import dense_parameters
-from lowrank_ft.factorization.targets import find_linears, is_ffn_linear, is_linear, kind_of
-from lowrank_ft.nn import GuidedLowRankLinear, lowrank_layers
+from lowrank_ft.factorization.targets import find_linears, is_ffn_linear, is_linear, kind_of, projections
+from lowrank_ft.nn import GuidedLowRankLinear, UnfoldedExperts, factored_stacks, lowrank_layers
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Cost:
     Attributes:
         parameters: of the whole model; tied weights count once.
         multiply_adds: per token, of all linears.
-        factored: per token, of the linears that are factored in the converted model (and as many parameters).
+        factored: parameters of the linears that are factored in the converted model.
+        factored_multiply_adds: per token, of the same linears: as many, but for experts.
     """
 
     parameters: int
     multiply_adds: int
     factored: int
+    factored_multiply_adds: int
 
     @property
     def flops(self) -> int:
@@ -91,12 +95,11 @@ class StepCost:
 
 def step_cost(model: nn.Module) -> StepCost:
     """Count for a model with factored linears and, while they are there, their guides."""
-    cost = compare(model)
+    cost, used = compare(model), _uses(model)
     guide = sum(
         (FORWARD_AND_BACKWARD if layer.kind == "dense" else FORWARD_AND_BACKWARD - 1)
-        * layer.in_features
-        * layer.out_features
-        for _, layer in lowrank_layers(model)
+        * round(used(name, 0) * layer.in_features * layer.out_features)
+        for name, layer in lowrank_layers(model)
         if isinstance(layer, GuidedLowRankLinear) and layer.guide is not None
     )
     return StepCost(
@@ -106,11 +109,21 @@ def step_cost(model: nn.Module) -> StepCost:
 
 def compare(model: nn.Module) -> Comparison:
     """Count for a model with factored linears, in the form they have; on the meta device, too. Guides do not count."""
-    layers = dict(lowrank_layers(model))
+    layers: dict[str, Any] = dict(lowrank_layers(model))
     dense = [s for s in find_linears(model) if s.name.rpartition(".")[0] not in layers]  # U and V lie in them
-    before = sum(layer.in_features * layer.out_features for layer in layers.values())
-    after = sum(layer.numbers for layer in layers.values())
-    rest = sum(dense_parameters(s.shape) for s in dense)
+    layers |= dict(factored_stacks(model))
+    used = _uses(model)
+    numbers = {name: layer.numbers for name, layer in layers.items()}
+    plans = {
+        name: LinearPlan(
+            name, (layer.out_features, layer.in_features), layer.rank, experts=getattr(layer, "experts", 0)
+        )
+        for name, layer in layers.items()
+    }
+    before, after = sum(p.dense_parameters for p in plans.values()), sum(numbers.values())
+    adds_before = sum(round(used(p.name, p.experts) * p.dense_parameters) for p in plans.values())
+    adds_after = sum(round(used(name, p.experts) * numbers[name]) for name, p in plans.items())
+    rest = sum(round(used(s.name, s.experts) * (s.experts or 1) * dense_parameters(s.shape)) for s in dense)
     guides = sum(
         p.numel()
         for layer in layers.values()
@@ -119,20 +132,41 @@ def compare(model: nn.Module) -> Comparison:
     )
     parameters = count_parameters(model) - guides
     kinds = {kind_of(name) for name in layers}
-    shapes = {s.name: s.shape for s in dense if kind_of(s.name) in kinds}
-    linears = tuple(
-        LinearPlan(name, (layer.out_features, layer.in_features), layer.rank)
-        if (layer := layers.get(name)) is not None
-        else LinearPlan(name, shapes[name], None, "dense")
-        for name, _ in model.named_modules()
-        if name in layers or name in shapes
-    )
+    plans |= {s.name: LinearPlan(s.name, s.shape, None, "dense", s.experts) for s in dense if kind_of(s.name) in kinds}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    # A stack is no module; it comes where its experts are.
+    place = {name: order.get(name, order.get(name.rpartition(".")[0], 0)) for name in plans}
     return Comparison(
-        Cost(parameters - after + before, rest + before, before),
-        Cost(parameters, rest + after, after),
-        linears,
-        {name: layer.numbers for name, layer in layers.items()},
+        Cost(parameters - after + before, rest + adds_before, before, adds_before),
+        Cost(parameters, rest + adds_after, after, adds_after),
+        tuple(sorted(plans.values(), key=lambda p: place[p.name])),
+        numbers,
     )
+
+
+def experts_per_token(model: nn.Module) -> int | None:
+    """How many experts of a layer a token goes to, by the config of the model; None where that does not say so."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = (getattr(config, n, None) for n in ("num_experts_per_tok", "moe_topk", "top_k_experts"))
+    return next((n for n in known if isinstance(n, int)), None)
+
+
+def _uses(model: nn.Module) -> Callable[[str, int], float]:
+    """How often a matrix of a name is multiplied with per token: once, or of ``experts`` the share that a token meets."""
+    chosen = experts_per_token(model)
+    lists = {
+        f"{name}.{leaf}": len(getattr(module, leaf))
+        for name, module in model.named_modules()
+        if isinstance(module, UnfoldedExperts)
+        for leaf in module.unfolded
+    }
+
+    def used(name: str, experts: int) -> float:
+        count = experts or lists.get(name.rpartition(".")[0], 0)
+        return min(1.0, chosen / count) if chosen and count else 1.0
+
+    return used
 
 
 @dataclass(frozen=True)
@@ -165,16 +199,18 @@ def training_cost(model: nn.Module, plan: Plan, tokens: int, sequence_length: in
     for what, value in {"tokens": tokens, "sequence length": sequence_length}.items():
         if value < 1:
             raise ConfigError(f"{what} {value} is out of range; it must be 1 or more")
-    linears = sum(dense_parameters(s.shape) for s in find_linears(model))
+    used, sizes = _uses(model), {s.name: (s.experts or 1) * dense_parameters(s.shape) for s in find_linears(model)}
+    linears = sum(round(used(s.name, s.experts) * sizes[s.name]) for s in find_linears(model))
     scores, unusual = attention_scores(model.config, sequence_length)
     saved = plan.target_parameters - plan.trained_parameters
-    ffn = {s.name: dense_parameters(s.shape) for s in find_linears(model) if is_ffn_linear(model, s)}
+    spared = sum(round(used(p.name, p.experts) * (p.dense_parameters - p.trained_parameters)) for p in plan.linears)
+    ffn = {s.name: sizes[s.name] for s in find_linears(model) if is_ffn_linear(model, s)}
     factored = {p.name: p.trained_parameters for p in plan.linears if p.name in ffn}
     dense = Accounting(plan.model_parameters, sum(ffn.values()), training_flops(tokens, linears, scores))
     low_rank = Accounting(
         plan.model_parameters - saved,
         sum({**ffn, **factored}.values()),
-        training_flops(tokens, linears - saved, scores),
+        training_flops(tokens, linears - spared, scores),
     )
     return TrainingCost(dense, low_rank, (*unusual, *_matrices_outside_linears(model)))
 
@@ -216,10 +252,10 @@ def _whole(config: Any, name: str) -> int:
 
 
 def _matrices_outside_linears(model: nn.Module) -> tuple[str, ...]:
-    """Kinds of modules with matrices that are neither linears nor embeddings, such as experts and convolutions."""
+    """Kinds of modules with matrices that are neither linears, stacks nor embeddings, such as convolutions."""
     sizes: dict[str, int] = {}
     for module in model.modules():
-        if is_linear(module) or isinstance(module, nn.Embedding):
+        if is_linear(module) or isinstance(module, nn.Embedding) or projections(module):
             continue
         size = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
         if size:

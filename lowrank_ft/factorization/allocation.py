@@ -26,6 +26,7 @@ def allocate_ranks(
     budget: int,
     param_ratio: float,
     multiple: int = 8,
+    copies: Sequence[int] | None = None,
 ) -> list[int | None]:
     """Ranks that lose the least within ``budget`` parameters.
 
@@ -35,6 +36,8 @@ def allocate_ranks(
         budget: parameters of all these linears together.
         param_ratio: of the budget, which sets how fine the ranks are (see :func:`rank_step`).
         multiple: ranks are multiples of it, where the matrix is wide enough.
+        copies: how many matrices of each shape get the same rank (the experts of a stack, whose spectra are added up);
+            1 of each by default.
 
     Returns:
         One rank per linear; None where it stays dense.
@@ -42,11 +45,13 @@ def allocate_ranks(
     Raises:
         RankError: even the smallest ranks do not fit; the message names the smallest ratio that does.
     """
+    copies = copies or [1] * len(shapes)
     offers = [
-        _Offers.of(s, q, rank_step(s, param_ratio, multiple)) for s, q in zip(shapes, squared_spectra, strict=True)
+        _Offers.of(s, q, rank_step(s, param_ratio, multiple), n)
+        for s, q, n in zip(shapes, squared_spectra, copies, strict=True)
     ]
     cheapest = sum(int(o.prices[0]) for o in offers)
-    total = sum(dense_parameters(s) for s in shapes)
+    total = sum(n * dense_parameters(s) for s, n in zip(shapes, copies, strict=True))
     if cheapest > budget:
         raise RankError(
             f"a budget of {budget:,} parameters is below the {cheapest:,} that the smallest ranks need; "
@@ -74,12 +79,12 @@ class _Offers:
         self.ranks, self.prices, self.losses = ranks, prices, losses
 
     @classmethod
-    def of(cls, shape: Shape, squares: np.ndarray, step: int) -> "_Offers":
+    def of(cls, shape: Shape, squares: np.ndarray, step: int, copies: int = 1) -> "_Offers":
         ranks: list[int | None] = [*range(step, min(shape), step)]
         tails = np.concatenate([np.cumsum(np.asarray(squares, dtype=np.float64)[::-1])[::-1], [0.0]])
         prices = [factored_parameters(shape, r) for r in ranks if r is not None]
         losses = [float(tails[min(r, len(tails) - 1)]) for r in ranks if r is not None]
-        return cls([*ranks, None], np.array([*prices, dense_parameters(shape)]), np.array([*losses, 0.0]))
+        return cls([*ranks, None], copies * np.array([*prices, dense_parameters(shape)]), np.array([*losses, 0.0]))
 
     def best(self, price: float) -> int:
         return int(np.argmin(self.losses + price * self.prices))

@@ -6,7 +6,7 @@ them through a callable. It can be written as JSON, edited by hand and read back
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +39,32 @@ class LinearPlan:
         shape: ``(out_features, in_features)``.
         rank: its rank, or None where it stays dense.
         note: why it stays dense; empty otherwise.
+        experts: how many matrices of this shape and rank are stacked under this name; 0 for a linear.
     """
 
     name: str
     shape: Shape
     rank: int | None
     note: str = ""
+    experts: int = 0
+
+    @property
+    def copies(self) -> int:
+        return self.experts or 1
 
     @property
     def dense_parameters(self) -> int:
-        return dense_parameters(self.shape)
+        return self.copies * dense_parameters(self.shape)
 
     @property
     def parameters(self) -> int:
         """Weights as the compact checkpoint has them, without the bias, which does not change."""
-        return self.dense_parameters if self.rank is None else factored_parameters(self.shape, self.rank)
+        return self.dense_parameters if self.rank is None else self.copies * factored_parameters(self.shape, self.rank)
 
     @property
     def trained_parameters(self) -> int:
         """Weights while it is trained, as plain ``U`` and ``V``."""
-        return self.dense_parameters if self.rank is None else trained_parameters(self.shape, self.rank)
+        return self.dense_parameters if self.rank is None else self.copies * trained_parameters(self.shape, self.rank)
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,8 @@ def _read_linear(where: str, entry: Any) -> LinearPlan:
     if not isinstance(note, str | None):
         raise _garbled(f"{where}.note", note, "a text")
     sizes = (_read_size(f"{where}.shape[0]", shape[0]), _read_size(f"{where}.shape[1]", shape[1]))
-    return LinearPlan(name, sizes, rank, note or "")
+    experts = entry.get("experts") or 0
+    return LinearPlan(name, sizes, rank, note or "", experts and _read_size(f"{where}.experts", experts))
 
 
 def make_plan(
@@ -208,7 +215,7 @@ def make_plan(
         target_modules: PEFT's; None means every linear of the repeated blocks.
         exclude_modules: PEFT's.
         keep_full_rank: factorize at full rank, too, where nothing is saved, and the linear else stays dense.
-        spectrum: gives a linear's singular values, descending.
+        spectrum: gives a linear's singular values, descending; of a stack the roots of the sums of the squares.
 
     Raises:
         RankError: not exactly one of rank, param_ratio, energy was given, or one is out of range.
@@ -230,9 +237,9 @@ def make_plan(
     if rank is not None:
         ranks |= {s.name: resolve_rank(rank, s.shape, s.name) for s in free}
     elif param_ratio is not None:
-        ranks |= dict(
-            zip([s.name for s in free], ranks_for_param_ratio([s.shape for s in free], param_ratio), strict=True)
-        )
+        copies = [s.experts or 1 for s in free]
+        found = ranks_for_param_ratio([s.shape for s in free], param_ratio, copies=copies)
+        ranks |= dict(zip([s.name for s in free], found, strict=True))
     else:
         assert energy is not None
         check_fraction("energy", energy)
@@ -242,6 +249,12 @@ def make_plan(
 
     linears = tuple(_linear_plan(s, ranks[s.name], keep_full_rank) for s in specs)
     return Plan(linears, count_parameters(model), pattern)
+
+
+def shape_text(p: LinearPlan) -> str:
+    """``out x in``, and of a stack how many."""
+    size = f"{p.shape[0]} x {p.shape[1]}"
+    return f"{p.experts} of {size}" if p.experts else size
 
 
 def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
@@ -264,12 +277,12 @@ def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
         [squared_spectra[p.name].numpy() for p in free],
         budget,
         budget / sum(p.dense_parameters for p in free),
+        copies=[p.copies for p in free],
     )
     chosen = dict(zip([p.name for p in free], ranks, strict=True))
     notes = {n: "worth more dense than factored; kept dense" for n, r in chosen.items() if r is None}
     linears = tuple(
-        LinearPlan(p.name, p.shape, chosen[p.name], notes.get(p.name, "")) if p.name in chosen else p
-        for p in plan.linears
+        replace(p, rank=chosen[p.name], note=notes.get(p.name, "")) if p.name in chosen else p for p in plan.linears
     )
     return Plan(linears, plan.model_parameters, plan.rank_pattern)
 
@@ -284,5 +297,5 @@ def count_parameters(model: nn.Module) -> int:
 
 def _linear_plan(spec: LinearSpec, rank: int, keep_full_rank: bool) -> LinearPlan:
     if rank < min(spec.shape) or keep_full_rank:
-        return LinearPlan(spec.name, spec.shape, rank)
-    return LinearPlan(spec.name, spec.shape, None, f"rank {rank} is full rank; kept dense")
+        return LinearPlan(spec.name, spec.shape, rank, experts=spec.experts)
+    return LinearPlan(spec.name, spec.shape, None, f"rank {rank} is full rank; kept dense", spec.experts)

@@ -62,12 +62,17 @@ def check_fraction(what: str, value: float) -> None:
         raise RankError(f"{what} {value} is out of range; it must be above 0 and at most 1")
 
 
-def ranks_for_param_ratio(shapes: Sequence[Shape], param_ratio: float, multiple: int = 8) -> list[int]:
+def ranks_for_param_ratio(
+    shapes: Sequence[Shape], param_ratio: float, multiple: int = 8, copies: Sequence[int] | None = None
+) -> list[int]:
     """Ranks that spend the same share of parameters on every linear, within one global budget.
 
     Each rank is :func:`rank_at` of the ratio, rounded down to a multiple of ``multiple`` (tensor cores and grouped kernels
     want multiples of 8; a matrix too narrow for that gets a smaller multiple). What the rounding left over is then spent
     one multiple at a time, on the linears that lost the largest share of their rank first.
+
+    Args:
+        copies: how many matrices of each shape get the same rank (the experts of a stack); 1 of each by default.
 
     Returns:
         One rank per shape, each at least 1; their total is at most ``param_ratio`` of the dense parameters.
@@ -76,7 +81,9 @@ def ranks_for_param_ratio(shapes: Sequence[Shape], param_ratio: float, multiple:
         RankError: ``param_ratio`` is not in (0, 1], or below what rank 1 everywhere needs.
     """
     check_fraction("param ratio", param_ratio)
-    total, least = sum(map(dense_parameters, shapes)), sum(factored_parameters(s, 1) for s in shapes)
+    copies = copies or [1] * len(shapes)
+    total = sum(n * dense_parameters(s) for s, n in zip(shapes, copies, strict=True))
+    least = sum(n * factored_parameters(s, 1) for s, n in zip(shapes, copies, strict=True))
     budget = math.floor(param_ratio * total + 1e-9)
     if least > budget:
         raise RankError(
@@ -86,10 +93,11 @@ def ranks_for_param_ratio(shapes: Sequence[Shape], param_ratio: float, multiple:
     ideal = [rank_at(s, param_ratio) for s in shapes]
     steps = [rank_step(s, param_ratio, multiple) for s in shapes]
     ranks = [max(1, int(i / s + 1e-9) * s) for i, s in zip(ideal, steps, strict=True)]
-    left = budget - sum(factored_parameters(s, r) for s, r in zip(shapes, ranks, strict=True))
+    left = budget - sum(n * factored_parameters(s, r) for s, r, n in zip(shapes, ranks, copies, strict=True))
     by_loss = sorted(range(len(shapes)), key=lambda i: (ranks[i] - ideal[i]) / ideal[i])
     for i in by_loss:
         price = factored_parameters(shapes[i], ranks[i] + steps[i]) - factored_parameters(shapes[i], ranks[i])
+        price *= copies[i]
         if ranks[i] < ideal[i] and price <= left and ranks[i] + steps[i] <= min(shapes[i]):
             ranks[i] += steps[i]
             left -= price

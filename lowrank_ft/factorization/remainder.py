@@ -4,8 +4,8 @@ A matrix is a parameter of two dimensions or more. The share of a plan is that o
 states: linears and experts, without embeddings, the output head and convolutions, which no plan factorizes by default.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -16,11 +16,13 @@ from lowrank_ft.factorization.targets import (
     is_linear,
     is_read_by_owner,
     kind_of,
+    projections,
+    stack_specs,
     tied_partners,
 )
 
 EMBEDDING, HEAD, CONVOLUTION = "an embedding", "the output head", "a convolution"
-EXPERTS = "experts are stacked parameters, no linears"
+EXPERTS = "experts stacked in a layout of their own"
 _OUTSIDE = (EMBEDDING, HEAD, CONVOLUTION)
 
 
@@ -43,7 +45,7 @@ class DensePart:
 
 def dense_parts(model: nn.Module, plan: Plan) -> list[DensePart]:
     """Every matrix of ``model`` (which may be on the meta device) that ``plan`` leaves dense, in module order."""
-    planned = {f"{p.name}.weight": p for p in plan.linears}
+    planned = {p.name if p.experts else f"{p.name}.weight": p for p in plan.linears}
     tied_to = dict(getattr(model, "all_tied_weights_keys", None) or {})
     named = dict(model.named_parameters())
     modules = dict(model.named_modules())
@@ -77,7 +79,7 @@ def factored_share(model: nn.Module, plan: Plan) -> float:
 
 
 def notes(model: nn.Module, plan: Plan, least: float = 0.05) -> list[str]:
-    """A line for all experts together and one for each other kind whose share of the model is above ``least``."""
+    """A line for all experts that cannot be factored, and one for each other kind with a share of the model above ``least``."""
     parts = _inner(model, plan)
     experts = [part for part in parts if part.why == EXPERTS]
     lines = []
@@ -86,7 +88,7 @@ def notes(model: nn.Module, plan: Plan, least: float = 0.05) -> list[str]:
         count = sum(part.parameters for part in experts)
         what = f"experts of {layers} layer{'s' * (layers > 1)} stay dense"
         names = ", ".join(part.kind for part in experts)
-        lines.append(_line(what, count, plan, f"{names}: stacked parameters, no linears"))
+        lines.append(_line(what, count, plan, f"{names}: stacked in a layout of their own"))
     for part in parts:
         if part not in experts and part.parameters > least * plan.model_parameters:
             lines.append(_line(f"{part.kind.removesuffix('.weight')} stays dense", part.parameters, plan, part.why))
@@ -113,19 +115,21 @@ def _reason(model: nn.Module, owner: nn.Module, name: str) -> str:
     if isinstance(owner, nn.modules.conv._ConvNd):
         return CONVOLUTION
     if is_linear(owner):
-        return _reason_of_linear(model, name.removesuffix(".weight"))
-    if "expert" in name.lower() or "Expert" in cls:
+        return _reason_of_linear(model, name.removesuffix(".weight"), model.get_parameter(name).shape)
+    for stack in stack_specs(name.rpartition(".")[0], owner):
+        if stack.name == name:
+            return _reason_of_linear(model, name, stack.shape)
+    if ("expert" in name.lower() or "Expert" in cls) and not projections(owner):
         return EXPERTS
     if isinstance(owner, nn.Linear):
         return f"{cls} is no plain linear"
     return f"a parameter of {cls}, no linear"
 
 
-def _reason_of_linear(model: nn.Module, name: str) -> str:
-    module: Any = model.get_submodule(name)
+def _reason_of_linear(model: nn.Module, name: str, shape: Sequence[int]) -> str:
     if block_index(model, name) is None:
         return "outside of the repeated blocks"
-    if min(module.weight.shape) < NARROWEST_DEFAULT_TARGET:
+    if min(shape) < NARROWEST_DEFAULT_TARGET:
         return f"narrower than {NARROWEST_DEFAULT_TARGET}"
     if is_read_by_owner(model, name):
         return f"{type(model.get_submodule(name.rpartition('.')[0])).__name__} reads their weights itself"

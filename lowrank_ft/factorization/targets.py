@@ -1,10 +1,11 @@
 """Which linears to factorize: PEFT's names, and PEFT's matching semantics.
 
 A *linear* is an ``nn.Linear``, GPT-2's ``Conv1D`` or a subclass of ``nn.Linear`` that is known to compute the same
-(both recognized by their class names, so that this module needs torch alone). A string pattern is a regular expression
-that must match the whole module name; a list holds names that match exactly or as a dotted suffix. Where no target is
-given, the default is every linear of the repeated blocks that can be factorized alone, never an embedding or the output
-head.
+(both recognized by their class names, so that this module needs torch alone). The experts of a layer are stacked in one
+parameter of three dimensions for each projection, and such a *stack* is a target like a linear, under the parameter's
+name. A string pattern is a regular expression that must match the whole module name; a list holds names that match
+exactly or as a dotted suffix. Where no target is given, the default is every linear and stack of the repeated blocks
+that can be factorized alone, never an embedding or the output head.
 """
 
 import difflib
@@ -46,12 +47,14 @@ class LinearSpec:
         shape: ``(out_features, in_features)``.
         bias: whether it has one.
         transposed: whether its weight is stored ``(in, out)``, as ``Conv1D`` does.
+        experts: how many matrices of this shape are stacked under this name; 0 for a linear.
     """
 
     name: str
     shape: Shape
     bias: bool
     transposed: bool = False
+    experts: int = 0
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -72,9 +75,42 @@ def linear_spec(name: str, module: Any) -> LinearSpec:
     return LinearSpec(name, (module.out_features, module.in_features), module.bias is not None)
 
 
+def projections(module: nn.Module) -> list[str]:
+    """Names of the projections that a module of experts holds as stacked parameters; none of any other module.
+
+    The flags that transformers' ``use_experts_implementation`` sets say how such a module computes. Experts without them
+    compute in ways of their own, and stay dense.
+    """
+    flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
+    if not all(hasattr(module, flag) for flag in flags):
+        return []
+    held = ((n, module._parameters.get(n)) for n in ("gate_up_proj", "up_proj", "down_proj"))
+    return [name for name, weight in held if weight is not None and weight.dim() == 3]
+
+
+def stack_specs(name: str, module: Any) -> list[LinearSpec]:
+    """The stacks of the module ``name``; none where it is no module of experts."""
+    specs = []
+    for leaf in projections(module):
+        experts, rows, columns = getattr(module, leaf).shape
+        shape = (columns, rows) if module.is_transposed else (rows, columns)
+        specs.append(LinearSpec(f"{name}.{leaf}", shape, module.has_bias, module.is_transposed, experts))
+    return specs
+
+
 def find_linears(model: nn.Module, counts: Callable[[nn.Module], bool] = is_linear) -> list[LinearSpec]:
-    """Every linear of ``model``, in module order; works on the meta device. ``counts`` says what a linear is."""
-    return [linear_spec(name, m) for name, m in model.named_modules() if name and counts(m)]
+    """Every linear of ``model``, in module order, and every stack; works on the meta device.
+
+    Args:
+        counts: says what a linear is. Where that is not the default, stacks are left out.
+    """
+    found: list[LinearSpec] = []
+    for name, module in model.named_modules():
+        if name and counts(module):
+            found.append(linear_spec(name, module))
+        elif name and counts is is_linear:
+            found += stack_specs(name, module)
+    return found
 
 
 def kind_of(name: str) -> str:
@@ -216,7 +252,7 @@ def _in_repeated_block(model: nn.Module, spec: LinearSpec) -> bool:
 def _is_output_head(model: nn.Module, spec: LinearSpec) -> bool:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    return head is not None and model.get_submodule(spec.name) is head
+    return head is not None and not spec.experts and model.get_submodule(spec.name) is head
 
 
 def is_read_by_owner(model: nn.Module, name: str) -> bool:
@@ -228,15 +264,16 @@ def is_read_by_owner(model: nn.Module, name: str) -> bool:
 def tied_partners(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """Those of the named linears that share their weight with another module, and with which."""
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in own.items():
         owners.setdefault(id(parameter), []).append(name)
     # transformers carries tying out once weights are loaded, so on the meta device it has to be read as declared.
     declared = dict(getattr(model, "all_tied_weights_keys", None) or {})
     sources = {source: key for key, source in declared.items()}
     partners = {}
     for name in names:
-        key = f"{name}.weight"
-        others = [n for n in owners.get(id(model.get_submodule(name).weight), []) if n != key]
+        key = name if name in own else f"{name}.weight"  # a stack is a parameter itself
+        others = [n for n in owners.get(id(own.get(key)), []) if n != key]
         partner = others[0] if others else declared.get(key, sources.get(key))
         if partner is not None:
             partners[name] = partner.removesuffix(".weight")
@@ -253,8 +290,8 @@ def refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def refuse_offloaded(module: Any, name: str) -> None:
-    """Raise a TargetError if the weight of a linear is not in memory: offloaded to CPU or disk, or never read."""
-    if module.weight.is_meta:
+    """Raise a TargetError if the weight of a linear, or a stack, is not in memory: offloaded to CPU or disk, or never read."""
+    if getattr(module, "weight", module).is_meta:
         raise TargetError(
             f"the weight of {name} is on the meta device (offloaded to CPU or disk, or not loaded), so nothing "
             "can be computed from it; load the model without offloading, such as device_map='cpu'"

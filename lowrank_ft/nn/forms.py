@@ -10,7 +10,9 @@ from torch import nn
 from lowrank_ft.errors import require_choice
 from lowrank_ft.factorization.pivoting import Pivoted, pivot, pivot_side, rounded, unpivot, whole
 from lowrank_ft.factorization.solvers import Factors
+from lowrank_ft.nn.factored_experts import FactoredExperts, factored_stacks
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
+from lowrank_ft.nn.unfolded import UnfoldedExperts, fold, unfold
 
 FORMS = ("pivoted", "factors")
 """How a compact checkpoint stores its factors: format version 2, the smaller one, and version 1."""
@@ -30,19 +32,43 @@ def _parts(layer: Any) -> Pivoted:
 def stored_as(model: nn.Module, form: str, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Inside, every factored layer of ``model`` is of this form and without guide; afterwards it is what it was.
 
+    Experts are folded inside.
+
     Args:
         form: one of ``FORMS``. A layer of full rank has no pivoted form that is smaller, and is plain factors in both.
         dtype: of the factors inside; None for the one that they have.
     """
-    require_choice("form", form, FORMS)
-    before = dict(lowrank_layers(model))
+    before: dict[str, nn.Module] = {}
     try:
-        for name, layer in before.items():
-            swap(model, name, pivoted(layer, dtype) if form == "pivoted" else plain(layer, dtype))
+        store(model, form, dtype, before)
         yield
     finally:
-        for name, layer in before.items():
-            swap(model, name, layer)
+        for name, module in before.items():
+            swap(model, name, module)
+
+
+def store(model: nn.Module, form: str, dtype: torch.dtype | None, before: dict[str, nn.Module]) -> None:
+    """As :func:`stored_as`, for good; ``before`` is told what was there, by name."""
+    require_choice("form", form, FORMS)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FactoredExperts | UnfoldedExperts):
+            before[name] = module
+            swap(model, name, _experts_as(module, form, dtype))
+    for name, layer in list(lowrank_layers(model)):
+        before[name] = layer
+        swap(model, name, pivoted(layer, dtype) if form == "pivoted" else plain(layer, dtype))
+
+
+def _experts_as(experts: FactoredExperts | UnfoldedExperts, form: str, dtype: torch.dtype | None) -> nn.Module:
+    """Folded ones of this form, without guides; ``experts`` itself if that is what it is."""
+    if isinstance(experts, FactoredExperts):
+        stacks: list[Any] = list(experts.factors.values())
+        sides = [(s.pivot, pivot_side((s.out_features, s.in_features), s.rank)) for s in stacks]
+        same = all(pivot == (side if form == "pivoted" else None) for pivot, side in sides)
+        if same and dtype in (None, stacks[0].U.dtype):
+            return experts
+        experts = unfold(experts)
+    return fold(experts, lambda layer: pivoted(layer, dtype) if form == "pivoted" else plain(layer, dtype))
 
 
 def unpivot_layers(model: nn.Module) -> int:
@@ -52,12 +78,16 @@ def unpivot_layers(model: nn.Module) -> int:
     of this package do it themselves.
 
     Returns:
-        How many layers were pivoted.
+        How many layers were pivoted; a stack of experts counts once.
     """
     found = [(name, layer) for name, layer in lowrank_layers(model) if layer.pivot is not None]
     for name, layer in found:
         swap(model, name, plain(layer))
-    return len(found)
+    stacks = [(name, stack) for name, stack in factored_stacks(model) if stack.pivot is not None]
+    for name in dict.fromkeys(name.rpartition(".")[0] for name, _ in stacks):
+        experts: Any = model.get_submodule(name)
+        swap(model, name, _experts_as(experts, "factors", None))
+    return len(found) + len(stacks)
 
 
 def pivoted(layer: LowRankLinear, dtype: torch.dtype | None = None) -> LowRankLinear:

@@ -105,16 +105,21 @@ class LowRankLinear(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         if mode and self.pivot is not None and not self.training and self.V.weight.requires_grad:
-            warnings.warn(
-                "the factors of this model are pivoted, a form for running that learns worse than plain factors; call "
-                "lowrank_ft.unpivot(model) before the optimizer is made",
-                stacklevel=2,
-            )
+            warn_of_pivots()
         return super().train(mode)
 
     def extra_repr(self) -> str:
         pivot = f", pivot={self.pivot}" if self.pivot else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{pivot}"
+
+
+def warn_of_pivots() -> None:
+    """Say that the form of these factors is not the one to train."""
+    warnings.warn(
+        "the factors of this model are pivoted, a form for running that learns worse than plain factors; call "
+        "lowrank_ft.unpivot(model) before the optimizer is made",
+        stacklevel=3,
+    )
 
 
 def lowrank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:

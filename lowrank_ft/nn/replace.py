@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.factorization.targets import is_transposed
+from lowrank_ft.nn.factored_experts import FactoredExperts
 from lowrank_ft.nn.forms import layer_factors, swap
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
+from lowrank_ft.nn.unfolded import UnfoldedExperts, fold, unfold
 
 
 def factorized(dense: Any, factors: Factors) -> LowRankLinear:
@@ -27,17 +29,26 @@ def dense_weight(module: Any) -> Tensor:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Multiply every ``U @ V`` back into a dense linear of the stock class, in place; guides are dropped.
+    """Multiply every ``U @ V`` back into a dense linear, or experts, of the stock class, in place; guides are dropped.
 
     Returns:
         The same model, now loadable by anything that knows the architecture, and as large as it was before.
     """
-    for name, layer in list(lowrank_layers(model)):
-        swap(model, name, merged(layer))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FactoredExperts | UnfoldedExperts):  # one after the other, for a stack is large
+            experts = unfold(module) if isinstance(module, FactoredExperts) else module
+            _merge_layers(experts)
+            swap(model, name, fold(experts))
+    _merge_layers(model)
     config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return model
+
+
+def _merge_layers(module: nn.Module) -> None:
+    for name, layer in list(lowrank_layers(module)):
+        swap(module, name, merged(layer))
 
 
 def merged(layer: LowRankLinear) -> nn.Module:

@@ -19,7 +19,7 @@ from lowrank_ft.errors import ConfigError, RankError, TargetError, require_choic
 from lowrank_ft.factorization.plan import Plan, make_plan
 from lowrank_ft.factorization.solvers import working_dtype
 from lowrank_ft.factorization.targets import Patterns, block_index, ffn_linears, select_targets
-from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers
+from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers, unfold_experts
 from lowrank_ft.nn.replace import swap
 
 FROM_SCRATCH_GUIDES = ("dense",)
@@ -84,8 +84,11 @@ def initialize_lowrank(
     convert(model, plan, progress=progress)
     if (config := getattr(model, "config", None)) is not None:
         # A config that was read from a checkpoint names it, but the weights are not that checkpoint's.
-        config.quantization_config = checkpoint_format.quantization_config(plan.ranks)
+        config.quantization_config = checkpoint_format.quantization_config(
+            plan.ranks, stacked=any(p.experts for p in plan.linears)
+        )
     if guide is not None:
+        unfold_experts(model)
         for name, layer in list(lowrank_layers(model)):
             swap(model, name, guided_by_product(layer, guide))
     return plan

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lowrank_ft.checkpoints.source import Source, check_fits, is_compact, load_model, skeleton
+from lowrank_ft.conversion.experts import fold_records
 from lowrank_ft.conversion.record import (
     ConversionRecord,
     LinearRecord,
@@ -19,8 +20,15 @@ from lowrank_ft.costs.flops import Comparison, compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError
 from lowrank_ft.factorization.plan import LinearPlan
 from lowrank_ft.factorization.ranks import resolve_rank
-from lowrank_ft.factorization.targets import is_linear
-from lowrank_ft.nn import LowRankLinear, lowrank_layers
+from lowrank_ft.factorization.targets import find_linears
+from lowrank_ft.nn import (
+    FactoredExperts,
+    LowRankLinear,
+    StackedFactors,
+    factored_stacks,
+    lowrank_layers,
+    unfold_experts,
+)
 from lowrank_ft.nn.replace import dense_weight, swap
 
 
@@ -81,31 +89,39 @@ def open_checkpoint(source: Source) -> Checkpoint:
 
 
 def _factorize_skeleton(model: Any, ranks: Any, pivots: Any, where: str) -> None:
-    modules = dict(model.named_modules())
+    targets = {s.name: s for s in find_linears(model)}
     if not isinstance(ranks, Mapping):
         raise CheckpointError(f"{where} lists no ranks; convert the model again")
     if not isinstance(pivots, Mapping):
         raise CheckpointError(f"{where} has pivots that are no object; convert the model again")
+    stacks: dict[str, dict[str, tuple[int, str | None]]] = {}
     for name, rank in ranks.items():
-        found = _module_name(name, model, modules)
+        found = _name_here(name, model, targets)
         if found is None:
             raise CheckpointError(f"{where} gives a rank to {name}, which {type(model).__name__} does not have")
-        layer = LowRankLinear.like(modules[found], 1, device="meta")
         if not isinstance(rank, int):
             raise CheckpointError(f"{where} gives {name} rank {rank!r}, which is no whole number")
-        resolve_rank(rank, (layer.out_features, layer.in_features), name)
+        resolve_rank(rank, targets[found].shape, name)
+        side = pivots.get(name)
+        owner, _, leaf = found.rpartition(".")
         try:
-            made = LowRankLinear.like(modules[found], rank, device="meta", pivot=pivots.get(name))
+            if targets[found].experts:
+                stacks.setdefault(owner, {})[leaf] = (rank, side)
+                StackedFactors(1, *targets[found].shape, rank, side, "meta")  # refuses what does not fit
+            else:
+                swap(model, found, LowRankLinear.like(model.get_submodule(found), rank, device="meta", pivot=side))
         except ValueError as error:
             raise CheckpointError(f"{where}: {name}: {error}") from None
-        swap(model, found, made)
+    for owner, parts in stacks.items():
+        chosen, sides = {n: rank for n, (rank, _) in parts.items()}, {n: side for n, (_, side) in parts.items()}
+        swap(model, owner, FactoredExperts.like(model.get_submodule(owner), chosen, sides, device="meta"))
 
 
-def _module_name(name: str, model: Any, modules: Mapping[str, Any]) -> str | None:
+def _name_here(name: str, model: Any, targets: Mapping[str, Any]) -> str | None:
     """A bare model and one with a head differ by a prefix."""
     prefix = getattr(model, "base_model_prefix", "")
     candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((c for c in candidates if c in modules and is_linear(modules[c])), None)
+    return next((c for c in candidates if c in targets), None)
 
 
 def dense_folder(checkpoint: Checkpoint, baseline: str | None) -> str | None:
@@ -157,12 +173,15 @@ def measure_linears(checkpoint: Checkpoint, dense: Source, device: str = "cpu") 
     """
     compact = load_model(checkpoint.source)
     original = load_model(dense)
-    modules = dict(original.named_modules())
+    stacks = {name: stack.experts for name, stack in factored_stacks(compact)}
+    unfold_experts(compact)
+    unfold_experts(original, [s.name for s in find_linears(original) if s.experts])
+    targets = {s.name: s for s in find_linears(original)}
     records = {}
     bar = tqdm(list(lowrank_layers(compact)), desc="spectra", unit="linear", disable=None)
     for name, layer in bar:
-        found = _module_name(name, original, modules)
-        weight = dense_weight(modules[found]) if found is not None else None
+        found = _name_here(name, original, targets)
+        weight = dense_weight(original.get_submodule(found)) if found is not None else None
         if weight is None or tuple(weight.shape) != (layer.out_features, layer.in_features):
             shape = "no such linear" if weight is None else f"shape {tuple(weight.shape)}"
             raise CheckpointError(
@@ -173,4 +192,4 @@ def measure_linears(checkpoint: Checkpoint, dense: Source, device: str = "cpu") 
         values, places = thinned_spectrum(weight, f"{name}.weight")
         error, _ = relative_errors(weight, layer.to(device), None)
         records[name] = LinearRecord(tuple(values), tuple(places), error)
-    return records
+    return fold_records(records, stacks)

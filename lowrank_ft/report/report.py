@@ -12,7 +12,7 @@ from typing import Any
 from lowrank_ft.checkpoints.source import is_hub_id, safetensors_files
 from lowrank_ft.console import human_bytes, human_count
 from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
-from lowrank_ft.factorization.plan import LinearPlan
+from lowrank_ft.factorization.plan import LinearPlan, shape_text
 from lowrank_ft.report import plots
 from lowrank_ft.report.inspection import Checkpoint, dense_folder, linear_records
 from lowrank_ft.report.page import Missing, Picture, render
@@ -202,7 +202,7 @@ def _cells(checkpoint: Checkpoint, p: LinearPlan, record: LinearRecord) -> tuple
     """One row, see ``_COLUMNS``."""
     energy = _energy_kept(record, p)
     return (
-        p.name, f"{p.shape[0]} x {p.shape[1]}", "dense" if p.rank is None else str(p.rank),
+        p.name, shape_text(p), "dense" if p.rank is None else str(p.rank),
         f"{p.dense_parameters:,}", f"{checkpoint.comparison.numbers.get(p.name, p.dense_parameters):,}",
         "" if energy is None else f"{energy:.1%}", _error_text(record.weight_error), _error_text(record.output_error),
     )  # fmt: skip

@@ -19,8 +19,8 @@ Results = Mapping[str, Any]
 """What ``lowrank-ft eval --json`` prints."""
 
 FLOPS_NOTE = (
-    "FLOPs: two per multiply-add, over all linears, output head included, each once per token. Attention scores, which "
-    "grow with the context, are not in it, nor are norms and activations."
+    "FLOPs: two per multiply-add, over all linears, output head included, each once per token; of experts, as many as a token "
+    "meets. Attention scores, which grow with the context, are not in it, nor are norms and activations."
 )
 
 # Said elsewhere, or no result of its own.
@@ -76,8 +76,8 @@ def size_rows(comparison: Comparison) -> list[Row]:
         Row("parameters", f"{dense.parameters:,}", f"{compact.parameters:,}", change(dense.parameters, compact.parameters)),
         Row("FLOPs per token", human_count(dense.flops), human_count(compact.flops), change(dense.flops, compact.flops)),
         Row(
-            "multiply-adds per token, factored linears", f"{dense.factored:,}", f"{compact.factored:,}",
-            change(dense.factored, compact.factored),
+            "multiply-adds per token, factored linears", f"{dense.factored_multiply_adds:,}",
+            f"{compact.factored_multiply_adds:,}", change(dense.factored_multiply_adds, compact.factored_multiply_adds),
         ),
     ]  # fmt: skip
 

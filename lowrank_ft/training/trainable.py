@@ -6,9 +6,9 @@
     leading   a LoRA on every U and V that starts as their ``lora_r`` leading directions, which are taken out of what is
               frozen (PiSSA: Meng et al. 2024, arXiv 2404.02948)
 
-U and V are plain linears, so PEFT does the last two, and at the end merges its matrices into them: the result has the
-shapes that it would have had without. Factors are balanced, so the leading directions of U and of V are those of
-their product.
+U and V are plain linears (experts are unfolded for it), so PEFT does the last two, and at the end merges its matrices
+into them: the result has the shapes that it would have had without. Factors are balanced, so the leading directions of U
+and of V are those of their product.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lowrank_ft.errors import ConfigError, require_choice
-from lowrank_ft.nn import guided_layers, lowrank_layers
+from lowrank_ft.nn import factored_stacks, guided_layers, lowrank_layers, stored_form, unfold_experts
 
 TRAINABLE = ("all", "factors", "lora", "leading")
 LEAVES = ("U", "V")
@@ -38,8 +38,7 @@ def restrict_training(model: nn.Module, trainable: str, r: int = 16, alpha: int 
     require_choice("trainable", trainable, TRAINABLE)
     if trainable == "all":
         return
-    layers = dict(lowrank_layers(model))
-    if not layers:
+    if not stored_form(model)[0]:
         raise ConfigError(f"trainable is {trainable}, and the model has no factored linears; use trainable all")
     if any(p.requires_grad for _, layer in guided_layers(model) for p in layer.guide.parameters()):
         raise ConfigError(
@@ -47,10 +46,12 @@ def restrict_training(model: nn.Module, trainable: str, r: int = 16, alpha: int 
         )
     model.requires_grad_(False)
     if trainable == "factors":
-        for layer in layers.values():
-            layer.U.requires_grad_(True)
-            layer.V.requires_grad_(True)
+        for _, module in (*lowrank_layers(model), *factored_stacks(model)):
+            module.U.requires_grad_(True)
+            module.V.requires_grad_(True)
         return
+    unfold_experts(model)  # PEFT puts adapters on linears
+    layers = dict(lowrank_layers(model))
     smallest = min(layers, key=lambda name: layers[name].rank)
     if trainable == "leading" and r > layers[smallest].rank:
         raise ConfigError(

@@ -11,7 +11,15 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from lowrank_ft.checkpoints.unfinished import Unfinished, open_unfinished
 from lowrank_ft.demo.text import prose
@@ -92,6 +100,35 @@ def test_it_loads_in_a_fresh_process(cli, python, tmp_path, fit):
     assert python("-c", code).stdout.split() == ["torch.bfloat16", "tensor(True)"]
     report = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert report["metadata"]["total_size"] > 0
+
+
+@pytest.mark.parametrize("flags", [["--method", "svd"], ["--method", "activation"]], ids=["svd", "activation"])
+def test_experts(command, tmp_path, fit, flags, monkeypatch):
+    """They are factored one by one, and stored as stacks, also by a conversion that was broken off."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=2048, num_key_value_heads=2, num_local_experts=4, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, tmp_path / "source")
+    common, whole = ([*flags, "--param-ratio", "0.7"], []) if "svd" in flags else ([*flags, *fit[0]], fit[1])
+    done = command("convert", tmp_path / "source", *common, *whole, "--output-dir", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    add = Unfinished.add
+
+    def break_off(self, *arguments):
+        add(self, *arguments)
+        if len(self.parts) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "add", break_off)
+        command("convert", tmp_path / "source", *common, "--stream", "--output-dir", tmp_path / "out")
+    done = command("convert", tmp_path / "source", *common, "--stream", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert without_times(tmp_path / "out") == without_times(tmp_path / "whole")
+    assert any(".experts.factors." in name for name in weights(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("method", ["svd", "anchored"])

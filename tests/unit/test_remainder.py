@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
 
 import lowrank_ft
 from lowrank_ft.checkpoints.source import Source
@@ -25,15 +25,23 @@ def mixtral():
     )  # fmt: skip
 
 
+def llama4():
+    """Its experts compute in a way of their own."""
+    return Llama4ForCausalLM(
+        Llama4TextConfig(hidden_size=32, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=2, head_dim=16,
+                         num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, vocab_size=50)
+    )  # fmt: skip
+
+
 def test_experts_that_stay_dense_are_said(command, tmp_path):
-    model = mixtral()
+    model = llama4()
     left = dense_remainder(model, make_plan(model, rank=4))
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert sum(left.values()) == experts
     model.save_pretrained(tmp_path / "moe")
     done = command("plan", tmp_path / "moe", "--rank", "4")
     said = f"experts of 2 layers stay dense: {experts / model.num_parameters():.0%} of the parameters"
-    assert f"note      {said} (model.layers.*.mlp.experts.gate_up_proj, " in done.stdout
+    assert f"note      {said} (model.layers.*.feed_forward.experts.gate_up_proj, " in done.stdout
     assert json.loads(command("plan", tmp_path / "moe", "--rank", "4", "--json").stdout)["stays_dense"] == left
     done = command("convert", tmp_path / "moe", "--rank", "4", "--method", "svd", "--output-dir", tmp_path / "out")
     assert f"note      {said} (" in done.stderr
@@ -42,7 +50,7 @@ def test_experts_that_stay_dense_are_said(command, tmp_path):
 
 
 def test_a_fine_tuning_says_it_too(tmp_path, capsys):
-    model = mixtral()
+    model = llama4()
     model.save_pretrained(tmp_path / "moe")
     arguments = ModelArguments(model=str(tmp_path / "moe"), rank=4, method="svd", guide="none")
     finetune.prepare_model(arguments, Source(str(tmp_path / "moe")), [])
@@ -51,7 +59,7 @@ def test_a_fine_tuning_says_it_too(tmp_path, capsys):
 
 
 def test_every_matrix_is_either_planned_or_left_for_a_reason():
-    for model in (mixtral(), tiny_llama(tie_word_embeddings=True)):
+    for model in (mixtral(), llama4(), tiny_llama(tie_word_embeddings=True)):
         plan = make_plan(model, rank=4, exclude_modules=["k_proj"])
         parts = {part.kind: part for part in dense_parts(model, plan)}
         matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)

@@ -1,8 +1,9 @@
 """Options of the PEFT method ``lowrank``."""
 
 import re
+import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.config import PeftConfig
@@ -112,6 +113,14 @@ class LowRankConfig(PeftConfig):
         Raises:
             ConfigError: the plan factorizes nothing, or an option is what the plan decides.
         """
+        stacks = [p.name for p in plan.linears if p.experts and p.rank is not None]
+        plan = replace(plan, linears=tuple(p for p in plan.linears if not p.experts))
+        if stacks and plan.ranks:
+            warnings.warn(
+                f"an adapter stands beside linears, so {len(stacks)} stacks of experts of the plan (the first is "
+                f"{stacks[0]}) stay dense; lowrank-ft convert factorizes them",
+                stacklevel=2,
+            )
         if not plan.ranks:
             raise ConfigError("the plan leaves every linear dense; lower its ranks, or train without this method")
         decided = {"r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
@@ -135,7 +144,7 @@ class LowRankConfig(PeftConfig):
         """
         if self.layers_to_transform is not None:
             raise ConfigError("layers_to_transform has no place in a plan; name the linears in target_modules instead")
-        return make_plan(
+        plan = make_plan(
             model,
             rank=self.r,
             rank_pattern=self.rank_pattern,
@@ -143,6 +152,7 @@ class LowRankConfig(PeftConfig):
             exclude_modules=_as_patterns(self.exclude_modules),
             keep_full_rank=True,  # an adapter of any rank is trained
         )
+        return replace(plan, linears=tuple(p for p in plan.linears if not p.experts))  # adapters are beside linears
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

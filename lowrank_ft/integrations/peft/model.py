@@ -17,7 +17,7 @@ from lowrank_ft.factorization.targets import is_linear, pattern_value, refuse_of
 from lowrank_ft.integrations.peft.config import LowRankConfig
 from lowrank_ft.integrations.peft.layer import LowRankAdapterLinear, LowRankLayer
 from lowrank_ft.integrations.peft.quantized import dequantized, is_quantized
-from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn import stored_form
 from lowrank_ft.nn.forms import pivoted
 from lowrank_ft.nn.replace import factorized, swap
 
@@ -40,7 +40,7 @@ class LowRankModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, LowRankConfig)
-        if any(lowrank_layers(self.model)):
+        if stored_form(self.model)[0]:
             raise TargetError(
                 "the model is compact already, so there is no dense weight to factorize; train its factors as they are, "
                 "put LoRA on them, or merge it first"

@@ -28,7 +28,7 @@ from lowrank_ft.integrations.transformers_trainer.patches import (
     prepare_before_training,
     require_units,
 )
-from lowrank_ft.nn import end_guidance, guided_layers, lowrank_layers
+from lowrank_ft.nn import end_guidance, guided_layers, stored_form
 from lowrank_ft.schedule import ALPHA_SCHEDULES
 from lowrank_ft.training.guidance import drop_guides, guide_step, remake_ddp, require_guides
 
@@ -294,7 +294,7 @@ def _no_guide(model: nn.Module) -> str:
             "no active adapter of the model has a guide for GuidanceCallback to phase out; use "
             "LowRankConfig(guide='residual'), or leave the callback out"
         )
-    if any(lowrank_layers(model)):
+    if stored_form(model)[0]:
         return (
             "the model is compact and has no guide for GuidanceCallback to phase out; put one beside its factors with "
             "lowrank_ft.attach_guides(model, dense_model, 'residual'), or leave the callback out"
