@@ -1,14 +1,14 @@
 """The file that makes a compact checkpoint load without this package.
 
-``lowrank_plugin.py`` is the text of ``lowrank_ft.nn.lowrank_linear`` followed by that of ``lowrank_ft.checkpoints.loader``: the
-very code that the package runs, so the two cannot drift apart. ``config.json`` names it under ``auto_map``, and
+``lowrank_plugin.py`` is the text of ``lowrank_ft.nn.lowrank_linear`` followed by that of ``lowrank_ft.checkpoints.second`` and
+``loader``: the very code that the package runs, so the two cannot drift apart. ``config.json`` names it under ``auto_map``, and
 transformers runs it when the user says ``trust_remote_code=True``.
 """
 
 import inspect
 import re
 
-from lowrank_ft.checkpoints import loader
+from lowrank_ft.checkpoints import loader, second
 from lowrank_ft.nn import lowrank_linear
 
 PLUGIN_FILE = "lowrank_plugin.py"
@@ -22,13 +22,15 @@ Written by lowrank-ft from its own modules; it needs torch and transformers and 
 """
 
 '''
-_OWN_IMPORT = re.compile(r"^from lowrank_ft\.nn\.lowrank_linear import LowRankLinear, lowrank_layers\n", re.MULTILINE)
+_OWN_IMPORT = re.compile(
+    r"^from lowrank_ft\.(nn\.lowrank_linear|checkpoints\.second) import [\w, ]+\n", re.MULTILINE
+)
 _MODULE_DOCSTRING = re.compile(r'\A""".*?"""\n', re.DOTALL)
 
 
 def plugin_source() -> str:
     """The text of ``lowrank_plugin.py``."""
-    layer = _MODULE_DOCSTRING.sub("", inspect.getsource(lowrank_linear)).strip()
-    code, replaced = _OWN_IMPORT.subn("", _MODULE_DOCSTRING.sub("", inspect.getsource(loader)).strip())
-    assert replaced == 1, "the loader no longer imports LowRankLinear the way that the plugin expects"
-    return f"{_HEADER}{layer}\n\n\n{code}\n"
+    texts = [_MODULE_DOCSTRING.sub("", inspect.getsource(module)) for module in (lowrank_linear, second, loader)]
+    code = "\n\n\n".join(_OWN_IMPORT.sub("", text).strip() for text in texts)
+    assert "from lowrank_ft" not in code, "the loader imports more of the package than the plugin brings along"
+    return f"{_HEADER}{code}\n"
