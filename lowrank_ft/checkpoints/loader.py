@@ -238,7 +238,7 @@ def _refuse_random_factors(model: PreTrainedModel) -> None:
         return
     for name, layer in lowrank_layers(model):
         for part in (layer.U, layer.V):
-            read = getattr(part.weight, mark, False) or getattr(part, mark, False)  # the latter by other libraries
+            read = getattr(part.weight, mark, False) or getattr(part, "frozen", False)  # the latter is quanto's mark
             if not part.weight.is_meta and not read:
                 raise ValueError(
                     f"the checkpoint has no weights for {name} under a name that {type(model).__name__} reads; "

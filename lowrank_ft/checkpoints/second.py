@@ -68,9 +68,9 @@ class _OverFactors(HfQuantizer):
         odd = [n for n, width in widths.items() if width % group]
         if odd:
             raise ValueError(
-                f"{name} has groups of {group}, and {len(odd)} of {len(widths)} factors have another width, such as "
-                f"{odd[0]} with {widths[odd[0]]}; use groups of {math.gcd(*widths.values())}, whole rows "
-                f"(PerAxis(0)), or a compact checkpoint converted with --rank-multiple {group}"
+                f"{name} has groups of {group}, which do not divide the rows of {len(odd)} of {len(widths)} factors, such "
+                f"as {odd[0]} with {widths[odd[0]]} columns; all rows can be cut into groups of "
+                f"{math.gcd(*widths.values())}, or take whole rows: granularity=PerAxis(0)"
             )
 
     def _parts(self, model: nn.Module) -> dict[str, Any]:
