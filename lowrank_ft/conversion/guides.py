@@ -6,6 +6,7 @@ from lowrank_ft.conversion.unpivot import unpivot
 from lowrank_ft.errors import PlanError
 from lowrank_ft.factorization.targets import is_linear
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, check_guide_bits, lowrank_layers
+from lowrank_ft.nn.forms import require_float_factors
 from lowrank_ft.nn.replace import dense_weight, swap
 
 MIN_COSINE = 0.1  # between factors and the weights that they were made from, mean over the linears
@@ -22,8 +23,11 @@ def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str, guide_bi
 
     Raises:
         ConfigError, MissingPackageError: the guide cannot be stored in ``guide_bits`` (see :func:`convert`).
+        TargetError: the factors are quantized.
         PlanError: the dense model lacks one of the linears, has it in another shape, or is another model.
     """
+    for _, layer in lowrank_layers(model):
+        require_float_factors(layer)
     unpivot(model)
     check_guide_bits(guide, guide_bits, next(model.parameters()).device)
     weights = {name: _matching_dense_weight(dense_model, name, layer) for name, layer in lowrank_layers(model)}
