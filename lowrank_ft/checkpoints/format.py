@@ -14,7 +14,8 @@ weight is read::
 
 Tensors are named ``<linear>.U.weight``, ``<linear>.V.weight``, ``<linear>.bias``, and ``<linear>.weight``, the
 one-element tripwire of :class:`~lowrank_ft.nn.LowRankLinear`. Linears under ``pivots`` have the pivoted form of that
-class, and ``<linear>.order``. Without any, the entry says version 1, which knew plain factors alone.
+class, and ``<linear>.order``. Without any, the entry says version 1, which knew plain factors alone. Under ``quantized``
+is the entry of another library that packed the linears, and then the version is 3 (:mod:`.second`).
 """
 
 from pathlib import Path

@@ -165,7 +165,7 @@ class FactoredLinears(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
         _refuse_random_factors(model)
-        model.config.quantization_config = self.factored  # type: ignore[assignment]
+        model.config.quantization_config = self.factored
         if self._foreign_prefix:  # saved again, it has its own names, also of weights
             self.factored.ranks = {name: layer.rank for name, layer in lowrank_layers(model)}
             model.__dict__.pop("_weight_conversions", None)

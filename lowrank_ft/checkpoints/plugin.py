@@ -22,9 +22,7 @@ Written by lowrank-ft from its own modules; it needs torch and transformers and 
 """
 
 '''
-_OWN_IMPORT = re.compile(
-    r"^from lowrank_ft\.(nn\.lowrank_linear|checkpoints\.second) import [\w, ]+\n", re.MULTILINE
-)
+_OWN_IMPORT = re.compile(r"^from lowrank_ft\.(nn\.lowrank_linear|checkpoints\.second) import [\w, ]+\n", re.MULTILINE)
 _MODULE_DOCSTRING = re.compile(r'\A""".*?"""\n', re.DOTALL)
 
 

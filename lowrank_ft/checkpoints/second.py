@@ -45,7 +45,11 @@ def both(factored: type, config: Any) -> type:
     if method == "bitsandbytes":
         method += "_8bit" if config.load_in_8bit else "_4bit"
     other = transformers_registry.AUTO_QUANTIZER_MAPPING[method]
-    return types.new_class(f"LowRank{other.__name__}", (_OverFactors, factored, other))
+    return types.new_class(f"LowRank{other.__name__}", (_OverFactors, factored, other), {}, _of_this_module)
+
+
+def _of_this_module(namespace: dict[str, Any]) -> None:
+    namespace["__module__"] = __name__
 
 
 class _OverFactors(HfQuantizer):
@@ -90,10 +94,11 @@ class _OverFactors(HfQuantizer):
         self._tell_what_stays(model)
         # Saving turns every conversion round, and these have no other direction (transformers 5.23); packed parts are
         # saved under the names that they have.
+        loaded: Any = model
         conversions = model.__dict__.get("_weight_conversions") or []
         own = [c for c in conversions if not any(hasattr(op, "hf_quantizer") for op in getattr(c, "operations", ()))]
         if len(own) < len(conversions):
-            model._weight_conversions = own
+            loaded._weight_conversions = own
         return model
 
     def _tell_what_stays(self, model: nn.Module) -> None:
@@ -138,7 +143,8 @@ def accept_second_methods(method: str) -> None:
         entry = stored if isinstance(stored, dict) else stored.to_dict()
         if given is None or entry.get("quant_method") != method or getattr(given, "quant_method", "") == method:
             return before(stored, given, *args, **kwargs)
-        config = transformers_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[method].from_dict(entry)
+        kind: Any = transformers_registry.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+        config = kind.from_dict(entry)
         config.quantize(second_config(given))
         return config
 

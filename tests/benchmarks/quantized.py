@@ -5,8 +5,8 @@
 Each compact checkpoint is named with its param ratio. Weights are loaded in bfloat16, with a second method over the
 factors where the row has one, and written by ``save_pretrained``: that is the size. Loaded to compute in ``--dtype``, the
 model is measured: perplexity on the first blocks of the text, and tokens per second of CPU time (on a GPU, of time) when
-reading them and when writing, one sequence at a time, with a key-value cache. Every row is saved as it comes, and a run that is broken off goes on. A folder that is not there yet is named in
-the result.
+reading them and when writing, one sequence at a time, with a key-value cache. Every row is saved as it comes, and a run
+that is broken off goes on. A folder that is not there yet is named in the result.
 """
 
 import argparse

@@ -5,12 +5,13 @@ bitsandbytes runs here; torchao and optimum-quanto where they are installed (``m
 
 import importlib.util
 import json
-import math
+import re
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,14 +27,14 @@ import lowrank_ft
 from lowrank_ft.errors import CheckpointError, TargetError
 from lowrank_ft.nn import lowrank_layers
 from lowrank_ft.nn.replace import merge
-from tests.conftest import tiny_gpt2, tiny_llama
+from tests.conftest import ROOT, tiny_gpt2, tiny_llama
 
 BITS = {
     "8bit": {"load_in_8bit": True},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
 }
-LIMITS = {"8bit": 0.04, "nf4": 0.3, "fp4": 0.4}  # relative errors of one product; measured: up to MEASURED
+LIMITS = {"8bit": 0.04, "nf4": 0.3, "fp4": 0.4}  # relative errors of one product; measured: up to 0.015, 0.20, 0.27
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
@@ -104,7 +105,8 @@ def test_saved_and_loaded_again_bit_for_bit(compact, tmp_path, ids, python, bits
     entry = json.loads((tmp_path / "both" / "config.json").read_text())["quantization_config"]
     assert (entry["quant_method"], entry["format_version"]) == ("lowrank", 3)
     assert entry["quantized"]["quant_method"] == "bitsandbytes"
-    assert entry["ranks"] and entry["pivots"]
+    assert entry["ranks"]
+    assert entry["pivots"]
     again = load(tmp_path / "both")
     assert torch.equal(logits(again, ids), expected)
     again.save_pretrained(tmp_path / "twice")
@@ -120,12 +122,13 @@ def test_saved_and_loaded_again_bit_for_bit(compact, tmp_path, ids, python, bits
 
 
 @needs_bitsandbytes
-def test_it_is_smaller_on_disk(compact, tmp_path):
+def test_factors_are_stored_in_their_bits(compact, tmp_path):
     sizes = {}
     for bits in (None, "8bit", "nf4"):
         load(compact, bits).save_pretrained(tmp_path / str(bits))
-        sizes[bits] = (tmp_path / str(bits) / "model.safetensors").stat().st_size
-    assert sizes["nf4"] < sizes["8bit"] < sizes[None]
+        tensors = load_file(tmp_path / str(bits) / "model.safetensors")
+        sizes[bits] = sum(t.nbytes for n, t in tensors.items() if n.endswith((".U.weight", ".V.weight")))
+    assert (sizes["8bit"], sizes["nf4"]) == (sizes[None] / 4, sizes[None] / 8)
 
 
 @needs_bitsandbytes
@@ -172,12 +175,15 @@ def test_dequantized_it_is_an_ordinary_compact_model(compact, tmp_path, ids, bit
     model = load(compact, bits)
     before = logits(model, ids)
     model = model.dequantize()
-    assert error(logits(model, ids), before) < (0.03 if bits == "8bit" else 1e-2)  # 8-bit layers round their inputs, too
+    assert error(logits(model, ids), before) < (
+        0.03 if bits == "8bit" else 1e-2
+    )  # 8-bit layers round their inputs, too
     model.half().float()
     expected = logits(model, ids)
     lowrank_ft.save_compact(model, tmp_path / "compact")
     entry = json.loads((tmp_path / "compact" / "config.json").read_text())["quantization_config"]
-    assert "quantized" not in entry and entry["format_version"] == 2
+    assert "quantized" not in entry
+    assert entry["format_version"] == 2
     torch.testing.assert_close(logits(load(tmp_path / "compact"), ids), expected)
 
 
@@ -230,7 +236,9 @@ def test_what_needs_the_numbers_of_the_factors_says_so(compact, tmp_path):
         lambda: lowrank_ft.save_compact(model, tmp_path / "out"),
         lambda: merge(model),
     ):
-        with pytest.raises(TargetError, match=r"quantized \(Linear4bit with Params4bit\); load .* model.dequantize\(\)"):
+        with pytest.raises(
+            TargetError, match=r"quantized \(Linear4bit with Params4bit\); load .* model.dequantize\(\)"
+        ):
             action()
     assert not (tmp_path / "out").exists()
 
@@ -245,7 +253,9 @@ def test_a_config_of_a_quantized_checkpoint_gives_no_empty_model(compact, tmp_pa
 
 
 def test_methods_that_cannot_go_over_factors_are_refused(compact):
-    with pytest.raises(ValueError, match=r"AwqConfig \(awq\) cannot quantize the factors .*; bitsandbytes, torchao, quanto"):
+    with pytest.raises(
+        ValueError, match=r"AwqConfig \(awq\) cannot quantize the factors .*; bitsandbytes, torchao, quanto"
+    ):
         AutoModelForCausalLM.from_pretrained(compact, quantization_config=AwqConfig())
 
 
@@ -253,7 +263,9 @@ def test_methods_that_cannot_go_over_factors_are_refused(compact):
 def test_a_second_method_is_not_added_to_a_checkpoint_that_has_one(compact, tmp_path, ids):
     model = load(compact, "8bit")
     model.save_pretrained(tmp_path / "both")
-    with pytest.raises(ValueError, match="is quantized with BitsAndBytesConfig already, and QuantoConfig cannot be added"):
+    with pytest.raises(
+        ValueError, match="is quantized with BitsAndBytesConfig already, and QuantoConfig cannot be added"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path / "both", quantization_config=QuantoConfig(weights="int8"))
     with pytest.warns(UserWarning, match="is quantized already, as its config.json says; that is kept"):
         again = load(tmp_path / "both", "nf4")
@@ -300,6 +312,19 @@ def test_quanto_quantizes_and_transformers_cannot_save_it(compact, tmp_path, ids
     model = AutoModelForCausalLM.from_pretrained(compact, quantization_config=QuantoConfig(weights=weights))
     assert {type(layer.U).__name__ for _, layer in lowrank_layers(model)} == {"QLinear"}
     found = error(logits(model, ids), logits(load(compact), ids))
-    assert 1e-4 < found < limit and math.isfinite(found)
+    assert 1e-4 < found < limit
     with pytest.raises(ValueError, match="is not serializable"):
         model.save_pretrained(tmp_path / "both")
+
+
+@needs_bitsandbytes
+def test_the_code_of_the_documentation_runs(compact, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "compact").symlink_to(compact, target_is_directory=True)
+    page = (ROOT / "docs" / "how-to" / "quantize.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "quantize.md", "exec"), names)
+    assert (tmp_path / "compact-again" / "model.safetensors").is_file()

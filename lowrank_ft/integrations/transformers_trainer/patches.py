@@ -40,9 +40,7 @@ def calling_trainer() -> Trainer | None:
     return None
 
 
-def prepare_before_training(
-    trainer: Trainer, prepare: Callable[[nn.Module, Path], None], guided: bool = True
-) -> None:
+def prepare_before_training(trainer: Trainer, prepare: Callable[[nn.Module, Path], None], guided: bool = True) -> None:
     """Let ``trainer.train`` call ``prepare(model, checkpoint)`` if it resumes, and choose the units of FSDP2.
 
     Before both, and only if the first step will be ``guided``, a preference trainer's reference gets the guides, too.

@@ -29,8 +29,9 @@ def give_reference_guides(trainer: Any, model: nn.Module) -> None:
         ConfigError: the reference is sharded by FSDP, and its layers cannot be exchanged.
     """
     for module in model.modules():
-        if hasattr(module, "fix_guide"):
-            module.fix_guide(REFERENCE_ADAPTER)
+        adapted: Any = module
+        if hasattr(adapted, "fix_guide"):
+            adapted.fix_guide(REFERENCE_ADAPTER)
     reference = getattr(trainer, "ref_model", None)
     if reference is None:
         return
