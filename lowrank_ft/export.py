@@ -24,7 +24,8 @@ from lowrank_ft.checkpoints.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
 from lowrank_ft.checkpoints.source import Source, check_finite, check_written
 from lowrank_ft.costs.flops import compare
 from lowrank_ft.errors import CheckpointError, first_line
-from lowrank_ft.nn.forms import stored_as
+from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn.forms import require_float_factors, stored_as
 from lowrank_ft.report.model_card import dense_card, model_card
 from lowrank_ft.report.plots import save_rank_map
 
@@ -63,10 +64,13 @@ def save_compact(
 
     Raises:
         CheckpointError: the model carries an adapter of PEFT, or what was written does not load again.
+        TargetError: the factors are quantized; ``model.save_pretrained`` writes such a model.
         NonFiniteError: a weight holds NaN or infinity, as after a diverged training.
         OutputError: the folder may not be written.
     """
     refuse_adapters(model)
+    for _, layer in lowrank_layers(model):
+        require_float_factors(layer)
     check_finite(model)
     with _written_as(model, form, dtype, base_model), whole_folder(output_dir, overwrite, keep_existing) as folder:
         _save(model, folder, max_shard_size)

@@ -123,6 +123,8 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
                 raise CheckpointError(
                     f"{path}: quantization_config.ranks[{name!r}] is {rank:.6g}; it is not positive, or no rank"
                 )
+        if not isinstance(entry.get("quantized"), dict | None):
+            raise wrong("quantization_config.quantized", entry["quantized"], "the object of another library")
         pivots = entry.get("pivots") or {}
         if not isinstance(pivots, dict):
             raise wrong("quantization_config.pivots", pivots, "an object with the side of every pivoted linear")

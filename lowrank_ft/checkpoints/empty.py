@@ -40,6 +40,11 @@ def apply_config(model: PreTrainedModel) -> int:
             "accelerate.init_empty_weights(), or load it with from_pretrained"
         )
     entry: Any = model.config.quantization_config
+    if _fields(entry).get("quantized"):
+        raise CheckpointError(
+            f"the checkpoint of this {name} is quantized, and its layers cannot be made without its weights; load it with "
+            "from_pretrained"
+        )
     put_layers(model, {k: v for k, v in _fields(entry).items() if k != "quant_method"})
     return len(stored_form(model)[0])
 

@@ -19,6 +19,8 @@ class, and ``<linear>.order``. Without any, the entry says version 1, which knew
 A stack of experts is named as the parameter of the dense model, such as ``model.layers.0.mlp.experts.down_proj``. Its tensors
 are ``<experts>.factors.down_proj.U``, ``.V`` and, pivoted, ``.order``, and the tripwire ``<experts>.down_proj``
 (:class:`~lowrank_ft.nn.FactoredExperts`). With stacks, the entry says version 3.
+
+Under ``quantized`` is the entry of another library that packed the linears (:mod:`.second`). Then the version is 3, too.
 """
 
 from pathlib import Path

@@ -1,10 +1,11 @@
 """How transformers loads a compact checkpoint: swap modules on the meta device, before weights are read.
 
 ``config.json`` keeps the stock ``model_type`` and says ``"quant_method": "lowrank"``; :func:`register` tells
-transformers what that means. The text of this file, with that of ``lowrank_ft.nn.lowrank_linear``, also travels inside
-every exported checkpoint, where ``trust_remote_code=True`` finds it: hence no import of the package but that one.
+transformers what that means. The text of this file, with that of the two that it imports, also travels inside every
+exported checkpoint, where ``trust_remote_code=True`` finds it: hence no other import of the package.
 """
 
+import warnings
 from typing import Any
 
 from safetensors import safe_open
@@ -14,6 +15,7 @@ from transformers.quantizers import auto as transformers_registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowrank_ft.checkpoints.second import accept_second_methods, both, second_config, take_marks_off
 from lowrank_ft.nn.factored_experts import FactoredExperts, factored_stacks, stored_form
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 
@@ -30,10 +32,13 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
         base_model: where the dense weights came from.
         base_revision: the commit that they were read from, if that was on the Hub.
         pivots: module name to side, ``output`` or ``input``, of those that are pivoted.
+        quantized: the entry of another library, in whose form the stored linears are.
 
     Raises:
-        ValueError: the checkpoint is of a newer format than this code reads.
+        ValueError: the checkpoint is of a newer format than this code reads, or ``quantized`` of an unknown library.
     """
+
+    quantized_when_loading = False
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
         base_model: str | None = None,
         base_revision: str | None = None,
         pivots: dict[str, str] | None = None,
+        quantized: Any = None,
         **kwargs: Any,
     ) -> None:
         if format_version > NEWEST_READABLE_FORMAT:
@@ -55,34 +61,56 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):
         self.base_model = base_model
         self.base_revision = base_revision
         self.pivots = dict(pivots) if pivots else None
+        self.quantized = None if quantized is None else second_config(quantized)
+
+    def quantize(self, config: Any) -> None:
+        """Quantize with ``config`` of another library while the weights are read.
+
+        Raises:
+            ValueError: the stored weights are quantized by another library already.
+        """
+        if self.quantized is None:
+            self.quantized, self.quantized_when_loading = config, True
+        elif type(self.quantized) is not type(config):
+            raise ValueError(
+                f"the checkpoint is quantized with {type(self.quantized).__name__} already, and {type(config).__name__} "
+                "cannot be added; load it without quantization_config, or quantize the compact checkpoint it came from"
+            )
+        else:
+            warnings.warn("the checkpoint is quantized already, as its config.json says; that is kept", stacklevel=4)
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in super().to_dict().items() if v is not None}
+        fields = {k: v for k, v in self.__dict__.items() if k not in ("quantized", "quantized_when_loading")}
+        if self.quantized is not None:  # a release that does not know of it must stop
+            fields |= {"format_version": NEWEST_READABLE_FORMAT, "quantized": self.quantized.to_dict()}
+        return {k: v for k, v in fields.items() if v is not None}
 
 
-class LowRankQuantizer(HfQuantizer):
+class FactoredLinears(HfQuantizer):
     """Puts a :class:`LowRankLinear` wherever the checkpoint says that a linear is factored."""
 
-    quantization_config: LowRankQuantizationConfig
     _foreign_prefix = _own_prefix = ""  # of the base model, in the checkpoint and here, where they differ
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+    def __init__(self, config: LowRankQuantizationConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
+        if not pre_quantized:
             raise ValueError(
                 "a dense checkpoint cannot be factorized by passing a quantization_config to from_pretrained; "
                 "convert it first: lowrank-ft convert, or lowrank_ft.convert(model, rank=...)"
             )
+        self.factored = config
+        own: Any = config if config.quantized is None else config.quantized
+        super().__init__(own, pre_quantized=not config.quantized_when_loading, **kwargs)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         self._files = [str(f) for f in kwargs.get("checkpoint_files") or []]
         modules = dict(model.named_modules())
         stacked = {name: None for name, p in model.named_parameters() if p.dim() == 3}  # such as experts
         swapped = 0
         stacks: dict[str, dict[str, Any]] = {}
         for name, found in self._modules_of(model, stacked | modules).items():
-            rank = self.quantization_config.ranks[name]
+            rank = self.factored.ranks[name]
             parent, _, leaf = found.rpartition(".")
-            side = (self.quantization_config.pivots or {}).get(name)
+            side = (self.factored.pivots or {}).get(name)
             swapped += 1
             if found in stacked:
                 stacks.setdefault(parent, {})[leaf] = (rank, side)
@@ -97,11 +125,13 @@ class LowRankQuantizer(HfQuantizer):
         if swapped:  # a device map that puts U and V in different places computes with neither
             whole = {LowRankLinear.__name__, FactoredExperts.__name__}
             model._no_split_modules = {*(model._no_split_modules or ()), *whole}
-        if self.quantization_config.ranks and not swapped:
-            first = next(iter(self.quantization_config.ranks))
+        self._names = set(model.state_dict())
+        if self.factored.ranks and not swapped:
+            first = next(iter(self.factored.ranks))
             raise ValueError(
                 f"{type(model).__name__} has none of the factored linears of the checkpoint, such as {first}"
             )
+        return super()._process_model_before_weight_loading(model, **kwargs)
 
     def _modules_of(self, model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, str]:
         """The checkpoint's names of the factored linears, and what ``model`` calls them.
@@ -109,7 +139,7 @@ class LowRankQuantizer(HfQuantizer):
         A part that this class lacks, such as a head, or the decoder of an encoder-only class, is left out. A linear that
         is there and missed would meet its tripwire when weights are read.
         """
-        names, prefix = self.quantization_config.ranks, model.base_model_prefix
+        names, prefix = self.factored.ranks, model.base_model_prefix
         # A bare AutoModel reads a ForCausalLM checkpoint and the other way round: the prefix comes or goes.
         known = {n: (n, f"{prefix}.{n}", n.removeprefix(f"{prefix}.")) for n in names}
         found = {n: next((c for c in known[n] if c in modules), "") for n in names}
@@ -125,38 +155,44 @@ class LowRankQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """Names of the checkpoint to names of the model, where the two have another prefix."""
-        if not self._foreign_prefix:
-            return []
-        return [WeightRenaming("^" + self._foreign_prefix.replace(".", r"\."), self._own_prefix)]
+        conversions = super().get_weight_conversions()
+        if self._foreign_prefix:
+            conversions.append(WeightRenaming("^" + self._foreign_prefix.replace(".", r"\."), self._own_prefix))
+        return conversions
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """None where the checkpoint has the names of the model already, which a conversion could only garble."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
+        """Without those of the architecture where the checkpoint has its names already, which they could only garble."""
         files = [f for f in self._files if f.endswith(".safetensors")]
         stored: set[str] = set()
         for file in files:
             with safe_open(file, framework="pt") as handle:
                 stored.update(handle.keys())
+        for plain, parts in self.serialized_names.items():  # of another library's checkpoint
+            stored |= {name.removesuffix(p) + plain for p in parts for name in stored if name.endswith(f".{p}")}
         prefix = f"{model.base_model_prefix}."
-        wanted = set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", None) or ())
+        wanted = self._names - set(getattr(model, "all_tied_weights_keys", None) or ())
         own_names = all(k in stored or prefix + k in stored or k.removeprefix(prefix) in stored for k in wanted)
-        return [] if files and own_names else conversions
+        return super().update_weight_conversions([] if files and own_names else weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        super()._process_model_after_weight_loading(model, **kwargs)
         _refuse_random_factors(model)
+        model.config.quantization_config = self.factored
         if self._foreign_prefix:  # saved again, it has its own names, also of weights
-            self.quantization_config.ranks, self.quantization_config.pivots = stored_form(model)
-            model.config.quantization_config = self.quantization_config
+            self.factored.ranks, self.factored.pivots = stored_form(model)
             model.__dict__.pop("_weight_conversions", None)
-        # From here on this is an ordinary model: with these marks on it, transformers refuses .half(), .to() and
-        # training. The entry in its config stays, so that saving it makes a compact checkpoint again.
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = False
-        for mark in ("hf_quantizer", "quantization_method"):
-            model.__dict__.pop(mark, None)
-        model.__dict__.pop("is_quantized", None)
         _forget_shipped_code(model.config)
+        return model
+
+
+class LowRankQuantizer(FactoredLinears):
+    """The loader of a checkpoint whose factors are in an ordinary float type."""
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        # From here on this is an ordinary model. The entry in its config stays, so that saving it makes a compact
+        # checkpoint again.
+        take_marks_off(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -173,6 +209,12 @@ class LowRankQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def quantizer(config: LowRankQuantizationConfig, **kwargs: Any) -> FactoredLinears:
+    """The loader for a checkpoint, and where it has a second method, for both together."""
+    kind = LowRankQuantizer if config.quantized is None else both(FactoredLinears, config.quantized)
+    return kind(config, **kwargs)
 
 
 class LowRankAutoConfig(PreTrainedConfig):
@@ -196,7 +238,8 @@ def register(replace: bool = True) -> None:
     quantizers = transformers_registry.AUTO_QUANTIZER_MAPPING
     if replace or METHOD not in quantizers:
         configs[METHOD] = LowRankQuantizationConfig
-        quantizers[METHOD] = LowRankQuantizer
+        quantizers[METHOD] = quantizer  # type: ignore[assignment]  # called like the class that it makes
+    accept_second_methods(METHOD)
 
 
 def _refuse_random_factors(model: PreTrainedModel) -> None:
@@ -205,11 +248,13 @@ def _refuse_random_factors(model: PreTrainedModel) -> None:
     mark = "_is_hf_initialized"
     if not any(hasattr(p, mark) for p in model.parameters()):
         return
-    factors = {name: (layer.U.weight, layer.V.weight) for name, layer in lowrank_layers(model)}
+    factors: dict[str, Any] = {name: (layer.U, layer.V) for name, layer in lowrank_layers(model)}
     factors |= {name: (stack.U, stack.V) for name, stack in factored_stacks(model)}
     for name, parts in factors.items():
         for part in parts:
-            if not part.is_meta and not getattr(part, mark, False):
+            weight = getattr(part, "weight", part)  # of a linear, or a stack itself
+            read = getattr(weight, mark, False) or getattr(part, "frozen", False)  # the latter is quanto's mark
+            if not weight.is_meta and not read:
                 raise ValueError(
                     f"the checkpoint has no weights for {name} under a name that {type(model).__name__} reads; "
                     "load it with the class that config.json names under architectures"

@@ -1,14 +1,14 @@
 """The file that makes a compact checkpoint load without this package.
 
-``lowrank_plugin.py`` is the text of ``lowrank_ft.nn.lowrank_linear``, that of ``lowrank_ft.nn.factored_experts`` and that of
-``lowrank_ft.checkpoints.loader``: the very code that the package runs, so the two cannot drift apart. ``config.json`` names
-it under ``auto_map``, and transformers runs it when the user says ``trust_remote_code=True``.
+``lowrank_plugin.py`` is the text of ``lowrank_ft.nn.lowrank_linear``, that of ``lowrank_ft.nn.factored_experts`` and those of
+``lowrank_ft.checkpoints.second`` and ``loader``: the very code that the package runs, so the two cannot drift apart.
+``config.json`` names it under ``auto_map``, and transformers runs it when the user says ``trust_remote_code=True``.
 """
 
 import inspect
 import re
 
-from lowrank_ft.checkpoints import loader
+from lowrank_ft.checkpoints import loader, second
 from lowrank_ft.nn import factored_experts, lowrank_linear
 
 PLUGIN_FILE = "lowrank_plugin.py"
@@ -22,16 +22,14 @@ Written by lowrank-ft from its own modules; it needs torch and transformers and 
 """
 
 '''
-_OWN_IMPORTS = re.compile(r"^from lowrank_ft\.nn\.\w+ import .*\n", re.MULTILINE)
+_OWN_IMPORT = re.compile(r"^from lowrank_ft\.(nn\.\w+|checkpoints\.second) import [\w, ]+\n", re.MULTILINE)
 _MODULE_DOCSTRING = re.compile(r'\A""".*?"""\n', re.DOTALL)
 
 
 def plugin_source() -> str:
     """The text of ``lowrank_plugin.py``."""
-    parts = []
-    for module, imports in ((lowrank_linear, 0), (factored_experts, 1), (loader, 2)):
-        text = _MODULE_DOCSTRING.sub("", inspect.getsource(module)).strip()
-        code, replaced = _OWN_IMPORTS.subn("", text)
-        assert replaced == imports, f"{module.__name__} no longer imports the way that the plugin expects"
-        parts.append(code)
-    return _HEADER + "\n\n\n".join(parts) + "\n"
+    modules = (lowrank_linear, factored_experts, second, loader)
+    texts = [_MODULE_DOCSTRING.sub("", inspect.getsource(module)) for module in modules]
+    code = "\n\n\n".join(_OWN_IMPORT.sub("", text).strip() for text in texts)
+    assert "from lowrank_ft" not in code, "the loader imports more of the package than the plugin brings along"
+    return f"{_HEADER}{code}\n"

@@ -13,6 +13,7 @@ from lowrank_ft.nn import (
     lowrank_layers,
     unfold_experts,
 )
+from lowrank_ft.nn.forms import require_float_factors
 from lowrank_ft.nn.replace import dense_weight, swap
 
 MIN_COSINE = 0.1  # between factors and the weights that they were made from, mean over the linears
@@ -29,8 +30,11 @@ def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str, guide_bi
 
     Raises:
         ConfigError, MissingPackageError: the guide cannot be stored in ``guide_bits`` (see :func:`convert`).
+        TargetError: the factors are quantized.
         PlanError: the dense model lacks one of the linears, has it in another shape, or is another model.
     """
+    for _, layer in lowrank_layers(model):
+        require_float_factors(layer)
     unpivot(model)
     check_guide_bits(guide, guide_bits, next(model.parameters()).device)
     unfold_experts(model)

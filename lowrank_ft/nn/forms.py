@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_ft.errors import require_choice
+from lowrank_ft.errors import TargetError, require_choice
 from lowrank_ft.factorization.pivoting import Pivoted, pivot, pivot_side, rounded, unpivot, whole
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.nn.factored_experts import FactoredExperts, factored_stacks
@@ -18,8 +18,36 @@ FORMS = ("pivoted", "factors")
 """How a compact checkpoint stores its factors: format version 2, the smaller one, and version 1."""
 
 
+_QUANTIZERS = ("bitsandbytes.", "torchao.", "optimum.quanto.")
+
+
+def quantized_part(layer: Any) -> str | None:
+    """``U`` or ``V``, the one of them that another library holds in fewer bits, or None."""
+    for name in ("U", "V"):
+        weight = getattr(layer, name).weight
+        if type(weight).__module__.startswith(_QUANTIZERS) or not weight.is_floating_point():
+            return name
+    return None
+
+
+def require_float_factors(layer: Any) -> None:
+    """Raise a TargetError if the numbers of the factors are not there, for another library has packed them."""
+    part = quantized_part(layer)
+    if part is not None:
+        raise TargetError(
+            f"the factors of this model are quantized ({type(getattr(layer, part)).__name__} with "
+            f"{type(getattr(layer, part).weight).__name__}); load the compact checkpoint without quantization_config, or "
+            "call model.dequantize() first, where the library can do that"
+        )
+
+
 def layer_factors(layer: Any) -> Factors:
-    """``U (out, r)`` and ``V (r, in)`` of a factored layer in either form, in its dtype, without gradient."""
+    """``U (out, r)`` and ``V (r, in)`` of a factored layer in either form, in its dtype, without gradient.
+
+    Raises:
+        TargetError: they are quantized.
+    """
+    require_float_factors(layer)
     return Factors(layer.U.weight.detach(), layer.V.weight.detach()) if layer.pivot is None else whole(_parts(layer))
 
 
@@ -92,6 +120,7 @@ def unpivot_layers(model: nn.Module) -> int:
 
 def pivoted(layer: LowRankLinear, dtype: torch.dtype | None = None) -> LowRankLinear:
     """The deployed layer of ``layer`` in its pivoted form (``layer`` itself if that is what it is), without guide."""
+    require_float_factors(layer)
     dtype = dtype or layer.U.weight.dtype
     side = pivot_side((layer.out_features, layer.in_features), layer.rank)
     if side is None:
@@ -104,6 +133,7 @@ def pivoted(layer: LowRankLinear, dtype: torch.dtype | None = None) -> LowRankLi
 
 def plain(layer: LowRankLinear, dtype: torch.dtype | None = None) -> LowRankLinear:
     """The deployed layer of ``layer`` as plain factors, without guide; those of a pivoted layer become balanced."""
+    require_float_factors(layer)
     dtype = dtype or layer.U.weight.dtype
     if layer.pivot is None and type(layer) is LowRankLinear and dtype == layer.U.weight.dtype:
         return layer

@@ -85,7 +85,7 @@ def test_the_plugin_stands_alone():
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert imported <= {"torch", "transformers", "safetensors", "collections", "typing", "warnings"}
+    assert imported <= {"torch", "transformers", "safetensors", "collections", "math", "types", "typing", "warnings"}
 
 
 def test_the_folder_holds_safetensors_and_no_pickle(checkpoint):
@@ -172,9 +172,9 @@ def test_device_map_with_offload(checkpoint, tmp_path, ids):
 def test_a_newer_format_is_refused(checkpoint):
     folder, _, _ = checkpoint
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = 4
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format version 3, and this code reads up to 2; run pip install --upgrade"):
+    with pytest.raises(ValueError, match="format version 4, and this code reads up to 3; run pip install --upgrade"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

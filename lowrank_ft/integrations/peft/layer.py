@@ -38,6 +38,7 @@ class LowRankLayer(BaseTunerLayer):
         lowrank_share: ``alpha`` as a number, for saving.
         lowrank_guided: the adapters whose alpha is not 0. Forward decides by this set, so a compiled graph changes
             once, when guidance ends, and not with every value of alpha.
+        lowrank_fixed: adapters whose guide is never skipped, such as the reference of a preference trainer.
         guide_enabled: False skips the guides without forgetting alpha (:func:`lowrank_ft.nn.compact_view`).
         guide_gate: False where stochastic guidance leaves the guides out of this step (:func:`lowrank_ft.nn.set_gates`).
     """
@@ -59,6 +60,7 @@ class LowRankLayer(BaseTunerLayer):
         self.lowrank_guide: dict[str, str] = {}
         self.lowrank_share: dict[str, float] = {}
         self.lowrank_guided: set[str] = set()
+        self.lowrank_fixed: set[str] = set()
         self.guide_enabled = True
         self.guide_gate = True
         self.cast_input_dtype_enabled = True
@@ -101,6 +103,7 @@ class LowRankLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._unfilled.discard(adapter_name)
         self.lowrank_guided.discard(adapter_name)
+        self.lowrank_fixed.discard(adapter_name)
         # Not among other_param_names, because PEFT would cast it to the dtype of the base layer.
         if adapter_name in self.lowrank_alpha:
             del self.lowrank_alpha[adapter_name]
@@ -167,8 +170,19 @@ class LowRankLayer(BaseTunerLayer):
         self.lowrank_share[adapter_name] = float(alpha)
         (self.lowrank_guided.add if alpha else self.lowrank_guided.discard)(adapter_name)
 
+    def fix_guide(self, adapter_name: str) -> None:
+        """Make of an adapter, if it is there and guided, what the active one is at alpha = 1, for good."""
+        if self.lowrank_guide.get(adapter_name, "none") == "none" or adapter_name in self.active_adapters:
+            return
+        for name in self._present(self.active_adapters):
+            if name in self.lowrank_U0 and self.lowrank_U0[name].shape == self.lowrank_U0[adapter_name].shape:
+                self.lowrank_U0[adapter_name].copy_(self.lowrank_U0[name])
+                self.lowrank_V0[adapter_name].copy_(self.lowrank_V0[name])
+        self._set_share(adapter_name, 1.0)
+        self.lowrank_fixed.add(adapter_name)
+
     def _is_guided(self, adapter_name: str) -> bool:
-        return self.guide_enabled and adapter_name in self.lowrank_guided
+        return adapter_name in self.lowrank_guided and (self.guide_enabled or adapter_name in self.lowrank_fixed)
 
     # Weights
 

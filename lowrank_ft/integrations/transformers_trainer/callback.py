@@ -130,7 +130,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _refuse_setups(args)
         if (trainer := calling_trainer()) is not None:
-            prepare_before_training(trainer, self.prepare_for_resume)
+            prepare_before_training(trainer, self.prepare_for_resume, self._begins_guided)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -205,6 +205,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             )
         return GUIDED
 
+    @property
+    def _begins_guided(self) -> bool:
+        return self.guided_ratio != 0 and self.guided_steps != 0
+
     def _resolve_steps(self, max_steps: int) -> int:
         if self.guided_steps is None:
             ratio = 0.25 if self.guided_ratio is None else self.guided_ratio
@@ -260,7 +264,7 @@ def phase_out(
         )
     callback = GuidanceCallback(guided_ratio, alpha_schedule, guided_steps)
     _refuse_setups(trainer.args)
-    prepare_before_training(trainer, callback.prepare_for_resume)
+    prepare_before_training(trainer, callback.prepare_for_resume, callback._begins_guided)
     trainer.add_callback(callback)
     return callback
 

@@ -3,7 +3,8 @@
 A callback hears of a checkpoint only after its weights and its optimizer state are read, and never of the Trainer. So:
 
     in train(), first    the model takes the shape of the checkpoint that will be read, and under FSDP2 every guide
-                         becomes a unit of its own (:func:`prepare_before_training`)
+                         becomes a unit of its own (:func:`prepare_before_training`); a reference model, which Trainer's
+                         children make after they have called ``on_init_end``, gets the guides (:mod:`.references`)
 """
 
 import functools
@@ -22,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.integrations.transformers_trainer.model_hooks import hooks_of
+from lowrank_ft.integrations.transformers_trainer.references import give_reference_guides
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import fsdp
 
@@ -38,8 +40,10 @@ def calling_trainer() -> Trainer | None:
     return None
 
 
-def prepare_before_training(trainer: Trainer, prepare: Callable[[nn.Module, Path], None]) -> None:
+def prepare_before_training(trainer: Trainer, prepare: Callable[[nn.Module, Path], None], guided: bool = True) -> None:
     """Let ``trainer.train`` call ``prepare(model, checkpoint)`` if it resumes, and choose the units of FSDP2.
+
+    Before both, and only if the first step will be ``guided``, a preference trainer's reference gets the guides, too.
 
     In place of the method of this one object: under FSDP2 Trainer makes the optimizer and shards the model before it
     reads anything of a checkpoint, so no hook on the model would come in time. With a ``model_init``
@@ -55,6 +59,8 @@ def prepare_before_training(trainer: Trainer, prepare: Callable[[nn.Module, Path
             folder = get_last_checkpoint(str(trainer.args.output_dir))
 
         def prepared(model: nn.Module) -> nn.Module:
+            if guided:
+                give_reference_guides(trainer, model)
             if folder and Path(folder).is_dir():  # otherwise Trainer says what is wrong
                 prepare(model, Path(folder))
             _make_guides_units(trainer, model)
