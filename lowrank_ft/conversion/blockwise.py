@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import ChainInputs, block_of, capture, find_chains, siblings, token_mask
-from lowrank_ft.conversion.experts import is_expert, too_few, warn_of_few
+from lowrank_ft.conversion.experts import expert_damping, is_expert, too_few, warn_of_few
 from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.conversion.moments import Moments
 from lowrank_ft.conversion.received import Group, InputGroups, dense_moments, input_of
@@ -140,11 +140,13 @@ class _Block:
             expert = is_expert(self.model, group.names[0])
             follow = converted is not None and self.method == "anchored" and not expert
             shared = self._moments(group, converted) if follow and converted is not None else group.moments
+            damping = self.calibration.damping
             solver: Regression | None = None
             if expert and too_few(shared):
                 few |= dict.fromkeys(group.names, shared.tokens)
             else:
-                solver = Regression(shared.inputs, shared.cross, self.calibration.damping, group.names[0])
+                damping = expert_damping(shared, damping) if expert else damping
+                solver = Regression(shared.inputs, shared.cross, damping, group.names[0])
             for name in group.names:
                 moments[name] = shared
                 factorize_linear(self.model, name, self.ranks[name], solver)

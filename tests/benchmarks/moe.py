@@ -7,7 +7,8 @@
    keeps the experts in use, until they differ.
 2. It is converted to 0.8 and 0.6 of the parameters of its linears and experts: by plain SVD with uniform ranks; calibrated
    (``--method activation``, ranks by loss), which trains nothing; and by default, with distillation.
-3. How many tokens an expert needs: each expert is fitted to the first tokens that it received, and judged by later ones.
+3. How many tokens an expert needs, and with what damping: each expert is fitted to the first tokens that it received, and
+   judged by later ones.
 
 Every stage is kept in ``--work`` or in the output, and a run that was broken off goes on.
 """
@@ -178,8 +179,10 @@ def fitted_to_few(model: Any, rows: Tensor, ratio: float = 0.6) -> dict[str, Any
         rows_of.setdefault("plain SVD", []).append(error(truncated_svd(weight, rank)))
         for share in SHARES:
             some = fit[: int(share * width)]
-            if len(some) == int(share * width):
-                rows_of.setdefault(f"{share:g}", []).append(error(Regression(some.T @ some, None, 0.01)(weight, rank)))
+            for damping in (0.01, 1 / share) if len(some) == int(share * width) else ():
+                column = f"{share:g} tokens for each input, damped by {'width / tokens' if damping > 0.01 else damping}"
+                found_here = error(Regression(some.T @ some, None, damping)(weight, rank))
+                rows_of.setdefault(column, []).append(found_here)
     fold_experts(model)
     return {
         kind: {k: {"error": round(sum(v) / len(v), 4), "experts": len(v)} for k, v in columns.items()}
