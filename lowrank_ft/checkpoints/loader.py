@@ -74,6 +74,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._files = [str(f) for f in kwargs.get("checkpoint_files") or []]
+        self._model: Any = model
         modules = dict(model.named_modules())
         swapped = 0
         for name, found in self._modules_of(model, modules).items():
@@ -117,9 +118,11 @@ class LowRankQuantizer(HfQuantizer):
             return []
         return [WeightRenaming("^" + self._foreign_prefix.replace(".", r"\."), self._own_prefix)]
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """None where the checkpoint has the names of the model already, which a conversion could only garble."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
+        given = () if model is None else (model,)
+        conversions = super().update_weight_conversions(weight_conversions, *given)
+        model = model or self._model  # transformers up to 5.19 does not say which
         files = [f for f in self._files if f.endswith(".safetensors")]
         stored: set[str] = set()
         for file in files:
@@ -131,6 +134,7 @@ class LowRankQuantizer(HfQuantizer):
         return [] if files and own_names else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._model = None
         _refuse_random_factors(model)
         if self._foreign_prefix:  # saved again, it has its own names, also of weights
             self.quantization_config.ranks = {name: layer.rank for name, layer in lowrank_layers(model)}

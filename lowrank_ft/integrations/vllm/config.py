@@ -69,7 +69,9 @@ class LowRankConfig(QuantizationConfig):
                 if inside:
                     raise unserved(inside, f"it is run by a {type(layer).__name__}")
             return None
-        names = [n for n in dict.fromkeys([prefix, *part_names(prefix, self.packed_modules_mapping)]) if n in self.ranks]
+        names = [
+            n for n in dict.fromkeys([prefix, *part_names(prefix, self.packed_modules_mapping)]) if n in self.ranks
+        ]
         self._claimed.update(names)
         return LowRankLinearMethod(self, prefix) if names else UnquantizedLinearMethod()
 

@@ -37,5 +37,3 @@ def unserved(name: str, why: str) -> CheckpointError:
         f"vLLM cannot serve the factored {name}: {why}. Serve the dense checkpoint that lowrank-ft merge writes, or "
         "convert without this linear (--exclude-modules)"
     )
-
-
