@@ -122,7 +122,7 @@ class LowRankQuantizer(HfQuantizer):
         """None where the checkpoint has the names of the model already, which a conversion could only garble."""
         given = () if model is None else (model,)
         conversions = super().update_weight_conversions(weight_conversions, *given)
-        model = model or self._model  # transformers up to 5.19 does not say which
+        model = self._model if model is None else model  # transformers 5.19 does not say which
         files = [f for f in self._files if f.endswith(".safetensors")]
         stored: set[str] = set()
         for file in files:

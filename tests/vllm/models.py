@@ -68,7 +68,8 @@ def write(name: str, folder: Path) -> None:
         for _, layer in lowrank_layers(model):
             if layer.bias is not None:
                 nn.init.normal_(layer.bias, std=0.1)
-    lowrank_ft.save_compact(model, folder, form=form)
+    trained = DEMO_MODEL if name.startswith("trained") else None
+    lowrank_ft.save_compact(model, folder, form=form, companions_from=trained)
 
 
 def _random(name: str) -> PreTrainedModel:

@@ -72,7 +72,9 @@ def refused(folders, serve, tmp_path_factory) -> dict[str, Any]:
         "newer": changed(good, where / "newer", config=lambda entry: entry.update(format_version=99)),
         "quantized": changed(good, where / "quantized", config=lambda entry: entry.update(bits=4)),
         "unknown": changed(
-            good, where / "unknown", config=lambda entry: entry["ranks"].update({"model.layers.0.mlp.experts.up_proj": 8})
+            good,
+            where / "unknown",
+            config=lambda entry: entry["ranks"].update({"model.layers.0.mlp.experts.up_proj": 8}),
         ),
         "head": with_head(where / "head"),
         "gpt2": gpt2(where / "gpt2"),
