@@ -14,6 +14,7 @@ NEW = 20
 
 def by_transformers(folder: Path, asked: list[list[int]], new_tokens: int) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # a token like any other, as with vLLM's ignore_eos
     tokens, scores = [], []
     for prompt in asked:
         ids = torch.tensor([prompt])
@@ -22,7 +23,6 @@ def by_transformers(folder: Path, asked: list[list[int]], new_tokens: int) -> di
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
                 do_sample=False,
             )
             logprobs = model(ids).logits[0, :-1].log_softmax(-1)
