@@ -34,7 +34,7 @@ class LowRankConfig(QuantizationConfig):
         super().__init__()
         self.ranks, self.pivots = ranks, pivots
         self._claimed: set[str] = set()
-        self._checked = False
+        self._checked = self._in_stages = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "LowRankConfig":
@@ -69,6 +69,8 @@ class LowRankConfig(QuantizationConfig):
                 if inside:
                     raise unserved(inside, f"it is run by a {type(layer).__name__}")
             return None
+        config = get_current_vllm_config_or_none()  # set while vLLM builds the model, not while it reads weights
+        self._in_stages = config is not None and config.parallel_config.pipeline_parallel_size > 1
         names = [
             n for n in dict.fromkeys([prefix, *part_names(prefix, self.packed_modules_mapping)]) if n in self.ranks
         ]
@@ -86,8 +88,7 @@ class LowRankConfig(QuantizationConfig):
         if self._checked:
             return
         self._checked = True
-        config = get_current_vllm_config_or_none()
-        if config is not None and config.parallel_config.pipeline_parallel_size > 1:
+        if self._in_stages:
             return  # the other layers are in other processes
         left = [n for n in self.ranks if n not in self._claimed]
         if left:
