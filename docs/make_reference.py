@@ -5,7 +5,7 @@
 
 A page holds ``<!-- begin generated: NAME -->`` and ``<!-- end generated -->``; what is between them belongs to this
 script, everything else to the writer. NAME is an options group of the recipe, a command, ``exit codes``, or
-``architectures: GROUP`` for what ``python -m tests.architectures.measure`` found.
+``architectures: GROUP`` for what ``python -m tests.architectures.measure`` found, or ``vllm: TABLE`` for ``make vllm-suite``.
 """
 
 import argparse
@@ -27,6 +27,7 @@ GROUPS = {
     "pretrain": PretrainArguments,
 }  # fmt: skip
 ARCHITECTURES = Path(__file__).parent.parent / "tests" / "architectures" / "results.json"
+VLLM = Path(__file__).parent.parent / "tests" / "vllm" / "results.json"
 REQUIRED = {"model", "dataset"}
 
 _BLOCK = re.compile(r"(<!-- begin generated: (.+?) -->\n).*?(<!-- end generated -->)", re.DOTALL)
@@ -56,6 +57,8 @@ def table(name: str) -> str:
     """The Markdown table that a page asks for by ``name``."""
     if name.startswith("architectures: "):
         return architectures_table(name.partition(": ")[2])
+    if name.startswith("vllm: "):
+        return vllm_table(name.partition(": ")[2])
     if name == "exit codes":
         return "\n".join(
             ["| exit code | meaning |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in EXIT_CODES.items())]
@@ -100,6 +103,28 @@ def architectures_table(group: str) -> str:
         rows.append(
             f"| {found['cls']} | `{found['model_type']}` | {_percent(found['factored'])} | {dense or '-'} | {classes or '-'} |"
         )
+    return "\n".join(rows)
+
+
+def vllm_table(name: str) -> str:
+    """What tests/vllm found: ``versions``, ``tokens``, or ``throughput``."""
+    record = json.loads(VLLM.read_text(encoding="utf-8"))
+    if name == "versions":
+        return ", ".join(f"{package} {version}" for package, version in record["versions"].items()) + "."
+    if name == "tokens":
+        rows = [
+            "| model | stored form | processes | tokens equal | largest difference of a log-probability |",
+            "|---|---|---:|---|---:|",
+        ]
+        rows += [
+            f"| {r['model']} | {r['form']} | {r['processes']} | {'yes' if r['equal'] else 'NO'} | {r['logprobs differ by']:.1e} |"
+            for r in record["tokens"].values()
+        ]
+        return "\n".join(rows)
+    tasks = [key for key in next(iter(record["throughput"].values())) if key != "megabytes"]
+    rows = [f"| model | MB on disk | {' | '.join(tasks)} |", f"|---|{'---:|' * (len(tasks) + 1)}"]
+    for model, found in record["throughput"].items():
+        rows.append(f"| {model} | {found['megabytes']} | {' | '.join(str(found[task]) for task in tasks)} |")
     return "\n".join(rows)
 
 

@@ -103,6 +103,7 @@ class FactoredLinears(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         self._files = [str(f) for f in kwargs.get("checkpoint_files") or []]
+        self._model: Any = model
         modules = dict(model.named_modules())
         stacked = {name: None for name, p in model.named_parameters() if p.dim() == 3}  # such as experts
         swapped = 0
@@ -160,8 +161,10 @@ class FactoredLinears(HfQuantizer):
             conversions.append(WeightRenaming("^" + self._foreign_prefix.replace(".", r"\."), self._own_prefix))
         return conversions
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Without those of the architecture where the checkpoint has its names already, which they could only garble."""
+        given = () if model is None else (model,)
+        model = self._model if model is None else model  # transformers 5.19 does not say which
         files = [f for f in self._files if f.endswith(".safetensors")]
         stored: set[str] = set()
         for file in files:
@@ -172,10 +175,11 @@ class FactoredLinears(HfQuantizer):
         prefix = f"{model.base_model_prefix}."
         wanted = self._names - set(getattr(model, "all_tied_weights_keys", None) or ())
         own_names = all(k in stored or prefix + k in stored or k.removeprefix(prefix) in stored for k in wanted)
-        return super().update_weight_conversions([] if files and own_names else weight_conversions, model)
+        return super().update_weight_conversions([] if files and own_names else weight_conversions, *given)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
+        self._model = None
         _refuse_random_factors(model)
         model.config.quantization_config = self.factored
         if self._foreign_prefix:  # saved again, it has its own names, also of weights

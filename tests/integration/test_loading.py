@@ -14,8 +14,10 @@ from transformers import (
     T5EncoderModel,
     T5ForConditionalGeneration,
 )
+from transformers.quantizers.base import HfQuantizer
 
 import lowrank_ft
+from lowrank_ft.checkpoints.loader import LowRankQuantizationConfig, LowRankQuantizer
 from lowrank_ft.checkpoints.plugin import plugin_source
 from lowrank_ft.export import save_compact
 from lowrank_ft.nn import LowRankLinear, lowrank_layers
@@ -217,8 +219,6 @@ def test_autocast_keeps_its_dtype_where_there_is_a_bias():
 
 
 def test_a_dense_model_is_not_factorized_on_load(tmp_path):
-    from lowrank_ft.checkpoints.loader import LowRankQuantizationConfig
-
     tiny_llama().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="convert it first"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=LowRankQuantizationConfig({}))
@@ -241,3 +241,14 @@ assert isinstance(model.model.layers[0].mlp.up_proj, lowrank_ft.LowRankLinear)
 def test_the_stock_config_comes_back(checkpoint):
     folder, _, _ = checkpoint
     assert type(AutoConfig.from_pretrained(folder)).__name__ == "LlamaConfig"
+
+
+def test_transformers_5_19_does_not_tell_the_model(monkeypatch):
+    """There the loader is asked for name conversions with one argument less."""
+    monkeypatch.setattr(HfQuantizer, "update_weight_conversions", lambda self, conversions: [*conversions, "seen"])
+    model = tiny_llama()
+    quantizer = LowRankQuantizer(LowRankQuantizationConfig(ranks={"model.layers.0.mlp.up_proj": 4}))
+    quantizer._process_model_before_weight_loading(model)
+    assert quantizer.update_weight_conversions([]) == ["seen"]
+    quantizer._process_model_after_weight_loading(model)
+    assert quantizer._model is None

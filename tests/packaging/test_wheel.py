@@ -43,6 +43,7 @@ def test_contents(wheel):
     }
     assert sum(s for n, s in sizes.items() if n.startswith("lowrank_ft/demo/model/")) <= 6_000_000
     assert "lowrank-ft = lowrank_ft_cli.main:main" in entry_points
+    assert "lowrank = lowrank_ft.integrations.vllm:register" in entry_points
     assert "Requires-Python: >=3.10" in metadata
     for requirement in ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub"):
         assert f"Requires-Dist: {requirement}>=" in metadata
