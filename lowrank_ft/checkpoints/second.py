@@ -60,6 +60,13 @@ class _OverFactors(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         result = super()._process_model_before_weight_loading(model, **kwargs)
         self._check_groups(model)
+        pivoted = any(layer.pivot is not None for _, layer in lowrank_layers(model))
+        if pivoted and not self.pre_quantized and (getattr(self, "quantized_element_size", None) or 1) < 1:
+            warnings.warn(
+                "4 bits harm the pivoted factors of this checkpoint more than plain ones (they move the weights by about "
+                "0.3 of their size, instead of 0.13); write plain factors first: lowrank-ft export CHECKPOINT --form factors",
+                stacklevel=2,
+            )
         return result
 
     def _check_groups(self, model: PreTrainedModel) -> None:

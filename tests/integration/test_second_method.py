@@ -26,6 +26,7 @@ from transformers import (
 import lowrank_ft
 from lowrank_ft.errors import CheckpointError, TargetError
 from lowrank_ft.nn import lowrank_layers
+from lowrank_ft.nn.forms import layer_factors
 from lowrank_ft.nn.replace import merge
 from tests.conftest import ROOT, tiny_gpt2, tiny_llama
 
@@ -252,6 +253,23 @@ def test_a_config_of_a_quantized_checkpoint_gives_no_empty_model(compact, tmp_pa
         lowrank_ft.apply_config(model)
 
 
+@needs_bitsandbytes
+def test_four_bits_on_pivoted_factors_harm_more_and_say_so(compact, tmp_path):
+    lowrank_ft.save_compact(load(compact), tmp_path / "plain", form="factors")
+    found = {}
+    for folder in (compact, tmp_path / "plain"):
+        plain = {name: layer_factors(layer) for name, layer in lowrank_layers(load(folder))}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = load(folder, "nf4").dequantize()
+        assert any("write plain factors first" in str(w.message) for w in said) == (folder == compact)
+        shares = [
+            error(torch.mm(*layer_factors(layer)), torch.mm(*plain[name])) for name, layer in lowrank_layers(model)
+        ]
+        found[folder] = sum(shares) / len(shares)
+    assert found[compact] > 1.1 * found[tmp_path / "plain"]
+
+
 def test_methods_that_cannot_go_over_factors_are_refused(compact):
     with pytest.raises(
         ValueError, match=r"AwqConfig \(awq\) cannot quantize the factors .*; bitsandbytes, torchao, quanto"
@@ -321,9 +339,10 @@ def test_quanto_quantizes_and_transformers_cannot_save_it(compact, tmp_path, ids
 def test_the_code_of_the_documentation_runs(compact, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "compact").symlink_to(compact, target_is_directory=True)
+    lowrank_ft.save_compact(load(compact), tmp_path / "compact-factors", form="factors")  # the command of the page
     page = (ROOT / "docs" / "how-to" / "quantize.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "quantize.md", "exec"), names)
