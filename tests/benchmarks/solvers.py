@@ -76,7 +76,7 @@ def main() -> None:
     report = {"machine": common.machine("cpu"), "rows": rows, "block_cpu_seconds": block}
     common.write_json(options.output, report)
     table = [
-        (r["linear"], "x".join(map(str, r["shape"])), r["rank"], r["solver"], f"{r['cpu_seconds']:.2f}", f"{r['error']:.1e}")
+        (r["linear"], "x".join(map(str, r["shape"])), str(r["rank"]), r["solver"], f"{r['cpu_seconds']:.2f}", f"{r['error']:.1e}")
         for r in rows
     ]  # fmt: skip
     title = "one block of Llama-3.2-1B at param ratio 0.6"
