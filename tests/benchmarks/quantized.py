@@ -124,7 +124,7 @@ def main() -> None:
     print_table(
         ("model", "bits", "library", "MB", "perplexity", "reading, tokens/s", "writing, tokens/s"),
         [
-            (r["model"], r["bits"], r["library"] or "", f"{r['bytes'] / 1e6:.0f}", f"{r['perplexity']:.2f}",
+            (r["model"], str(r["bits"]), r["library"] or "", f"{r['bytes'] / 1e6:.0f}", f"{r['perplexity']:.2f}",
              f"{r['reading']:.0f}", f"{r['writing']:.1f}")
             for r in rows
         ],

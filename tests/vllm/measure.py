@@ -1,6 +1,6 @@
 """Tokens per second in vLLM of compact, merged and dense, in one run: ``python -m tests.vllm.measure NAME=FOLDER ...``
 
-The engine runs in this process, on one thread, in float32. Each number is the best of three rounds. Seconds are those of
+The engine runs in this process, on one thread, in float32. Each number is the best of two rounds. Seconds are those of
 the process (CPU time), so that what else the machine does counts little. Written into results.json, whose table
 docs/make_reference.py makes.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import tests.vllm.driver  # noqa: F401  # sets vLLM's environment variables
 
 RESULTS = Path(__file__).parent / "results.json"
-TASKS = {"prompt": (1, 192, 1), "decode, 1 sequence": (1, 16, 24), "decode, 8 sequences": (8, 16, 24)}
+TASKS = {"prompt": (1, 192, 1), "decode, 1 sequence": (1, 16, 16), "decode, 8 sequences": (8, 16, 16)}
 """Name to sequences, tokens of each prompt, tokens of each answer."""
-ROUNDS = 3
+ROUNDS = 2
 
 
 def seconds(llm: Any, sequences: int, prompt: int, new_tokens: int, seed: int) -> float:
