@@ -23,7 +23,7 @@ from lowrank_ft.conversion.sensitivity import output_gradients
 from lowrank_ft.errors import ConfigError, DataError, DivergedError, LowRankError, NonFiniteError
 from lowrank_ft.factorization.plan import make_plan
 from lowrank_ft.factorization.targets import find_linears
-from lowrank_ft.nn import GUIDES, LowRankLinear, end_guidance, lowrank_layers
+from lowrank_ft.nn import GUIDES, LowRankLinear, end_guidance, lowrank_layers, stored_form
 from lowrank_ft.nn.modes import evaluating
 from lowrank_ft.nn.replace import dense_weight
 from tests.architectures import row
