@@ -1,8 +1,8 @@
 """A model whose weights stay in their files, and come into memory one module at a time.
 
-transformers loads it with every module "on disk": parameters on the meta device, and a hook of accelerate at each module
-that reads its weights before its forward pass and drops them after it. So the whole model runs in the memory of its
-largest layer. A block that is worked on for longer is loaded by :meth:`OnDisk.load`, and has no hooks any more.
+Every module is "on disk", as accelerate calls it: its parameters are on the meta device, and a hook reads its weights before
+its forward pass and drops them after it. So the whole model runs in the memory of its largest layer. A block that is worked
+on for longer is loaded by :meth:`OnDisk.load`, and has no hooks any more.
 """
 
 import logging
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model, init_empty_weights
 from accelerate.hooks import remove_hook_from_module
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from lowrank_ft.checkpoints.source import Source, check_finite, load_model
+from lowrank_ft.checkpoints.source import Source, check_finite, check_fits, load_model, model_class, safetensors_files
 
 _Place = tuple[Any, str]
 
@@ -98,7 +100,8 @@ def open_on_disk(source: Source, dtype: str | torch.dtype, device: str, folder: 
     level = logger.level
     logger.setLevel(logging.ERROR)  # it would warn of what is asked for here
     try:
-        model = load_model(source, dtype, offload_folder=folder)
+        # Where weights have to be renamed or joined, transformers does that, and reads all of them on the way.
+        model = _dispatched(source, dtype) or load_model(source, dtype, offload_folder=folder)
     finally:
         logger.setLevel(level)
     for module in model.modules():
@@ -113,6 +116,43 @@ def open_on_disk(source: Source, dtype: str | torch.dtype, device: str, folder: 
             places[f"{path}.{leaf}".lstrip(".")] = (hook.weights_map, leaf)
         hook.execution_device = torch.device(device)
     return OnDisk(model, torch.device(device), source.name, places)
+
+
+def _dispatched(source: Source, dtype: str | torch.dtype) -> PreTrainedModel | None:
+    """The model with its weights in the files of the checkpoint; None where those have other names than the model's."""
+    config = source.load_config()
+    source.check_adapter()
+    files = safetensors_files(source.download())
+    tensors: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            tensors |= dict.fromkeys(handle.keys(), str(file))
+    cls = model_class(config, source.name, source.trust_remote_code)
+    if hasattr(cls, "_model_mapping"):  # an Auto class: code of the checkpoint's own, perhaps
+        return None
+    with init_empty_weights(include_buffers=False):
+        model: Any = cls._from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+    own = model.state_dict()
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if not tensors.keys() <= own.keys() or own.keys() - tensors.keys() - tied.keys() or own.keys() - parameters:
+        return None
+    check_fits(model, source.tensors(), source.name)
+    index = {
+        name: {"safetensors_file": tensors[stored], "weight_name": stored, "dtype": str(own[name].dtype).removeprefix("torch.")}
+        for name in own
+        if (stored := name if name in tensors else tied[name]) in tensors
+    }  # fmt: skip
+    if index.keys() != own.keys():
+        return None
+    dispatch_model(model, {"": "disk"}, offload_index=index)
+    folder = source.download()
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    model.config._name_or_path = source.name
+    model.config._commit_hash = folder.name if folder.parent.name == "snapshots" else None
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:

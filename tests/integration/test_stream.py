@@ -74,6 +74,12 @@ def test_plain_svd(command, tmp_path, build):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_nothing_is_read_to_find_out_where_weights_are(command, tmp_path, monkeypatch):
+    """transformers reads all of them on its way to a model on disk; that is left for those that it has to rename."""
+    monkeypatch.setattr("lowrank_ft.checkpoints.on_disk.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    assert command("convert", DEMO_MODEL, *SVD, "--stream", "--output-dir", tmp_path / "out").returncode == 0
+
+
 @pytest.mark.parametrize("method", ["activation", "anchored"])
 def test_the_calibrated_factors_are_those_of_a_conversion_in_memory(command, tmp_path, fit, method):
     flags, whole = fit
