@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that is gone is found out here, and not at exit
         return code
     except KeyboardInterrupt as stop:
-        print(f"error: interrupted; {stop or 'nothing was left behind'}", file=sys.stderr)
+        print(f"error: interrupted; {str(stop) or 'nothing was left behind'}", file=sys.stderr)
         return 1
     except Exception as error:
         from lowrank_ft.console import printable, reader_is_gone  # it is imported by now, or quick to
