@@ -111,7 +111,8 @@ def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
     vocabulary = getattr(config.get_text_config(), "vocab_size", 0) if hasattr(config, "get_text_config") else 0
     logits = 4 * 4 * _TOKENS * vocabulary
     activations = int(speed.activation_bytes * _TOKENS)
-    first = weights + logits + activations + (2**30 if work.loss else 0)
+    moments = min(2**30, sum(8 * p.shape[1] ** 2 * p.copies for p in plan.linears))
+    first = weights + logits + activations + (moments if work.loss else 0)
     if not work.distilled:
         return max(first, weights + streams)
     kept = weights + dense * size  # the dense twin
