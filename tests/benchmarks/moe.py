@@ -60,6 +60,7 @@ def upcycled(dense: Any, seed: int) -> MixtralForCausalLM:
     )  # fmt: skip
     model = MixtralForCausalLM(config)
     known = {k: v for k, v in dense.state_dict().items() if ".mlp." not in k}
+    # The experts are new; what else is missing is refused below.
     missing, unexpected = model.load_state_dict(known, strict=False)
     assert not unexpected, unexpected
     assert all(".mlp." in k for k in missing), missing

@@ -56,6 +56,13 @@ def assert_same_weights(one, other):
         assert torch.equal(found[name], tensor), name
 
 
+def break_off(self, *arguments, add=Unfinished.add):
+    """In the place of :meth:`Unfinished.add`: somebody interrupts after two blocks."""
+    add(self, *arguments)
+    if len(self.parts) == 2:
+        raise KeyboardInterrupt
+
+
 def without_times(folder):
     record = json.loads((folder / "conversion.json").read_text())
     return {k: v for k, v in record.items() if k not in ("seconds", "command")}
@@ -120,13 +127,6 @@ def test_experts(command, tmp_path, fit, flags, monkeypatch):
     common, whole = ([*flags, "--param-ratio", "0.7"], []) if "svd" in flags else ([*flags, *fit[0]], fit[1])
     done = command("convert", tmp_path / "source", *common, *whole, "--output-dir", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
-    add = Unfinished.add
-
-    def break_off(self, *arguments):
-        add(self, *arguments)
-        if len(self.parts) == 2:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(Unfinished, "add", break_off)
         command("convert", tmp_path / "source", *common, "--stream", "--output-dir", tmp_path / "out")
@@ -142,12 +142,6 @@ def test_it_goes_on_where_it_was_broken_off(command, tmp_path, fit, method, monk
     flags = [*(SVD if method == "svd" else [*fit[0], "--method", "anchored", "--refine-epochs", "1"]), "--stream"]
     assert command("convert", DEMO_MODEL, *flags, "--output-dir", tmp_path / "whole").returncode == 0
     add = Unfinished.add
-
-    def break_off(self, *arguments):
-        add(self, *arguments)
-        if len(self.parts) == 2:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(Unfinished, "add", break_off)
         done = command("convert", DEMO_MODEL, *flags, "--output-dir", tmp_path / "out")
