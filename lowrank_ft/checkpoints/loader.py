@@ -6,6 +6,7 @@ exported checkpoint, where ``trust_remote_code=True`` finds it: hence no other i
 """
 
 import warnings
+import weakref
 from typing import Any
 
 from safetensors import safe_open
@@ -103,7 +104,8 @@ class FactoredLinears(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         self._files = [str(f) for f in kwargs.get("checkpoint_files") or []]
-        self._model: Any = model
+        # Weak, since transformers copies conversions, and those of bitsandbytes hold the quantizer.
+        self._model = weakref.ref(model)
         modules = dict(model.named_modules())
         stacked = {name: None for name, p in model.named_parameters() if p.dim() == 3}  # such as experts
         swapped = 0
@@ -164,7 +166,7 @@ class FactoredLinears(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Without those of the architecture where the checkpoint has its names already, which they could only garble."""
         given = () if model is None else (model,)
-        model = self._model if model is None else model  # transformers 5.19 does not say which
+        model = self._model() if model is None else model  # transformers 5.19 does not say which
         files = [f for f in self._files if f.endswith(".safetensors")]
         stored: set[str] = set()
         for file in files:
@@ -179,7 +181,6 @@ class FactoredLinears(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
-        self._model = None
         _refuse_random_factors(model)
         model.config.quantization_config = self.factored
         if self._foreign_prefix:  # saved again, it has its own names, also of weights

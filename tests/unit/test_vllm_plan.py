@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank_ft.checkpoints.loader import NEWEST_READABLE_FORMAT
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.integrations.vllm import register
 from lowrank_ft.integrations.vllm.entry import check_entry, refuse_transposed
@@ -196,7 +197,9 @@ def test_the_tripwire_is_no_dense_weight():
 
 def test_what_cannot_be_served_is_said():
     check_entry({"quant_method": "lowrank", "format_version": 2, "ranks": {}, "pivots": {}, "base_model": "x"})
-    with pytest.raises(CheckpointError, match="format version 99, and this code reads up to 2"):
+    with pytest.raises(
+        CheckpointError, match=f"format version 99, and this code reads up to {NEWEST_READABLE_FORMAT};"
+    ):
         check_entry({"quant_method": "lowrank", "format_version": 99})
     with pytest.raises(CheckpointError, match="has 'bits', which the vLLM plugin does not know"):
         check_entry({"quant_method": "lowrank", "format_version": 2, "bits": 4})

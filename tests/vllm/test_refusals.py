@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowrank_ft
+from lowrank_ft.checkpoints.loader import NEWEST_READABLE_FORMAT
 from tests.conftest import tiny_gpt2, tiny_llama
 
 JOB = {"prompts": [[1, 5, 9]], "new_tokens": 1}
@@ -53,7 +54,8 @@ def transpose(tensors: dict[str, torch.Tensor]) -> None:
 
 
 SAID = {
-    "newer": "this checkpoint has lowrank format version 99, and this code reads up to 2; run pip install --upgrade lowrank-ft",
+    "newer": f"this checkpoint has lowrank format version 99, and this code reads up to {NEWEST_READABLE_FORMAT}; "
+    "run pip install --upgrade lowrank-ft",
     "quantized": "quantization_config has 'bits', which the vLLM plugin does not know",
     "unknown": "vLLM cannot serve the factored model.layers.0.mlp.experts.up_proj: vLLM's model has no linear of that name. "
     "Serve the dense checkpoint that lowrank-ft merge writes",
