@@ -18,7 +18,7 @@ from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.blockwise import Stream
 from lowrank_ft.conversion.calibration import Calibration, first_batches
 from lowrank_ft.conversion.chains import Batch, capture, run
-from lowrank_ft.conversion.experts import summed, unfolded
+from lowrank_ft.conversion.experts import part_of, summed, unfolded
 from lowrank_ft.conversion.received import dense_moments
 from lowrank_ft.conversion.sensitivity import (
     GRADIENT_TOKENS,
@@ -59,7 +59,7 @@ def squared_spectra_on_disk(
     few = first_batches(batches, GRADIENT_TOKENS) if allocation == "loss" else []
     with stubs(model, returns):
         stream = Stream(capture(model, chain, batches, calibration.store()), calibration)
-    members = {b: Plan(tuple(p for p in plan.linears if p.name.startswith(f"{b}.")), 0) for b in chain}
+    members = {block: part_of(plan, block) for block in chain}
     squares: dict[str, Tensor] = {}
     entered: dict[str, Activations] = {}
     for name in tqdm(chain, desc="allocate", unit="block", disable=None if progress else True):

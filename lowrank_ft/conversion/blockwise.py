@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.calibration import Calibration
-from lowrank_ft.conversion.chains import ChainInputs, block_of, capture, find_chains, siblings, token_mask
+from lowrank_ft.conversion.chains import ChainInputs, capture, chains_with, token_mask, within
 from lowrank_ft.conversion.experts import expert_damping, is_expert, too_few, warn_of_few
 from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.conversion.moments import Moments
@@ -52,13 +52,13 @@ def convert_blocks(
         DivergedError: refinement failed.
     """
     batches = calibration.fitted_and_held_out if follows(method, calibration) else calibration.fitted
-    blocks = [b for n in ranks if (b := block_of(model, n))]
-    chains = find_chains(model, siblings(model, blocks), batches[0])
-    chains = [c for c in chains if any(_within(n, b) for b in c for n in ranks)]
-    members = {b: {n: r for n, r in ranks.items() if _within(n, b)} for c in chains for b in c}
-    loose = {n: r for n, r in ranks.items() if not any(n in m for m in members.values())}
-    inputs = [capture_of_first(model, chain, batches, calibration.store()) for chain in chains[:1]]
-    inputs += [capture(model, chain, batches, calibration.store()) for chain in chains[1:]]
+    chains, outside = chains_with(model, list(ranks), batches[0])
+    members = {b: {n: r for n, r in ranks.items() if within(n, b)} for c in chains for b in c}
+    loose = {n: ranks[n] for n in outside}
+    inputs = [
+        (capture if i else capture_of_first)(model, chain, batches, calibration.store())
+        for i, chain in enumerate(chains)
+    ]
     _convert_loose(model, loose, calibration, method, record)
 
     bar = tqdm(total=len(members), desc="factorize", unit="block", disable=None if progress else True)
@@ -137,16 +137,15 @@ class _Block:
         moments: dict[str, Moments] = {}
         few: dict[str, int] = {}
         for group in seen:
-            expert = is_expert(self.model, group.names[0])
-            follow = converted is not None and self.method == "anchored" and not expert
-            shared = self._moments(group, converted) if follow and converted is not None else group.moments
-            damping = self.calibration.damping
+            first, damping = group.names[0], self.calibration.damping
+            anchored = converted is not None and self._is_anchored(first)
+            shared = self._moments(group, converted) if anchored and converted is not None else group.moments
             solver: Regression | None = None
-            if expert and too_few(shared):
-                few |= dict.fromkeys(group.names, shared.tokens)
-            else:
-                damping = expert_damping(shared, damping) if expert else damping
-                solver = Regression(shared.inputs, shared.cross, damping, group.names[0])
+            if is_expert(self.model, first):
+                damping = expert_damping(shared, damping)
+                few |= dict.fromkeys(group.names, shared.tokens) if too_few(shared) else {}
+            if first not in few:
+                solver = Regression(shared.inputs, shared.cross, damping, first)
             for name in group.names:
                 moments[name] = shared
                 factorize_linear(self.model, name, self.ranks[name], solver)
@@ -199,6 +198,10 @@ class _Block:
             parameter.data.copy_(value)
         return left, error
 
+    def _is_anchored(self, name: str) -> bool:
+        """Whether a linear is fitted to what it receives in both models, to which a router may send other tokens."""
+        return self.method == "anchored" and not is_expert(self.model, name)
+
     def _dense(self, names: Iterable[str]) -> dict[str, nn.Module]:
         return {n: self.twin.get_submodule(n.removeprefix(f"{self.name}.")) for n in names}
 
@@ -221,8 +224,7 @@ class _Block:
                     stack.callback(module.register_forward_pre_hook(partial(received.note, name)).remove)
                 left.append(dense.forward(self.twin, self.name, i))
             for names, x in received.groups:
-                kept = self.method == "anchored" and not is_expert(self.model, names[0])
-                groups.append(Group(names, self.calibration.store() if kept else None))
+                groups.append(Group(names, self.calibration.store() if self._is_anchored(names[0]) else None))
                 groups[-1].add(i, batch, x)
                 missing = {n: m for n, m in missing.items() if n not in names}
         if missing:
@@ -257,6 +259,14 @@ def factorize_linear(model: nn.Module, name: str, rank: int, solver: Regression 
     swap(model, name, factorized(dense, factors))
 
 
+def truncate_linear(model: nn.Module, name: str, rank: int, record: ConversionRecord | None) -> None:
+    """:func:`factorize_linear` by the weight alone, and a ``record`` of what that loses."""
+    weight = dense_weight(model.get_submodule(name))
+    factorize_linear(model, name, rank, None)
+    if record is not None:
+        record.add_linear(name, weight, model.get_submodule(name), None)
+
+
 def _convert_loose(
     model: nn.Module, ranks: Mapping[str, int], calibration: Calibration, method: str, record: ConversionRecord | None
 ) -> None:
@@ -273,7 +283,3 @@ def mean_error(found: Activations, wanted: Activations, masks: Sequence[Tensor |
     """``|found - wanted| / |wanted|`` of hidden states, the mean over the batches from ``start`` on."""
     errors = [squared_error(found[i], wanted[i], masks[i]).sqrt().item() for i in range(start, len(found))]
     return sum(errors) / len(errors)
-
-
-def _within(name: str, block: str) -> bool:
-    return name.startswith(f"{block}.")

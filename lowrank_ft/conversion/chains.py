@@ -97,6 +97,20 @@ def find_chains(model: nn.Module, blocks: Sequence[str], batch: Batch) -> list[l
     return chains
 
 
+def chains_with(model: nn.Module, names: Sequence[str], batch: Batch) -> tuple[list[list[str]], list[str]]:
+    """The chains that hold one of the linears ``names``, and those linears that lie in none."""
+    blocks = [b for n in names if (b := block_of(model, n))]
+    chains = [
+        c for c in find_chains(model, siblings(model, blocks), batch) if any(within(n, b) for b in c for n in names)
+    ]
+    return chains, [n for n in names if not any(within(n, b) for c in chains for b in c)]
+
+
+def within(name: str, block: str) -> bool:
+    """Whether the module ``name`` lies in the module ``block``."""
+    return name.startswith(f"{block}.")
+
+
 def capture(model: nn.Module, chain: Sequence[str], batches: Sequence[Batch], hidden: Activations) -> ChainInputs:
     """Run ``model`` on all batches and keep what enters ``chain``; ``hidden`` is filled."""
     inputs = ChainInputs(hidden, {name: [] for name in chain})

@@ -21,14 +21,15 @@ from tqdm.auto import tqdm
 
 from lowrank_ft.checkpoints.format import describe_in_config
 from lowrank_ft.conversion import METHODS, Calibration, ConversionRecord, convert_blocks, distill
+from lowrank_ft.conversion.blockwise import truncate_linear
 from lowrank_ft.conversion.calibration import default_method
 from lowrank_ft.conversion.chains import block_of
-from lowrank_ft.conversion.experts import fold_records, one_by_one, plan_spectra, stacks_of
+from lowrank_ft.conversion.experts import expert_counts, fold_records, one_by_one, plan_spectra, stacks_of
 from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.errors import ConfigError, PlanError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.plan import Plan, make_plan, reallocate
-from lowrank_ft.factorization.solvers import singular_values, truncated_svd
+from lowrank_ft.factorization.solvers import singular_values
 from lowrank_ft.factorization.targets import (
     LinearSpec,
     Patterns,
@@ -39,7 +40,7 @@ from lowrank_ft.factorization.targets import (
 )
 from lowrank_ft.nn import GuidedLowRankLinear, check_guide_bits, fold_experts, stored_form, unfold_experts
 from lowrank_ft.nn.modes import evaluating
-from lowrank_ft.nn.replace import dense_weight, factorized, swap
+from lowrank_ft.nn.replace import dense_weight, swap
 
 _NO_MEMORY = (
     "end-to-end distillation does not fit into the device's memory; the factors are what block refinement makes them "
@@ -144,7 +145,7 @@ def convert(
     if guide is None:
         fold_experts(model)
     if record is not None:
-        record.linears = fold_records(record.linears, {p.name: p.experts for p in plan.linears if p.experts})
+        record.linears = fold_records(record.linears, expert_counts(plan))
     describe_in_config(model)
     return plan
 
@@ -201,11 +202,7 @@ def spend(plan: Plan, spectra: Mapping[str, Tensor]) -> Plan:
 def _truncate(model: nn.Module, plan: Plan, record: ConversionRecord | None, progress: bool) -> None:
     bar = tqdm(plan.ranks.items(), desc="factorize", unit="linear", disable=None if progress else True)
     for name, rank in bar:
-        dense = model.get_submodule(name)
-        layer = factorized(dense, truncated_svd(dense_weight(dense), rank, f"{name}.weight"))
-        if record is not None:
-            record.add_linear(name, dense_weight(dense), layer, None)
-        swap(model, name, layer)
+        truncate_linear(model, name, rank, record)
 
 
 def _fit(

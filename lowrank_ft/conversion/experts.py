@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.conversion.calibration import Calibration
+from lowrank_ft.conversion.chains import within
 from lowrank_ft.conversion.moments import Moments
 from lowrank_ft.conversion.record import LinearRecord
 from lowrank_ft.conversion.sensitivity import squared_spectra
@@ -38,6 +39,16 @@ def one_by_one(plan: Plan) -> Plan:
 def stacks_of(plan: Plan) -> list[str]:
     """Names of the stacks that the plan factorizes."""
     return [p.name for p in plan.linears if p.experts and p.rank is not None]
+
+
+def expert_counts(plan: Plan) -> dict[str, int]:
+    """How many experts each stack of the plan has, by name."""
+    return {p.name: p.experts for p in plan.linears if p.experts}
+
+
+def part_of(plan: Plan, block: str) -> Plan:
+    """The plan of what lies in one block."""
+    return replace(plan, linears=tuple(p for p in plan.linears if within(p.name, block)))
 
 
 def is_expert(model: nn.Module, name: str) -> bool:

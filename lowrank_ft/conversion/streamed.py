@@ -12,7 +12,7 @@ Training of all factors together needs the whole model, so it is not done here.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,19 +22,17 @@ from tqdm.auto import tqdm
 from lowrank_ft.checkpoints.empty import put_layers
 from lowrank_ft.checkpoints.on_disk import OnDisk
 from lowrank_ft.checkpoints.unfinished import Unfinished
-from lowrank_ft.conversion.blockwise import Stream, convert_block, follows
+from lowrank_ft.conversion.blockwise import Stream, convert_block, follows, truncate_linear
 from lowrank_ft.conversion.calibration import Calibration
-from lowrank_ft.conversion.chains import Batch, block_of, capture, find_chains, siblings
-from lowrank_ft.conversion.experts import fold_records, one_by_one, stacks_of
+from lowrank_ft.conversion.chains import Batch, block_of, capture, chains_with
+from lowrank_ft.conversion.experts import expert_counts, fold_records, one_by_one, part_of, stacks_of
 from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
 from lowrank_ft.conversion.stubs import Returns, returns_of, stubs
 from lowrank_ft.errors import TargetError
 from lowrank_ft.factorization.plan import LinearPlan, Plan
-from lowrank_ft.factorization.solvers import truncated_svd
 from lowrank_ft.nn import LowRankLinear, stored_form, unfold_experts
 from lowrank_ft.nn.forms import pivoted, store, swap
 from lowrank_ft.nn.modes import evaluating
-from lowrank_ft.nn.replace import dense_weight, factorized
 
 
 def find_chain(disk: OnDisk, plan: Plan, batch: Batch) -> Returns:
@@ -45,12 +43,9 @@ def find_chain(disk: OnDisk, plan: Plan, batch: Batch) -> Returns:
     Raises:
         TargetError: they are no single chain, a linear is in none of them, or blocks hand on more than hidden states.
     """
-    model, names = disk.model, [p.name for p in plan.linears]
+    model = disk.model
     one = {k: v[:1] for k, v in batch.items()}
-    blocks = [b for n in names if (b := block_of(model, n))]
-    chains = find_chains(model, siblings(model, blocks), one)
-    chains = [c for c in chains if any(n.startswith(f"{b}.") for b in c for n in names)]
-    loose = [n for n in names if not any(n.startswith(f"{b}.") for c in chains for b in c)]
+    chains, loose = chains_with(model, [p.name for p in plan.linears], one)
     why = None
     if len(chains) != 1:
         why = f"its blocks are {len(chains)} chains and not one"
@@ -65,11 +60,6 @@ def find_chain(disk: OnDisk, plan: Plan, batch: Batch) -> Returns:
     for name in returns:
         disk.unhook(name)
     return returns
-
-
-def members_of(chain: Returns, plan: Plan) -> dict[str, list[LinearPlan]]:
-    """The planned linears of each block."""
-    return {b: [p for p in plan.linears if p.name.startswith(f"{b}.")] for b in chain}
 
 
 @dataclass
@@ -90,18 +80,16 @@ class Streaming:
 
     def truncate(self, plan: Plan, progress: bool = False) -> None:
         """Plain SVD of every planned linear; blocks need not be a chain."""
-        model, units = self.disk.model, dict[str, list[LinearPlan]]()
+        units: dict[str, list[LinearPlan]] = {}
         for p in plan.linears:
             if p.rank is not None:
-                units.setdefault(block_of(model, p.name) or p.name, []).append(p)
-        for unit, linears in self._left_to_do(units, progress):
-            with self._written(unit, linears, {}) as ranks:
+                units.setdefault(block_of(self.disk.model, p.name) or p.name, []).append(p)
+        plans = {unit: replace(plan, linears=tuple(linears)) for unit, linears in units.items()}
+        for unit, part in self._left_to_do(plans, progress):
+            with self._written(unit, part, {}) as ranks:
                 for name, rank in ranks.items():
-                    dense: Any = model.get_submodule(name)
-                    layer = factorized(dense, truncated_svd(dense_weight(dense), rank, f"{name}.weight"))
-                    self.record.add_linear(name, dense_weight(dense), layer, None)
-                    swap(model, name, layer)
-        self.record.linears = fold_records(self.record.linears, {p.name: p.experts for p in plan.linears if p.experts})
+                    truncate_linear(self.disk.model, name, rank, self.record)
+        self.record.linears = fold_records(self.record.linears, expert_counts(plan))
 
     def fit(self, plan: Plan, returns: Returns, method: str, calibration: Calibration, progress: bool = False) -> None:
         """Fit the linears of a chain of blocks to calibration data.
@@ -122,14 +110,12 @@ class Streaming:
                     stream.hidden = calibration.store()
                     for x in kept:
                         stream.hidden.append(x.to(self.disk.device))
-            for block, linears in self._left_to_do(members_of(returns, plan), progress):
-                with self._written(block, linears, streams) as ranks:
+            for block, part in self._left_to_do({b: part_of(plan, b) for b in chain}, progress):
+                with self._written(block, part, streams) as ranks:
                     convert_block(model, block, ranks, dense, converted, method, calibration, self.record)
-        self.record.linears = fold_records(self.record.linears, {p.name: p.experts for p in plan.linears if p.experts})
+        self.record.linears = fold_records(self.record.linears, expert_counts(plan))
 
-    def _left_to_do(
-        self, units: Mapping[str, list[LinearPlan]], progress: bool
-    ) -> Iterator[tuple[str, list[LinearPlan]]]:
+    def _left_to_do(self, units: Mapping[str, Plan], progress: bool) -> Iterator[tuple[str, Plan]]:
         """Those that were written before get their shape back, and the record what is known of them."""
         done = [u for u in units if self.unfinished.has(u)]
         self._remember(done)
@@ -141,16 +127,13 @@ class Streaming:
             yield unit, units[unit]
 
     @contextmanager
-    def _written(
-        self, unit: str, linears: Sequence[LinearPlan], streams: Mapping[str, Stream]
-    ) -> Iterator[dict[str, int]]:
+    def _written(self, unit: str, plan: Plan, streams: Mapping[str, Stream]) -> Iterator[dict[str, int]]:
         """Inside, the unit is in memory, to be converted; then it is written, and what comes next can be taken up.
 
         The ranks that are given out are those of single linears, of which a stack of experts is made up inside.
         """
         model = self.disk.model
         self.disk.load(unit)
-        plan = Plan(tuple(linears), 0)
         known, blocks = set(self.record.linears), len(self.record.blocks)
         unfold_experts(model.get_submodule(unit), [n.removeprefix(f"{unit}.") for n in stacks_of(plan)])
         yield one_by_one(plan).ranks
