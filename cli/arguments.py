@@ -109,6 +109,11 @@ def number(text: str) -> int | float:
         return float(text)
 
 
+def share(text: str) -> float:
+    """``0.8``, or ``80%``."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
 def count(text: str) -> int:
     """``2.2B`` is 2,200,000,000; the suffixes are k, M, B and T.
 
@@ -130,7 +135,7 @@ _KINDS: dict[Any, dict[str, Any]] = {
     str | None: {},
     int: {"type": int},
     int | None: {"type": int},
-    float | None: {"type": float},
+    float | None: {"type": share},
     int | float | None: {"type": number},
     str | list[str] | None: {"nargs": "+"},
     dict[str, int | float] | None: {"nargs": "+"},

@@ -40,8 +40,10 @@ def print_estimate(
     """
     speed = measure(model, plan, prepared.sample(model))
     work = work_of(prepared.outline(), prepared.own_tokens, allocation, method)
-    free = free_bytes(str(next(model.parameters()).device))
-    if may_drop and work.distilled and (needed := peak_bytes(model, plan, speed, work)) - weight_bytes(model) > free:
+    if may_drop and work.distilled:
+        free, needed = free_bytes(str(next(model.parameters()).device)), peak_bytes(model, plan, speed, work)
+        may_drop = needed - weight_bytes(model) > free
+    if may_drop and work.distilled:
         print(f"note: distillation would need about {human_bytes(needed)} of memory, and {human_bytes(free)} are free "
               "beside the model, so it is left out; --distill-epochs 1 does it nevertheless", file=sys.stderr)  # fmt: skip
         prepared = replace(prepared, settings={**prepared.settings, "distill_epochs": 0.0})
@@ -49,9 +51,11 @@ def print_estimate(
     parts = stages(speed, work)
     dearest = max(parts, key=lambda s: s.seconds)
     listed = ", ".join(f"{s.name} {human_seconds(s.seconds)}" for s in parts)
+    trains = work.refined or work.distilled
+    cheaper = f"--effort fast or {dearest.flag}" if trains and dearest.flag != "--effort fast" else dearest.flag
     print(
         f"estimate for this device: {human_seconds(sum(s.seconds for s in parts))} ({listed}), "
-        f"about {human_bytes(peak_bytes(model, plan, speed, work))} of memory; --effort fast or {dearest.flag} takes less",
+        f"about {human_bytes(peak_bytes(model, plan, speed, work))} of memory; {cheaper} takes less",
         file=sys.stderr,
     )  # fmt: skip
     return prepared

@@ -45,7 +45,7 @@ def _run_group(command: list[str]) -> int:
         with suppress(ProcessLookupError):  # all gone by themselves
             os.killpg(process.pid, signal.SIGKILL)
         print(
-            "error: interrupted; if it had --save_steps, resume it with --resume_from_checkpoint auto", file=sys.stderr
+            "error: interrupted; if it had --save-steps, resume it with --resume-from-checkpoint auto", file=sys.stderr
         )
         return 1
 
@@ -60,8 +60,8 @@ def exit_code(code: int) -> int:
     number = -code if code < 0 else 256 - code if code > 192 else code - 128
     if number == signal.SIGKILL:
         print(
-            "error: the training was killed, probably because memory ran out; lower --per_device_train_batch_size or "
-            "--block_size, or add --gradient_checkpointing true",
+            "error: the training was killed, probably because memory ran out; lower --per-device-train-batch-size or "
+            "--block-size, or add --gradient-checkpointing true",
             file=sys.stderr,
         )
     elif number > 0:

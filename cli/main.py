@@ -19,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
+    if arguments[:1] in ([], ["help"]):
+        parser.print_help()
+        return 0 if arguments else 2
     options, unknown = parser.parse_known_args(arguments)
     if options.command in PASS_ON:
         options.passed_on = arguments[arguments.index(options.command) + 1 :]

@@ -29,8 +29,9 @@ from lowrank_ft.console import shown_command
 from lowrank_ft.conversion import Calibration, ConversionRecord
 from lowrank_ft.conversion.convert import allocate, convert, default_allocation, spectrum_of
 from lowrank_ft.conversion.effort import EFFORTS
+from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.prepare import prepare
-from lowrank_ft.conversion.promise import convert_within
+from lowrank_ft.conversion.promise import Promise, convert_within
 from lowrank_ft.errors import ConfigError, RankError, TargetError, first_line
 from lowrank_ft.export import save_compact
 from lowrank_ft.factorization.options import SizeOptions
@@ -54,9 +55,23 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     plan = planned_size(options, sizes, source) if promise is None else None
     if options.stream or must_stream(options, source, calibrated, config, device):
         convert_by_block(options, source, sizes, calibrated, plan, config, device)
-        if repo_id is not None:
-            print(push(options.output_dir, repo_id, private=options.private, token=options.token))
-        return
+    else:
+        _convert_in_memory(options, source, sizes, calibrated, promise, plan, config, device)
+    print(Path(options.output_dir))
+    if repo_id is not None:
+        print(push(options.output_dir, repo_id, private=options.private, token=options.token))
+
+
+def _convert_in_memory(
+    options: argparse.Namespace,
+    source: Source,
+    sizes: SizeOptions,
+    calibrated: CalibrationOptions,
+    promise: Promise | None,
+    plan: Plan | None,
+    config: Any,
+    device: str,
+) -> None:
     start = time.monotonic()
     stored, computed = dtypes_of(options, config, device)
     model = load_model(source, computed, device)
@@ -92,9 +107,8 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
         print("distillation: loss on held-out text {before:.4f} before, {after:.4f} after (KL to the dense model, nats "
               "per token)".format(**record.distillation), file=sys.stderr)  # fmt: skip
     command = shown_command("lowrank-ft", sys.argv[1:])
-    origin = source.name if source.folder is None else source.folder.resolve().name
     details = record.to_dict(
-        plan, command=command, base_model=origin, method=method,
+        plan, command=command, base_model=source.title, method=method,
         allocation="by plan" if options.plan else allocation,
         calibration=calibration, seconds=time.monotonic() - start,
     )  # fmt: skip
@@ -102,9 +116,6 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
         model.to("cpu"), options.output_dir, dtype=stored, companions_from=source.download(), base_model=source.name,
         overwrite=options.overwrite, max_shard_size=shard_size(options), command=command, conversion=details,
     )  # fmt: skip
-    print(Path(options.output_dir))
-    if repo_id is not None:
-        print(push(options.output_dir, repo_id, private=options.private, token=options.token))
 
 
 def planned_size(options: argparse.Namespace, sizes: SizeOptions, source: Source) -> Plan | None:

@@ -54,9 +54,8 @@ def print_draft(draft: dict[str, Any]) -> None:
     pays = draft["speed_up"] > 1
     many = f"{draft['tokens']} token{'s' * (draft['tokens'] != 1)} at a time"
     print(
-        f"draft     as assistant_model of the baseline, {draft['acceptance']:.1%} of its tokens are accepted; by the bytes of "
-        f"both it would make generation {draft['speed_up']:.2f} times as fast ({many}), which "
-        f"{'pays' if pays else 'does not pay'}"
+        f"draft     speculative decoding of the baseline with this model as its draft {'pays' if pays else 'does not pay'}: "
+        f"about {draft['speed_up']:.2f} times as fast ({draft['acceptance']:.1%} of its tokens accepted, {many})"
     )
 
 

@@ -73,6 +73,9 @@ def show_plan(options: argparse.Namespace) -> None:
         print(json.dumps(plan.to_dict() | {k: v for k, v in extra.items() if v is not None}, indent=2))
         return
     print_plan(plan)
+    if sizes.param_ratio is not None and calibrated.allocation is None:
+        print("note      these ranks go by shape; convert gives more to the linears that matter more, for the same total "
+              "(--allocation loss with --calibration-data shows that, slowly)")  # fmt: skip
     print_remainder(model, plan)
     if cost is not None and length is not None:
         print_training_cost(cost, options.tokens, length)

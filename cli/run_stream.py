@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ def convert_by_block(
             raise KeyboardInterrupt(f"{done} blocks are done and kept, and the same command goes on") from None
         details = streaming.record.to_dict(
             plan, command=shown_command("lowrank-ft", sys.argv[1:]), method=method, allocation=allocation,
-            base_model=source.name if source.folder is None else source.folder.resolve().name,
+            base_model=source.title,
             calibration=calibration, seconds=time.monotonic() - start,
         )  # fmt: skip
         save_parts(
@@ -125,7 +124,6 @@ def convert_by_block(
             base_model=source.name, overwrite=options.overwrite, command=details["command"], conversion=details,
         )  # fmt: skip
         unfinished.remove()
-    print(Path(options.output_dir))
 
 
 def _run(

@@ -5,13 +5,18 @@ import os
 import select
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import tqdm
+import tqdm.auto
+
 from lowrank_ft.errors import LowRankError, first_line
 
 _NO_END = 1_000_000
+_SECONDS_BETWEEN_LINES = 60
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +28,8 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        formatwarning = warnings.formatwarning
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of source
         try:
             result = main(*args, **kwargs)
             sys.stdout.flush()  # here, where a closed pipe is expected
@@ -38,6 +45,8 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             elif not isinstance(error, LowRankError):
                 print(f"error: process {rank}: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
+        finally:
+            warnings.formatwarning = formatwarning
 
     return wrapped
 
@@ -75,6 +84,32 @@ _SECRETS = ("token", "secret", "password", "key")
 def _public(value: str) -> str:
     outside = value.startswith(("/", "~", "../")) or Path(value).is_absolute()
     return Path(value).name if outside else value
+
+
+def progress_bar(iterable: Any = None, *, progress: bool = True, **options: Any) -> Any:
+    """tqdm's bar on a terminal. In a log file it is a line each minute, and nothing for work that is shorter.
+
+    Args:
+        progress: False for no bar at all.
+        options: of tqdm.
+    """
+    if not progress or sys.stderr.isatty():
+        return tqdm.auto.tqdm(iterable, disable=not progress, **options)
+    every = _SECONDS_BETWEEN_LINES
+    return tqdm.tqdm(
+        iterable, disable=False, file=_Lines(), delay=every, mininterval=every, maxinterval=2 * every, **options
+    )
+
+
+class _Lines:
+    """stderr, on which a bar that would be drawn over the one before is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def print_table(

@@ -1,9 +1,9 @@
 """Fine-tune a low-rank model while its dense weight is phased out, and export the result.
 
     accelerate launch recipes/finetune.py --config recipes/configs/finetune.yaml
-    accelerate launch recipes/finetune.py --config recipes/configs/finetune.yaml --learning_rate 1e-4
+    accelerate launch recipes/finetune.py --config recipes/configs/finetune.yaml --learning-rate 1e-4
 
-The model is a compact checkpoint (from ``lowrank-ft convert``), or a dense one with ``--rank`` or ``--param_ratio``.
+The model is a compact checkpoint (from ``lowrank-ft convert``), or a dense one with ``--rank`` or ``--param-ratio``.
 What is left in ``output_dir`` at the end is a compact checkpoint that ``AutoModelForCausalLM`` loads.
 """
 
@@ -47,6 +47,7 @@ from lowrank_ft.training import (
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
 from lowrank_ft.training.preparation import prepare_folder, writes_explained
+from lowrank_ft.training.progress import outline
 
 
 @one_line_errors
@@ -91,6 +92,8 @@ def main() -> None:
     checkpoint, _ = trainer.starting_point()  # a resumption that is refused leaves its folder as it was
     with writes_explained(train_args.output_dir):
         if accelerator.is_main_process:
+            line = outline(train_data, eval_data, trainer.global_batch, trainer.max_steps)
+            print(f"{line}; guide {guide} for {trainer.guided_steps:,} steps", file=sys.stderr)
             prepare_folder(train_args.output_dir, folder, export_dtype, checkpoint)
         model = trainer.train()
         assert isinstance(model, PreTrainedModel)
@@ -126,10 +129,10 @@ def prepare_model(
     compact = is_compact(source.load_config())
     if compact and any(s is not None for s in sizes):
         raise ConfigError(
-            f"{source.name} is compact already; leave --rank and --param_ratio out, or name a dense model"
+            f"{source.name} is compact already; leave --rank and --param-ratio out, or name a dense model"
         )
     if not compact and all(s is None for s in sizes):
-        raise ConfigError(f"{source.name} is dense; say how small it should become with --rank or --param_ratio")
+        raise ConfigError(f"{source.name} is dense; say how small it should become with --rank or --param-ratio")
 
     model = load_model(source, dtype)
     check_finite(model, source.name)
@@ -176,8 +179,8 @@ def prepare_model(
         return model, base_model, None
     if not base_model:
         raise ConfigError(
-            f"{source.name} does not say which dense model it came from; name it with --guide_model, "
-            "or train without guide and distillation: --guide none --distill_weight 0"
+            f"{source.name} does not say which dense model it came from; name it with --guide-model, "
+            "or train without guide and distillation: --guide none --distill-weight 0"
         )
     if checkpoint is not None and guide is not None and not distill:
         shape_guides(model, guide, args.guide_bits)
@@ -218,7 +221,7 @@ def load_dense(args: ModelArguments, name: str, revision: str | None, teaches: b
         if withheld and PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("auto_map"):
             raise ConfigError(
                 f"{name}, from which {args.model} says that it came, needs its own Python code; if you trust its "
-                f"author, name it yourself: --guide_model {name}"
+                f"author, name it yourself: --guide-model {name}"
             ) from error
         raise
 

@@ -1,11 +1,11 @@
 """Train a model from scratch with low rank from its initialization on, guided by a dense branch at first.
 
     lowrank-ft tokenize texts/ --tokenizer TOKENIZER --output-dir tokens
-    accelerate launch recipes/pretrain.py --preset wei2024-s-r32 --dataset tokens --gradient_accumulation_steps 64
-    accelerate launch recipes/pretrain.py --config_name path/to/llama --rank 64 --dataset tokens --guide_mode stochastic
+    accelerate launch recipes/pretrain.py --preset wei2024-s-r32 --dataset tokens --gradient-accumulation-steps 64
+    accelerate launch recipes/pretrain.py --config-name path/to/llama --rank 64 --dataset tokens --guide-mode stochastic
 
-Self-guided training in its four forms: ``--guide_mode full`` (the dense branch always computed in the guided phase) or
-``stochastic``, each at a fixed number of steps, or with ``--fixed_flops`` at the FLOPs of the dense model. What is left
+Self-guided training in its four forms: ``--guide-mode full`` (the dense branch always computed in the guided phase) or
+``stochastic``, each at a fixed number of steps, or with ``--fixed-flops`` at the FLOPs of the dense model. What is left
 in ``output_dir`` is a compact checkpoint that ``AutoModelForCausalLM`` loads.
 """
 
@@ -37,8 +37,8 @@ from lowrank_ft.training.options import DataArguments
 from lowrank_ft.training.preparation import prepare_folder, writes_explained
 
 _OPTIONS_INSTEAD = {
-    "rank": "--rank", "dense_first_block": "--no_dense_first_block", "tokens": "--max_steps",
-    "sequences_per_step": "--per_device_train_batch_size and --gradient_accumulation_steps",
+    "rank": "--rank", "dense_first_block": "--no-dense-first-block", "tokens": "--max-steps",
+    "sequences_per_step": "--per-device-train-batch-size and --gradient-accumulation-steps",
 }  # fmt: skip
 _NOT_THE_MODEL = ("transformers_version", "quantization_config", "_name_or_path")
 
@@ -103,9 +103,9 @@ def tokenizer_name(scratch: ScratchArguments, data: DataArguments) -> str:
         if "/" in name or Path(name).is_dir():
             return name
         raise ConfigError(
-            f"{data.dataset} was made with a tokenizer from a folder {name!r}; name it with --tokenizer_name"
+            f"{data.dataset} was made with a tokenizer from a folder {name!r}; name it with --tokenizer-name"
         )
-    raise ConfigError("name the tokenizer with --tokenizer_name; only token files (lowrank-ft tokenize) know theirs")
+    raise ConfigError("name the tokenizer with --tokenizer-name; only token files (lowrank-ft tokenize) know theirs")
 
 
 def build_config(args: ScratchArguments, vocab_size: int) -> PreTrainedConfig:
@@ -157,7 +157,7 @@ def build_model(args: ScratchArguments, config: PreTrainedConfig, seed: int) -> 
         named = [n for n in ("rank_pattern", "target_modules", "exclude_modules") if getattr(args, n)]
         if named:
             raise ConfigError(
-                f"{named[0]} applies to low-rank models, and no rank is given; add --rank or --param_ratio"
+                f"{named[0]} applies to low-rank models, and no rank is given; add --rank or --param-ratio"
             )
         return model, None
     plan = lowrank_ft.initialize_lowrank(

@@ -19,11 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-
 from lowrank_ft.checkpoints.companions import COMPANION_FOLDERS, COMPANIONS
 from lowrank_ft.checkpoints.folders import check_folder, check_name, check_writable
+from lowrank_ft.checkpoints.locks import exclusive, explain_refused_writes
 from lowrank_ft.errors import OutputError
 
 # --overwrite replaces a folder only where each entry looks like a part of a checkpoint.
@@ -70,40 +68,31 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
     path = Path(path)
     if not keep_existing:
         check_output_dir(path, overwrite)
-    lock = FileLock(path.parent / f".{path.name}.lock", blocking=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+    busy = f"another command is writing {path}; wait for it, or choose another --output-dir"
+    remedy = "Nothing was left behind; free some space or choose another --output-dir"
+    with exclusive(path.parent / f".{path.name}.lock", busy), explain_refused_writes(path, remedy):
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except Timeout:
-        raise OutputError(f"another command is writing {path}; wait for it, or choose another --output-dir") from None
-    except OSError as error:
-        lock.release()
-        raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another --output-dir") from error
+        draft = _hidden_folder(path)
+        try:
+            yield draft
+            open_permissions(draft)
+            _sync(draft)
+            if keep_existing and path.exists():
+                _move_in(draft, path)
+            else:
+                take_place(draft, path)
+            _sync_folder(path)
+            _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _hidden_folder(path: Path) -> Path:
     try:
-        yield draft
-        open_permissions(draft)
-        _sync(draft)
-        if keep_existing and path.exists():
-            _move_in(draft, path)
-        else:
-            take_place(draft, path)
-        _sync_folder(path)
-        _sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OutputError) or not is_write_failure(error):
-            raise
-        free = shutil.disk_usage(path.parent).free / 2**30
-        raise OutputError(
-            f"writing {path} failed ({error}); {free:.1f} GiB are free there. Nothing was left behind; "
-            "free some space or choose another --output-dir"
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another --output-dir") from error
 
 
 def _move_in(draft: Path, path: Path) -> None:
@@ -224,10 +213,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def is_write_failure(error: BaseException) -> bool:
-    """A write that the system refused: safetensors wraps the system's error in one of its own."""
-    if isinstance(error, SafetensorError):
-        return "os error" in str(error)
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)

@@ -19,7 +19,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from lowrank_ft.checkpoints.source import Source, check_finite, check_fits, load_model, model_class, safetensors_files
+from lowrank_ft.checkpoints.source import (
+    Source,
+    check_finite,
+    check_fits,
+    load_model,
+    model_class,
+    remember_origin,
+    safetensors_files,
+)
 
 _Place = tuple[Any, str]
 
@@ -122,9 +130,10 @@ def _dispatched(source: Source, dtype: str | torch.dtype) -> PreTrainedModel | N
     """The model with its weights in the files of the checkpoint; None where those have other names than the model's."""
     config = source.load_config()
     source.check_adapter()
-    files = safetensors_files(source.download())
+    folder = source.download()
+    headers = Source(str(folder)).tensors()  # says which file is damaged
     tensors: dict[str, str] = {}
-    for file in files:
+    for file in safetensors_files(folder):
         with safe_open(file, framework="pt") as handle:
             tensors |= dict.fromkeys(handle.keys(), str(file))
     cls = model_class(config, source.name, source.trust_remote_code)
@@ -137,7 +146,7 @@ def _dispatched(source: Source, dtype: str | torch.dtype) -> PreTrainedModel | N
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if not tensors.keys() <= own.keys() or own.keys() - tensors.keys() - tied.keys() or own.keys() - parameters:
         return None
-    check_fits(model, source.tensors(), source.name)
+    check_fits(model, headers, source.name)
     index = {
         name: {"safetensors_file": tensors[stored], "weight_name": stored, "dtype": str(own[name].dtype).removeprefix("torch.")}
         for name in own
@@ -146,11 +155,9 @@ def _dispatched(source: Source, dtype: str | torch.dtype) -> PreTrainedModel | N
     if index.keys() != own.keys():
         return None
     dispatch_model(model, {"": "disk"}, offload_index=index)
-    folder = source.download()
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    model.config._name_or_path = source.name
-    model.config._commit_hash = folder.name if folder.parent.name == "snapshots" else None
+    remember_origin(model, source.name, folder)
     loaded: PreTrainedModel = model.eval()
     return loaded
 

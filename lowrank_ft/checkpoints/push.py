@@ -12,7 +12,14 @@ from lowrank_ft.checkpoints.companions import companions
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, PLACEHOLDER, RANK_MAP_FILE
 from lowrank_ft.checkpoints.source import Source, is_hub_id
 from lowrank_ft.console import human_bytes
-from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError, OutputError, first_line
+from lowrank_ft.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    LowRankError,
+    OutputError,
+    first_line,
+)
 
 # Beside the companions, what this package and PEFT write. Whatever else lies in the folder stays there.
 _WRITTEN = (
@@ -84,15 +91,19 @@ def push(
                 commit_message=commit_message or "Upload low-rank model",
                 create_pr=create_pr,
             )
-    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
+    except LowRankError:
+        raise
+    except (
+        Exception
+    ) as error:  # the Hub's, the disk's, or what the Hub's HTTP library raises where there is no connection
         if create_pr and isinstance(error, hub_errors.RepositoryNotFoundError):
             raise OutputError(
                 f"there is no {repo_id} on the Hub that your token may see, to open a pull request for; check the name, run "
                 "hf auth login, or leave --create-pr out to make the repository"
             ) from error
-        raise OutputError(
-            f"pushing to {repo_id} failed: {first_line(error)}; run hf auth login with a token that may write there"
-        ) from error
+        answered = isinstance(error, hub_errors.HfHubHTTPError | hub_errors.HFValidationError)
+        remedy = "run hf auth login with a token that may write there" if answered else "check the connection"
+        raise OutputError(f"pushing to {repo_id} failed: {first_line(error)}; {remedy}") from error
     return str(commit.pr_url or commit.commit_url)
 
 

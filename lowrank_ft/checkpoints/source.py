@@ -60,6 +60,11 @@ class Source:
         path = Path(self.name).expanduser()
         return path if os.path.isdir(path) else None  # False also for a name that is too long
 
+    @property
+    def title(self) -> str:
+        """The Hub id, or what the local folder is called, without the path to it."""
+        return self.name if self.folder is None else self.folder.resolve().name
+
     def load_config(self) -> Any:
         """The transformers config.
 
@@ -436,6 +441,14 @@ def check_fits(model: torch.nn.Module, tensors: dict[str, "TensorInfo"], where: 
         )
 
 
+def remember_origin(model: PreTrainedModel, name: str, folder: Path) -> None:
+    """Note where a model came from, for what is written later: a Hub model, too, is read from a ``folder``."""
+    config: Any = model.config
+    config._name_or_path = name
+    # The Hub's cache keeps each commit in a folder of its name.
+    config._commit_hash = folder.name if folder.parent.name == "snapshots" else None
+
+
 def load_model(
     source: Source,
     dtype: str | torch.dtype = "auto",
@@ -490,10 +503,7 @@ def load_model(
         )
     if source.adapter:
         model = merge_adapter(model, folder)
-    # It was read from a folder, also when it came from the Hub; what is written later should say where that was.
-    model.config._name_or_path = source.name
-    # The Hub's cache keeps each commit in a folder of its name.
-    model.config._commit_hash = folder.name if folder.parent.name == "snapshots" else None
+    remember_origin(model, source.name, folder)
     return model.to(device) if device else model
 
 

@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowrank_ft.checkpoints.atomic import is_write_failure, whole_file
+from lowrank_ft.checkpoints.atomic import whole_file
+from lowrank_ft.checkpoints.locks import exclusive, explain_refused_writes
 from lowrank_ft.errors import CheckpointError, OutputError
 from lowrank_ft.reading import read_object
 
@@ -97,7 +96,7 @@ class Unfinished:
         """
         number = len(self._state["parts"]) + 1
         before = self._state["hidden"]
-        try:
+        with explain_refused_writes(self.folder, "Free some space, and the same command goes on"):
             if hidden:
                 self._state["hidden"] = self._keep(f"hidden-{number:05d}", hidden)
             file = self.folder / f"part-{number:05d}.safetensors"
@@ -105,14 +104,6 @@ class Unfinished:
                 save_file(dict(tensors), draft, metadata={"format": "pt"})
             self._state["parts"][part] = {"file": file.name, "tensors": list(tensors), "facts": dict(facts)}
             self._write()
-        except (OSError, SafetensorError) as error:
-            if not is_write_failure(error):
-                raise
-            free = shutil.disk_usage(self.folder).free / 2**30
-            raise OutputError(
-                f"writing {self.folder} failed ({error}); {free:.1f} GiB are free there. Free some space, and the same "
-                "command goes on"
-            ) from error
         if hidden and before is not None:
             shutil.rmtree(self.folder / before["folder"], ignore_errors=True)
 
@@ -154,24 +145,14 @@ def open_unfinished(output_dir: str | Path) -> Iterator[Unfinished]:
     """
     path = Path(output_dir)
     folder = path.parent / f".{path.name}.unfinished"
-    lock = FileLock(path.parent / f".{path.name}.unfinished.lock", blocking=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise OutputError(
-            f"another command is converting to {path}; wait for it, or choose another --output-dir"
-        ) from None
-    except OSError as error:
-        raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another --output-dir") from error
-    try:
-        folder.mkdir(exist_ok=True)
-        yield Unfinished(folder)
-    finally:
-        if folder.is_dir() and not (folder / _STATE).is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # nothing was begun
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    busy = f"another command is converting to {path}; wait for it, or choose another --output-dir"
+    with exclusive(folder.with_suffix(".unfinished.lock"), busy):
+        try:
+            folder.mkdir(exist_ok=True)
+            yield Unfinished(folder)
+        finally:
+            if folder.is_dir() and not (folder / _STATE).is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # nothing was begun
 
 
 def fingerprint(files: Iterable[Path]) -> dict[str, str]:

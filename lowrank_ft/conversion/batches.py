@@ -195,9 +195,7 @@ def _require_tokens(found: int, least: int, name: str) -> None:
                 f"{name} has {found} tokens, less than one block of {least}; give more text, or lower "
                 "--calibration-block-size"
             )
-        raise DataError(
-            f"{name} has {found} tokens; calibration needs at least {least}, and {CALIBRATION_TOKENS:,} do well"
-        )
+        raise DataError(f"{name} has {found} tokens; calibration needs at least {least}, and some ten thousand do well")
 
 
 def _blocks(

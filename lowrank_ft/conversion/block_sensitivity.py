@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lowrank_ft.checkpoints.on_disk import OnDisk
+from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.blockwise import Stream
 from lowrank_ft.conversion.calibration import Calibration, first_batches
@@ -62,7 +62,7 @@ def squared_spectra_on_disk(
     members = {block: part_of(plan, block) for block in chain}
     squares: dict[str, Tensor] = {}
     entered: dict[str, Activations] = {}
-    for name in tqdm(chain, desc="allocate", unit="block", disable=None if progress else True):
+    for name in progress_bar(chain, desc="allocate", unit="block", progress=progress):
         entered[name] = calibration.store()
         for i in range(len(few)):
             entered[name].append(stream.hidden[i])
@@ -77,7 +77,7 @@ def squared_spectra_on_disk(
         return summed(plan, as_shares(squares))
     gradients, tokens = _from_the_top(disk, returns, stream.hidden, few, calibration.seed)
     sums = GradientSquares()
-    for name in tqdm(chain[::-1], desc="sensitivity", unit="block", disable=None if progress else True):
+    for name in progress_bar(chain[::-1], desc="sensitivity", unit="block", progress=progress):
         first = name == chain[0]
         if first and not members[name].linears:
             break

@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import ChainInputs, capture, chains_with, token_mask, within
@@ -61,7 +61,7 @@ def convert_blocks(
     ]
     _convert_loose(model, loose, calibration, method, record)
 
-    bar = tqdm(total=len(members), desc="factorize", unit="block", disable=None if progress else True)
+    bar = progress_bar(total=len(members), desc="factorize", unit="block", progress=progress)
     for i, chain in enumerate(chains):
         dense = Stream(inputs.pop(0), calibration)
         converted: Stream | None = None

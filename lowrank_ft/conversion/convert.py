@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lowrank_ft.checkpoints.format import describe_in_config
+from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion import METHODS, Calibration, ConversionRecord, convert_blocks, distill
 from lowrank_ft.conversion.blockwise import truncate_linear
 from lowrank_ft.conversion.calibration import default_method
@@ -200,7 +200,7 @@ def spend(plan: Plan, spectra: Mapping[str, Tensor]) -> Plan:
 
 
 def _truncate(model: nn.Module, plan: Plan, record: ConversionRecord | None, progress: bool) -> None:
-    bar = tqdm(plan.ranks.items(), desc="factorize", unit="linear", disable=None if progress else True)
+    bar = progress_bar(plan.ranks.items(), desc="factorize", unit="linear", progress=progress)
     for name, rank in bar:
         truncate_linear(model, name, rank, record)
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion.chains import Batch, answer_of, run, token_mask
 from lowrank_ft.conversion.factor_trainer import Best, FactorTrainer
 from lowrank_ft.conversion.refine import squared_error
@@ -74,7 +74,7 @@ def distill(
         _add_gradient(trainer, model, dense_model, batches[order[-1]])
         trainer.learning_rate = search_rate(trainer, best, lambda: mean_difference(model, dense_model, judges))
     misses = 0
-    bar = tqdm(range(1, steps + 1), desc="distill", unit="step", disable=None if progress else True)
+    bar = progress_bar(range(1, steps + 1), desc="distill", unit="step", progress=progress)
     for step in bar:
         order = order or torch.randperm(len(batches), generator=generator).tolist()
         loss = _add_gradient(trainer, model, dense_model, batches[order.pop()])

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from lowrank_ft.console import progress_bar
 from lowrank_ft.data.encoding import check_vocabulary
 from lowrank_ft.data.turns import NoTurnsError, Turns, find_turns
 from lowrank_ft.errors import DataError
@@ -56,7 +56,7 @@ def sample_blocks(
     ends = {*_ends_of_text(model), turns.to_assistant[0], turns.to_user[0]} if turns else set()
     written = []
     title = f"write calibration {'chats' if turns else 'text'}"
-    bar = tqdm(total=blocks * length, desc=title, unit="token", disable=None if progress else True)
+    bar = progress_bar(total=blocks * length, desc=title, unit="token", progress=progress)
     try:
         # The checkpoint's own settings may punish repetition or ban tokens.
         model.generation_config = type(settings)()

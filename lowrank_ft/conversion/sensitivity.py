@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion.calibration import Calibration, first_batches
 from lowrank_ft.conversion.chains import Batch, answer_of, block_of, run, token_mask
 from lowrank_ft.conversion.moments import Moments
@@ -57,7 +57,7 @@ def squared_spectra(
         few = first_batches(batches, GRADIENT_TOKENS)
         weights = output_gradients(model, names, few, calibration.seed, progress)
     squares: dict[str, Tensor] = {}
-    bar = tqdm(total=len(names), desc="allocate", unit="linear", disable=None if progress else True)
+    bar = progress_bar(total=len(names), desc="allocate", unit="linear", progress=progress)
     for group in _in_runs(model, names):
         for name, found in dense_moments(model, group, batches).items():
             bar.update()
@@ -95,7 +95,7 @@ def output_gradients(
         stack.enter_context(torch.enable_grad())
         for name in names:
             stack.callback(squares.watch(name, model.get_submodule(name)))
-        for batch in tqdm(batches, desc="sensitivity", unit="batch", disable=None if progress else True):
+        for batch in progress_bar(batches, desc="sensitivity", unit="batch", progress=progress):
             loss, counted = own_loss(run(model, batch), batch, generator)
             loss.backward()
             tokens += counted

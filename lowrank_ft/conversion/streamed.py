@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lowrank_ft.checkpoints.empty import put_layers
 from lowrank_ft.checkpoints.on_disk import OnDisk
 from lowrank_ft.checkpoints.unfinished import Unfinished
+from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion.blockwise import Stream, convert_block, follows, truncate_linear
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch, block_of, capture, chains_with
@@ -120,9 +120,9 @@ class Streaming:
         done = [u for u in units if self.unfinished.has(u)]
         self._remember(done)
         left = [u for u in units if u not in done]
-        for unit in tqdm(
+        for unit in progress_bar(
             left, desc="factorize", unit="block", initial=len(done), total=len(units),
-            disable=None if progress else True,
+            progress=progress,
         ):  # fmt: skip
             yield unit, units[unit]
 

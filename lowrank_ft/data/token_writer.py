@@ -9,13 +9,11 @@ writes the same bytes.
     .tokens.partial/tokens/      the finished shards; becomes tokens/ when the index is written
 """
 
-import fcntl
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +22,11 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
-from tqdm.auto import tqdm
 
 from lowrank_ft.checkpoints.atomic import take_place, whole_file
 from lowrank_ft.checkpoints.folders import check_folder
+from lowrank_ft.checkpoints.locks import exclusive
+from lowrank_ft.console import progress_bar
 from lowrank_ft.data.documents import Corpus, Piece, Position
 from lowrank_ft.data.encoding import shown_tokenizer, text_ends, tokenizer_facts
 from lowrank_ft.data.token_format import FORMAT, FORMAT_VERSION, INDEX_FILE, PARTS, file_sha256, read_header
@@ -100,7 +99,10 @@ def write_token_files(
     run = {"settings": {**settings, "tokenizer": shown_tokenizer(facts)}, "inputs": corpus.versions()}
     work = output_dir.with_name(f".{output_dir.name}.partial")
     try:
-        with _claimed(work):
+        with exclusive(
+            work.with_name(f"{work.name}.lock"), f"another process is tokenizing into {work}; wait for it, or end it"
+        ):
+            work.mkdir(exist_ok=True)
             folder = _begin(work, run, output_dir, overwrite)
             _write_shards(corpus, tokenizer, settings, folder, progress)
             index = _write_index(folder, settings, corpus)
@@ -119,8 +121,8 @@ def _write_shards(corpus: Corpus, tokenizer: Any, settings: dict[str, Any], fold
     position = Position(*headers[-1]["position"]) if headers else Position()
     done = sum(sum(h["tokens"].values()) for h in headers)
     width = np.dtype(settings["dtype"]).itemsize
-    bar = tqdm(
-        desc="tokenize", unit=" tokens", unit_scale=True, initial=done, disable=None if progress else True
+    bar = progress_bar(
+        desc="tokenize", unit=" tokens", unit_scale=True, initial=done, progress=progress
     )  # fmt: skip
     shard = _Shard(settings["dtype"])
     for batch in _batches(corpus.pieces(position), settings["max_shard_bytes"] // width):
@@ -225,18 +227,6 @@ def _write_index(folder: Path, settings: dict[str, Any], corpus: Corpus) -> dict
 
 
 # The folder, and who works in it
-
-
-@contextmanager
-def _claimed(work: Path) -> Iterator[None]:
-    """Only one process at a time works in a folder; the system lets go of it when the process ends, however it ends."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another process is tokenizing into {work}; wait for it, or end it") from None
-        yield
 
 
 def _begin(work: Path, run: dict[str, Any], output_dir: Path, overwrite: bool) -> Path:

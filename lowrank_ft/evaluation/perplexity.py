@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from lowrank_ft.console import progress_bar
 from lowrank_ft.data.encoding import with_begin, without_begin
 from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError, DataError
@@ -213,4 +213,4 @@ def _batches(
     """Inputs and labels, ``(batch, block_size)`` each; a progress bar if there is a title."""
     labels = blocks if labels is None else labels
     pairs = list(zip(blocks.split(batch_size), labels.split(batch_size), strict=True))
-    yield from tqdm(pairs, desc=title, unit="batch", disable=None if title else True)
+    yield from progress_bar(pairs, desc=title, unit="batch", progress=bool(title))

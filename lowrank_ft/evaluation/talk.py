@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from lowrank_ft.console import progress_bar
 from lowrank_ft.data.encoding import check_vocabulary
 from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError, DataError, first_line
@@ -133,7 +133,7 @@ def write_replies(
             "the model; lower --max-new-tokens, or shorten the prompt"
         )
     settings, replies = model.generation_config, []
-    bar = tqdm(total=len(prompts), desc="replies", unit="reply", disable=None if progress else True)
+    bar = progress_bar(total=len(prompts), desc="replies", unit="reply", progress=progress)
     try:
         # The checkpoint's own settings may sample, punish repetition or ban tokens.
         model.generation_config = type(settings)()

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from tqdm.auto import tqdm
 
+from lowrank_ft.console import progress_bar
 from lowrank_ft.errors import NonFiniteError
 from lowrank_ft.evaluation.answers import Answers, key_of
 from lowrank_ft.evaluation.continuations import continuation_scores, shares_contexts
@@ -149,7 +149,7 @@ class TaskModel(HFLM):
 
     @contextlib.contextmanager
     def _watch(self, title: str, total: int | None) -> Iterator[None]:
-        with tqdm(total=total, desc=title, unit="request", disable=None if self._progress else True) as self._bar:
+        with progress_bar(total=total, desc=title, unit="request", progress=self._progress) as self._bar:
             yield
         self._bar = None
 

@@ -224,7 +224,10 @@ def make_plan(
     given = {"rank": rank, "param_ratio": param_ratio, "energy": energy}
     chosen = [k for k, v in given.items() if v is not None]
     if len(chosen) != 1:
-        raise RankError(f"give exactly one of rank, param_ratio, energy; found {' and '.join(chosen) or 'none'}")
+        raise RankError(
+            "give exactly one size: rank, param_ratio or energy (--rank, --param-ratio, --energy); found "
+            f"{' and '.join(chosen) or 'none'}"
+        )
     specs = select_targets(model, target_modules, exclude_modules)
     pattern = dict(rank_pattern or {})
     overridden = {s.name: pattern_value(s.name, pattern) for s in specs}

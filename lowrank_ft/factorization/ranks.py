@@ -59,7 +59,8 @@ def resolve_rank(rank: int | float, shape: Shape, name: str) -> int:
 def check_fraction(what: str, value: float) -> None:
     """Raise a RankError unless ``0 < value <= 1``."""
     if not 0 < value <= 1:
-        raise RankError(f"{what} {value} is out of range; it must be above 0 and at most 1")
+        hint = f" (did you mean {value / 100:g}?)" if 1 < value <= 100 else ""
+        raise RankError(f"{what} {value} is out of range; it must be above 0 and at most 1{hint}")
 
 
 def ranks_for_param_ratio(

@@ -310,8 +310,11 @@ def _check_patterns(option: str, patterns: Patterns | None, linears: list[Linear
         single = pattern if isinstance(patterns, str) else [pattern]
         if any(matches(s.name, single) for s in linears):
             continue
-        near = difflib.get_close_matches(pattern, _leaf_names(linears) + [s.name for s in linears], n=3, cutoff=0.5)
+        known = list(dict.fromkeys([*_leaf_names(linears), *(s.name for s in linears)]))
+        near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"the linears are {', '.join(_leaf_names(linears))}"
+        if "," in pattern:
+            hint = f"give a list of names; on the command line, put spaces between them: {pattern.replace(',', ' ')}"
         if isinstance(patterns, str) and any(matches(s.name, [pattern]) for s in linears):
             hint = f"a string is a regular expression for whole names; for names or suffixes give a list: [{pattern!r}]"
         raise TargetError(f"{option} {pattern!r} matches no linear of the model; {hint}")

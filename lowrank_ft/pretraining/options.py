@@ -47,7 +47,7 @@ class ScratchArguments:
         require_choice("dtype", self.dtype, ("float32", "bfloat16"))
         require_choice("export_dtype", self.export_dtype, ("float32", "bfloat16", "float16"))
         if (self.preset is None) == (self.config_name is None):
-            raise ConfigError("say what to train with either --preset or --config_name")
+            raise ConfigError("say what to train with either --preset or --config-name")
         if self.rank is not None and self.param_ratio is not None:
             raise ConfigError("give rank or param_ratio, not both")
 

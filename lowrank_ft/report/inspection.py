@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from lowrank_ft.checkpoints.source import Source, check_fits, is_compact, load_model, skeleton
+from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion.experts import fold_records
 from lowrank_ft.conversion.record import (
     ConversionRecord,
@@ -178,7 +177,7 @@ def measure_linears(checkpoint: Checkpoint, dense: Source, device: str = "cpu") 
     unfold_experts(original, [s.name for s in find_linears(original) if s.experts])
     targets = {s.name: s for s in find_linears(original)}
     records = {}
-    bar = tqdm(list(lowrank_layers(compact)), desc="spectra", unit="linear", disable=None)
+    bar = progress_bar(list(lowrank_layers(compact)), desc="spectra", unit="linear")
     for name, layer in bar:
         found = _name_here(name, original, targets)
         weight = dense_weight(original.get_submodule(found)) if found is not None else None

@@ -33,7 +33,7 @@ def parse_args(
     if data.distill_dataset and not train.distill_weight:
         raise ConfigError(
             f"distill_dataset {data.distill_dataset} is named, and distill_weight 0 would not use it; "
-            "set --distill_weight above 0 and at most 1, or leave it out"
+            "set --distill-weight above 0 and at most 1, or leave it out"
         )
     if model.guide == "dense" and train.trainable != "all":
         raise ConfigError(

@@ -45,6 +45,6 @@ class Best:
             warnings.warn(
                 f"no step of this training was better on the held-out data than the start (loss {self.loss:.4f}), so the "
                 "result is the model AS IT WAS BEFORE TRAINING; lower learning_rate, give more or other data, or keep the "
-                "last weights with --no_load_best_model_at_end",
+                "last weights with --no-load-best-model-at-end",
                 stacklevel=4,
             )

@@ -69,7 +69,8 @@ def _tokenized(
     rows = read_rows(name, split, config)
     if SHAREGPT_COLUMN not in rows.column_names:
         wanted = (args.text_column, args.messages_column)
-        require_column(name, wanted, rows.column_names, "choose with --text-column or --messages-column")
+        fix = "choose with --text-column or --messages-column (a chat is a list of messages with role and content)"
+        require_column(name, wanted, rows.column_names, fix)
     for column in (args.messages_column, SHAREGPT_COLUMN):
         if column in rows.column_names:
             return tokenize_chats(

@@ -138,5 +138,5 @@ def _require_same_vocabulary(student: Any, teacher: Any) -> None:
     if student != teacher:
         raise ConfigError(
             f"the model predicts {student} different tokens and the teacher {teacher}; distillation needs the same "
-            "vocabulary, so name the dense model that this one was made from (--guide_model)"
+            "vocabulary, so name the dense model that this one was made from (--guide-model)"
         )

@@ -164,7 +164,7 @@ def require_shared_folder(folder: Path, accelerator: Accelerator) -> None:
         mark.unlink()
     if blind.item():
         raise OutputError(
-            f"--output_dir {folder} is not the same folder on {int(blind.item())} of {accelerator.num_processes} "
+            f"--output-dir {folder} is not the same folder on {int(blind.item())} of {accelerator.num_processes} "
             "processes; sharded checkpoints need one in a file system that all nodes see"
         )
 

@@ -56,7 +56,7 @@ class ModelArguments:
     )
     guide: str = option(
         "auto",
-        f"dense branch that is phased out: {', '.join(GUIDES)}, none; auto: residual where at least {AUTO_GUIDE_FROM:.0%} of "
+        f"dense branch that is phased out: {', '.join(GUIDES)}, none; auto: residual where at least {AUTO_GUIDE_FROM:g} of "
         "the linears' parameters are left, else none",
     )
     guide_bits: int | None = option(
@@ -149,7 +149,7 @@ class TrainArguments:
     )
     lora_r: int = option(16, "rank of the adapters on U and V under --trainable lora or leading")
     lora_alpha: int = option(32, "scale of these adapters is lora_alpha / lora_r; with leading it is 1")
-    learning_rate: float = option(2e-4, "peak learning rate of AdamW")
+    learning_rate: float = option(5e-5, "peak learning rate of AdamW; small models take more")
     lr_scheduler_type: str = option("cosine", f"decay after the warm-up: {', '.join(LR_SCHEDULES)}")
     warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises")
     weight_decay: float = option(0.01, "weight decay of matrices; with decay_vectors of all weights")
@@ -168,7 +168,7 @@ class TrainArguments:
     seed: int = option(42, "seed for the order of the data and for dropout")
     logging_steps: int = option(10, "steps between two records of the loss")
     eval_steps: int = option(0, "steps between evaluations; 0: only at the end")
-    save_steps: int = option(0, "steps between checkpoints to resume from; 0: none")
+    save_steps: int = option(500, "steps between checkpoints to resume from; 0: none")
     save_total_limit: int = option(2, "checkpoints to keep")
     load_best_model_at_end: bool = option(True, "export the weights of the best evaluation, not the last ones")
     report_to: list[str] = option([], "trackers of accelerate, such as tensorboard or wandb")

@@ -13,9 +13,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lowrank_ft.checkpoints.atomic import is_write_failure
 from lowrank_ft.checkpoints.companions import begin_run
 from lowrank_ft.checkpoints.folders import check_writable
+from lowrank_ft.checkpoints.locks import is_write_failure
 from lowrank_ft.errors import ConfigError, OutputError, first_line
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import fsdp, resume
@@ -42,7 +42,7 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
     home = folder.resolve()
     if source is not None and (source.resolve() == home or source.resolve().is_relative_to(home / resume.FOLDER)):
         raise OutputError(
-            f"the run starts from {source}, which is in --output_dir {folder} and would be replaced; name another --output_dir"
+            f"the run starts from {source}, which is in --output-dir {folder} and would be replaced; name another --output-dir"
         )
     # What a run or an export left, or token files: nothing that a process of this run has put there meanwhile.
     taken = (METRICS_FILE, "config.json", resume.FOLDER, "README.md", "index.json", "*.safetensors")
@@ -51,14 +51,14 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
         if METRICS_FILE in used or "config.json" in used:
             can_go_on = bool(resume.find_checkpoints(folder))
             state = "" if can_go_on else " without a checkpoint"
-            go_on = "--resume_from_checkpoint auto to resume it, " if can_go_on else ""
+            go_on = "--resume-from-checkpoint auto to resume it, " if can_go_on else ""
             raise OutputError(
-                f"{folder} holds an earlier run{state}; add {go_on}--overwrite_output_dir to start anew, or name another "
-                "--output_dir"
+                f"{folder} holds an earlier run{state}; add {go_on}--overwrite-output-dir to start anew, or name another "
+                "--output-dir"
             )
         raise OutputError(
-            f"{folder} holds {used[0]}, and a run wants a folder of its own; name another --output_dir, or add "
-            "--overwrite_output_dir"
+            f"{folder} holds {used[0]}, and a run wants a folder of its own; name another --output-dir, or add "
+            "--overwrite-output-dir"
         )
     return None
 
@@ -93,9 +93,9 @@ def writes_explained(output_dir: str | Path) -> Iterator[None]:
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
         whole = resume.find_checkpoints(folder)
         way_on = (
-            f"{resume.FOLDER}/{whole[-1].name} is whole: free some space, then resume with --resume_from_checkpoint auto"
+            f"{resume.FOLDER}/{whole[-1].name} is whole: free some space, then resume with --resume-from-checkpoint auto"
             if whole
-            else "There was no checkpoint yet: free some space, then start anew with --overwrite_output_dir"
+            else "There was no checkpoint yet: free some space, then start anew with --overwrite-output-dir"
         )
         raise OutputError(
             f"writing {folder} failed ({first_line(cause)}); {free:.1f} GiB are free there. {way_on}"

@@ -4,10 +4,22 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
+from lowrank_ft.console import progress_bar
+from lowrank_ft.data.examples import TokenizedData
 from lowrank_ft.training.metrics import MetricsLog, Window, plot_run
 from lowrank_ft.training.options import TrainArguments
+
+
+def outline(train_data: TokenizedData, eval_data: TokenizedData | None, global_batch: int, max_steps: int) -> str:
+    """What a run is about to do, in a line."""
+    tokens = int(train_data.starts[-1] - train_data.starts[0])
+    held_out = 0 if eval_data is None else len(eval_data)
+    each = global_batch * tokens / len(train_data)
+    return (
+        f"data: {len(train_data):,} sequences to train on ({tokens:,} tokens), {held_out:,} held out; "
+        f"{max_steps:,} steps of {global_batch} sequences, about {each:,.0f} tokens"
+    )
 
 
 class Progress:
@@ -27,9 +39,9 @@ class Progress:
         if args.report_to:
             flat = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | bool)}
             accelerator.init_trackers(args.run_name, config=flat)
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=max_steps, initial=first_step, desc="fine-tune", unit="step",
-            disable=None if accelerator.is_main_process else True,
+            progress=accelerator.is_main_process,
         )  # fmt: skip
 
     def event(self, step: int, event: str, **facts: Any) -> None:
@@ -50,7 +62,9 @@ class Progress:
             return
         means, speed = self._window.means(), self._window.tokens / self._window.seconds
         self._record(step, {**means, **facts}, tokens_per_second=round(speed, 1))
-        self._bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, alpha=f"{facts['alpha']:.2f}")
+        self._bar.set_postfix(
+            {name: f"{mean:.3f}" for name, mean in means.items()}, alpha=f"{facts['alpha']:.2f}", refresh=False
+        )
         self._window = Window()
 
     def step_done(self) -> None:

@@ -108,8 +108,8 @@ def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
         found = find_checkpoints(output_dir)
         if not found:
             raise TrainingStateError(
-                f"{output_dir / FOLDER} holds no checkpoint to resume from; start anew, with --overwrite_output_dir "
-                "in place of --resume_from_checkpoint"
+                f"{output_dir / FOLDER} holds no checkpoint to resume from; start anew, with --overwrite-output-dir "
+                "in place of --resume-from-checkpoint"
             )
         return found[-1]
     path = Path(wanted)

@@ -49,5 +49,5 @@ def check_same_run(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, 
         return
     problem = f"{checkpoint} is of a run with other settings: {'; '.join(changed)}"
     if not may_change:
-        raise TrainingStateError(f"{problem}; use the old ones, or add --resume_with_changes")
+        raise TrainingStateError(f"{problem}; use the old ones, or add --resume-with-changes")
     warnings.warn(problem, stacklevel=4)

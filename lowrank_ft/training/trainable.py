@@ -56,7 +56,7 @@ def restrict_training(model: nn.Module, trainable: str, r: int = 16, alpha: int 
     if trainable == "leading" and r > layers[smallest].rank:
         raise ConfigError(
             f"trainable is leading and lora_r is {r}, and {smallest} has rank {layers[smallest].rank}; "
-            f"give --lora_r {layers[smallest].rank} or less, or trainable factors"
+            f"give --lora-r {layers[smallest].rank} or less, or trainable factors"
         )
     from peft import LoraConfig, inject_adapter_in_model
 

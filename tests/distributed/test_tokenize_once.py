@@ -13,7 +13,7 @@ def test_the_second_process_reads_the_cache_of_the_first(python, tmp_path):
     python(
         "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0",
         str(ROOT / "tests" / "distributed" / "tokenize_driver.py"), str(tmp_path), "--model", str(DEMO_MODEL),
-        "--dataset", "plays.jsonl", "--rank", "8", "--output_dir", "out", "--block_size", "32",
+        "--dataset", "plays.jsonl", "--rank", "8", "--output-dir", "out", "--block-size", "32",
         PYTHONPATH=search_path, ACCELERATE_USE_CPU="true", HF_DATASETS_CACHE=str(tmp_path / "cache"),
     )  # fmt: skip
     first, second = (json.loads((tmp_path / f"process-{i}.json").read_text()) for i in range(2))

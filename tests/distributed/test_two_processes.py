@@ -50,7 +50,7 @@ def series(folder, key):
 
 @pytest.mark.parametrize(
     ("guide", "flags"),
-    [("dense", ()), ("residual", ()), ("residual", ("--distill_weight", "0.5", "--distill_dataset", "general.txt"))],
+    [("dense", ()), ("residual", ()), ("residual", ("--distill-weight", "0.5", "--distill-dataset", "general.txt"))],
 )
 def test_two_processes_give_the_losses_of_one(tmp_path, guide, flags):
     """``dense`` is the hard case: at the drop, DDP must forget parameters whose gradients it waits for."""
@@ -78,7 +78,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     for step in ("step-00000008",):
         (two / "checkpoints" / step / "trainer_state.json").unlink()
     assert json.loads((two / "checkpoints" / "step-00000004" / "trainer_state.json").read_text())["step"] == 4
-    launch(tmp_path, "two", 1, 4, "dense", "--resume_from_checkpoint", "auto")
+    launch(tmp_path, "two", 1, 4, "dense", "--resume-from-checkpoint", "auto")
     assert series(two, "loss") == pytest.approx(expected, rel=2e-4)
 
 

@@ -53,9 +53,9 @@ def test_finetune_starts_from_the_merged_model(train, tmp_path, capsys):
         train(both, tmp_path / "refused")
     assert "merge it with --adapter" in capsys.readouterr().err
 
-    found = train(both, tmp_path / "found", "--adapter", "--export_dtype", "float32")
-    expected = train(merged, tmp_path / "expected", "--export_dtype", "float32")
-    plain = train(DEMO_MODEL, tmp_path / "plain", "--export_dtype", "float32")
+    found = train(both, tmp_path / "found", "--adapter", "--export-dtype", "float32")
+    expected = train(merged, tmp_path / "expected", "--export-dtype", "float32")
+    plain = train(DEMO_MODEL, tmp_path / "plain", "--export-dtype", "float32")
     tensors, others, without = (load_file(f / "model.safetensors") for f in (found, expected, plain))
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():

@@ -65,7 +65,7 @@ def test_a_killed_run_over_an_earlier_one_leaves_nothing_that_looks_whole(recipe
     assert recipe()[0] == 0
     (out / "chat_template.jinja").write_text(OLD)
     (out / "mine.txt").write_text("x")
-    assert recipe("--overwrite_output_dir", at_record=0, do=kill)[0] == -signal.SIGKILL
+    assert recipe("--overwrite-output-dir", at_record=0, do=kill)[0] == -signal.SIGKILL
     assert not (out / "config.json").exists()
     assert not list(out.glob("model*"))
     assert not (out / "chat_template.jinja").exists()  # the model of this run has none
@@ -77,34 +77,34 @@ def test_a_killed_run_over_an_earlier_one_leaves_nothing_that_looks_whole(recipe
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_what_works(recipe):
     assert recipe(at_record=1, do=kill)[0] == -signal.SIGKILL
     code, error = recipe()
-    assert (code, "holds an earlier run without a checkpoint; add --overwrite_output_dir to start anew" in error) == (
+    assert (code, "holds an earlier run without a checkpoint; add --overwrite-output-dir to start anew" in error) == (
         1,
         True,
     )
     assert "resume" not in error
-    code, error = recipe("--resume_from_checkpoint=auto")
-    assert (code, "--overwrite_output_dir in place of --resume_from_checkpoint" in error) == (1, True)
-    assert recipe("--overwrite_output_dir")[0] == 0
+    code, error = recipe("--resume-from-checkpoint=auto")
+    assert (code, "--overwrite-output-dir in place of --resume-from-checkpoint" in error) == (1, True)
+    assert recipe("--overwrite-output-dir")[0] == 0
     # With checkpoints, it is the other advice.
-    assert "add --resume_from_checkpoint auto to resume it" in recipe()[1]
+    assert "add --resume-from-checkpoint auto to resume it" in recipe()[1]
 
 
 def test_a_full_disk_says_which_checkpoint_is_whole_and_going_on_works(recipe, tmp_path):
     code, error = recipe(at_record=3, do=fill_disk)
     assert code == 1
     assert (
-        "checkpoints/step-00000002 is whole: free some space, then resume with --resume_from_checkpoint auto" in error
+        "checkpoints/step-00000002 is whole: free some space, then resume with --resume-from-checkpoint auto" in error
     )
     assert "File too large" in error
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["best", "step-00000002"]
-    assert recipe("--resume_from_checkpoint=auto")[0] == 0
+    assert recipe("--resume-from-checkpoint=auto")[0] == 0
 
     code, error = recipe(at_record=1, do=fill_disk, output_dir="other")
-    assert (code, "start anew with --overwrite_output_dir" in error) == (1, True)
+    assert (code, "start anew with --overwrite-output-dir" in error) == (1, True)
 
 
 def test_a_run_does_not_start_from_what_it_would_remove(recipe, tmp_path):
     assert recipe()[0] == 0
-    code, error = recipe("--overwrite_output_dir", model=str(tmp_path / "run"))
-    assert (code, "which is in --output_dir run and would be replaced" in error) == (1, True)
+    code, error = recipe("--overwrite-output-dir", model=str(tmp_path / "run"))
+    assert (code, "which is in --output-dir run and would be replaced" in error) == (1, True)
     assert (tmp_path / "run" / "model.safetensors").exists()

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from lowrank_ft_cli.commands import COMMANDS, PASS_ON
 from lowrank_ft_cli.main import build_parser, main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -112,8 +113,11 @@ ARGUMENTS = [
     (["--rank", "500"], "rank 500 exceeds min(out_features, in_features)=128 for model.layers.0.self_attn.q_proj"),
     (["--rank", "128"], "every one of the 35 targeted linears stays dense; lower the rank"),
     (["--param-ratio", "1.5"], "param ratio 1.5 is out of range"),
+    (["--param-ratio", "80"], "it must be above 0 and at most 1 (did you mean 0.8?)"),
+    (["--param-ratio", "150%"], "param ratio 1.5 is out of range"),
+    (["--rank", "8", "--target-modules", "q_proj,v_proj"], "put spaces between them: q_proj v_proj"),
     (["--energy", "0"], "energy 0.0 is out of range"),
-    ([], "give exactly one of rank, param_ratio, energy; found none"),
+    ([], "give exactly one size: rank, param_ratio or energy (--rank, --param-ratio, --energy); found none"),
     (["--rank", "8", "--param-ratio", "0.5"], "found rank and param_ratio"),
     (["--rank", "8", "--target-modules", "q_prj"], "'q_prj' matches no linear of the model; did you mean q_proj"),
     (["--rank", "8", "--exclude-modules", "zzz"], "the linears are q_proj, k_proj"),
@@ -316,12 +320,25 @@ def test_help_is_quick_and_loads_no_torch():
     assert "--calibration-data DATA" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["plan", "convert", "eval", "report", "export", "merge", "push", "demo", "env"])
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(PASS_ON)))
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0
     assert "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "flag"), [("finetune", "--guide"), ("pretrain", "--preset")])
+def test_the_recipes_explain_themselves(cli, name, flag):
+    """Their parser is that of transformers, which formats help texts with %."""
+    done = cli(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert flag in done.stdout
+
+
+def test_help_without_a_flag(capsys):
+    assert (main(["help"]), main([])) == (0, 2)
+    assert capsys.readouterr().out.count("make a compact checkpoint") == 2
 
 
 def test_env_says_what_is_installed_and_not_where(command, monkeypatch):

@@ -14,9 +14,9 @@ from lowrank_ft.training.metrics import read_metrics
 from tests.conftest import DEMO_MODEL
 
 SMALL = "{hidden_size: 64, num_hidden_layers: 4, num_attention_heads: 4, sequence_length: 64}"
-FLAGS = ("--preset", "wei2024-s-r32", "--config_overrides", SMALL, "--block_size", "32", "--max_steps", "8",
-         "--per_device_train_batch_size", "2", "--logging_steps", "1", "--save_steps", "4", "--eval_steps", "4",
-         "--tokenizer_name", str(DEMO_MODEL))  # fmt: skip
+FLAGS = ("--preset", "wei2024-s-r32", "--config-overrides", SMALL, "--block-size", "32", "--max-steps", "8",
+         "--per-device-train-batch-size", "2", "--logging-steps", "1", "--save-steps", "4", "--eval-steps", "4",
+         "--tokenizer-name", str(DEMO_MODEL))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def tokens(tmp_path_factory):
 
 
 def pretrain(cli, tokens, output, *flags, check=True):
-    command = ("pretrain", *FLAGS, "--dataset", tokens, "--output_dir", output, *flags)
+    command = ("pretrain", *FLAGS, "--dataset", tokens, "--output-dir", output, *flags)
     return cli(*command, check=check, ACCELERATE_USE_CPU="true")
 
 
 def test_from_token_files_to_a_checkpoint_that_loads_and_goes_on(cli, tokens, tmp_path):
     out = tmp_path / "run"
-    done = pretrain(cli, tokens, out, "--guide_mode", "stochastic", "--fixed_flops", "--guided_ratio", "0.25")
+    done = pretrain(cli, tokens, out, "--guide-mode", "stochastic", "--fixed-flops", "--guided-ratio", "0.25")
     assert done.stdout.splitlines()[-1] == str(out)
     entries = read_metrics(out / "metrics.jsonl")
     start = entries[0]
@@ -61,18 +61,18 @@ def test_from_token_files_to_a_checkpoint_that_loads_and_goes_on(cli, tokens, tm
     # Another learning rate or another shape is another run, and what differs is said.
     (out / "checkpoints" / "step-00000008" / "trainer_state.json").unlink()
     resume = (
-        "--guide_mode",
+        "--guide-mode",
         "stochastic",
-        "--fixed_flops",
-        "--guided_ratio",
+        "--fixed-flops",
+        "--guided-ratio",
         "0.25",
-        "--resume_from_checkpoint",
+        "--resume-from-checkpoint",
         "auto",
     )
-    refused = pretrain(cli, tokens, out, *resume, "--learning_rate", "1e-3", "--seed", "7", check=False)
+    refused = pretrain(cli, tokens, out, *resume, "--learning-rate", "1e-3", "--seed", "7", check=False)
     assert refused.returncode == 1
     assert "learning_rate 0.0006 -> 0.001; seed 42 -> 7; use the old ones" in refused.stderr
-    again = pretrain(cli, tokens, out, *resume, "--learning_rate", "1e-3", "--resume_with_changes")
+    again = pretrain(cli, tokens, out, *resume, "--learning-rate", "1e-3", "--resume-with-changes")
     assert "learning_rate 0.0006 -> 0.001" in again.stderr
     assert read_metrics(out / "metrics.jsonl")[-1]["step"] == start["max_steps"]
 
@@ -83,15 +83,15 @@ def test_any_other_config_and_a_dense_model(cli, tokens, tmp_path):
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
     out = tmp_path / "run"
-    flags = [f for f in FLAGS if f not in ("--preset", "wei2024-s-r32", "--config_overrides", SMALL)]
-    shape = ("--config_name", tmp_path / "llama", "--config_overrides", "{hidden_size: 32, head_dim: 8}")
-    cli("pretrain", *flags, *shape, "--rank", "8", "--guide", "none", "--no_dense_first_block", "--target_modules",
-        "all-linear", "--dataset", tokens, "--output_dir", out, ACCELERATE_USE_CPU="true")  # fmt: skip
+    flags = [f for f in FLAGS if f not in ("--preset", "wei2024-s-r32", "--config-overrides", SMALL)]
+    shape = ("--config-name", tmp_path / "llama", "--config-overrides", "{hidden_size: 32, head_dim: 8}")
+    cli("pretrain", *flags, *shape, "--rank", "8", "--guide", "none", "--no-dense-first-block", "--target-modules",
+        "all-linear", "--dataset", tokens, "--output-dir", out, ACCELERATE_USE_CPU="true")  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.head_dim == 8
     assert len(dict(lowrank_layers(model))) > 6
     dense = tmp_path / "dense"
-    done = cli("pretrain", *flags, *shape, "--dataset", tokens, "--output_dir", dense, ACCELERATE_USE_CPU="true")
+    done = cli("pretrain", *flags, *shape, "--dataset", tokens, "--output-dir", dense, ACCELERATE_USE_CPU="true")
     assert "warning" not in done.stderr.lower()
     assert not list(lowrank_layers(AutoModelForCausalLM.from_pretrained(dense)))
     # A stock checkpoint with a card that claims nothing else.
@@ -105,28 +105,28 @@ def test_any_other_config_and_a_dense_model(cli, tokens, tmp_path):
     ("flags", "message"),
     [
         (["--rank", "4096"], "rank 4096 exceeds"),
-        (["--config_overrides", "{hidden_sise: 32}"], "has no value 'hidden_sise'"),
-        (["--config_overrides", "32"], "config_overrides '32' is no mapping"),
+        (["--config-overrides", "{hidden_sise: 32}"], "has no value 'hidden_sise'"),
+        (["--config-overrides", "32"], "config_overrides '32' is no mapping"),
         (["--preset", "wei2024-xs"], "there is no preset 'wei2024-xs'"),
-        (["--config_overrides", "{vocab_size: 100}"], "holds token ids up to"),
-        (["--config_overrides", "{rank: 8}"], "rank is no part of the config; say it with --rank"),
-        (["--config_overrides", "{tokens: 1000000}"], "say it with --max_steps"),
+        (["--config-overrides", "{vocab_size: 100}"], "holds token ids up to"),
+        (["--config-overrides", "{rank: 8}"], "rank is no part of the config; say it with --rank"),
+        (["--config-overrides", "{tokens: 1000000}"], "say it with --max-steps"),
         (
-            ["--config_overrides", "{num_hidden_layers: 1}"],
+            ["--config-overrides", "{num_hidden_layers: 1}"],
             "its only block stays dense, so rank 192 applies to nothing",
         ),
         (
-            ["--fixed_flops", "--guide", "none"],
+            ["--fixed-flops", "--guide", "none"],
             "this model has no guide; take a low-rank model with a guide (--guide dense)",
         ),
         (["--learningrate", "3"], "there is no option --learningrate; did you mean learning_rate"),
-        (["--max_steps", "many"], "max-steps: invalid int value: 'many'; see --help"),
+        (["--max-steps", "many"], "max-steps: invalid int value: 'many'; see --help"),
     ],
 )
 def test_bad_input_is_one_line_before_training(tokens, tmp_path, monkeypatch, capsys, flags, message):
     from recipes.pretrain import main
 
-    flags = [*FLAGS, "--dataset", str(tokens), "--output_dir", str(tmp_path / "run"), *flags]
+    flags = [*FLAGS, "--dataset", str(tokens), "--output-dir", str(tmp_path / "run"), *flags]
     monkeypatch.setattr("sys.argv", ["pretrain.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -152,9 +152,9 @@ def test_bad_input_is_one_line_before_training(tokens, tmp_path, monkeypatch, ca
 def test_configs_that_make_no_model_are_one_line(tokens, tmp_path, monkeypatch, capsys, overrides, message):
     from recipes.pretrain import main
 
-    flags = [f for f in FLAGS if f not in ("--preset", "wei2024-s-r32", "--config_overrides", SMALL)]
-    flags += ["--config_name", str(DEMO_MODEL), "--rank", "4", "--config_overrides", overrides]
-    monkeypatch.setattr("sys.argv", ["x", *flags, "--dataset", str(tokens), "--output_dir", str(tmp_path / "run")])
+    flags = [f for f in FLAGS if f not in ("--preset", "wei2024-s-r32", "--config-overrides", SMALL)]
+    flags += ["--config-name", str(DEMO_MODEL), "--rank", "4", "--config-overrides", overrides]
+    monkeypatch.setattr("sys.argv", ["x", *flags, "--dataset", str(tokens), "--output-dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit):
         main()
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -167,12 +167,12 @@ def test_a_refused_resumption_changes_nothing_and_names_all_that_differs(tokens,
     from recipes.pretrain import main
 
     out = tmp_path / "run"
-    argv = ["x", *FLAGS, "--dataset", str(tokens), "--output_dir", str(out)]
+    argv = ["x", *FLAGS, "--dataset", str(tokens), "--output-dir", str(out)]
     monkeypatch.setattr("sys.argv", argv)
     main()
     run = (out / "run.json").read_text()
     monkeypatch.setattr(
-        "sys.argv", [*argv, "--resume_from_checkpoint", "auto", "--no_dense_first_block", "--export_dtype", "bfloat16"]
+        "sys.argv", [*argv, "--resume-from-checkpoint", "auto", "--no-dense-first-block", "--export-dtype", "bfloat16"]
     )
     with pytest.raises(SystemExit):
         main()
@@ -181,7 +181,7 @@ def test_a_refused_resumption_changes_nothing_and_names_all_that_differs(tokens,
 
 
 def test_the_options_check_themselves():
-    with pytest.raises(ConfigError, match="either --preset or --config_name"):
+    with pytest.raises(ConfigError, match="either --preset or --config-name"):
         parse_groups((ScratchArguments, PretrainArguments), [])
     with pytest.raises(ConfigError, match="rank or param_ratio, not both"):
         ScratchArguments(preset="wei2024-s", rank=8, param_ratio=0.5)

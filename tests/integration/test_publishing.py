@@ -165,7 +165,7 @@ def test_a_checkpoint_of_transformers_trainer_exports(tmp_path):
     [
         (["convert", "m", "--token", "x", "--rank", "8"], "p convert m --rank 8"),
         (["convert", "m", "--token=x", "--rank=8"], "p convert m --rank=8"),
-        (["--output_dir=/home/me/out"], "p --output_dir=out"),
+        (["--output-dir=/home/me/out"], "p --output-dir=out"),
         (["--output-dir", "~/out", "../m", "--calibration-tokens", "9"], "p --output-dir out m --calibration-tokens 9"),
         (["--model", "hf_abc", "--hub_token", "x", "y"], "p --model y"),
     ],

@@ -77,8 +77,8 @@ def test_a_dense_model_without_a_guide_and_a_guided_checkpoint(python, cli, text
     recipe = str(ROOT / "recipes" / "finetune.py")
     config = write_config(tmp_path, model=str(DEMO_MODEL), param_ratio=0.5, dataset=str(text), output_dir=str(tuned))
     has_bitsandbytes = find_spec("bitsandbytes") is not None
-    packed = ["--guide_bits", "4", "--optim", "adamw_8bit"] if has_bitsandbytes else []
-    flags = ["--guided_ratio", "1.0", "--rank_pattern", "{q_proj: 8}", "--trainable", "lora", "--lora_r", "4", *packed]
+    packed = ["--guide-bits", "4", "--optim", "adamw_8bit"] if has_bitsandbytes else []
+    flags = ["--guided-ratio", "1.0", "--rank-pattern", "{q_proj: 8}", "--trainable", "lora", "--lora-r", "4", *packed]
     python(recipe, "--config", config, *flags)
     tensors = load_file(tuned / "checkpoints" / "step-00000004" / "model.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.guide.weight"].dtype == (
@@ -127,7 +127,7 @@ def test_stopping_finetune_stops_the_training(text, tmp_path):
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "interrupted; if it had --save_steps, resume it with --resume_from_checkpoint auto" in err
+    assert "interrupted; if it had --save-steps, resume it with --resume-from-checkpoint auto" in err
     lines = len(read_metrics(metrics))
     time.sleep(2)
     assert len(read_metrics(metrics)) == lines
@@ -144,7 +144,7 @@ def test_the_recipe_reports_errors_in_one_line(python, tmp_path):
         (["--model", str(DEMO_MODEL), "--rank", "8"], "no dataset is named"),
         ([], "no model is named"),
         (
-            ["--model", str(DEMO_MODEL), "--rank", "8", "--dataset", "x.jsonl", "--block_size", "4096"],
+            ["--model", str(DEMO_MODEL), "--rank", "8", "--dataset", "x.jsonl", "--block-size", "4096"],
             "exceeds the 512",
         ),
     ]
@@ -159,7 +159,7 @@ def test_the_recipe_reports_errors_in_one_line(python, tmp_path):
 
 def test_yaml_and_flags(tmp_path):
     config = write_config(tmp_path, model="m", rank=64, target_modules=["q_proj"], rank_pattern={"q": 4})
-    model, data, train = parse_args(["--config", config, "--max_steps", "9", "--block-size", "16"])
+    model, data, train = parse_args(["--config", config, "--max-steps", "9", "--block-size", "16"])
     assert (as_rank(model.rank), model.target_modules, model.rank_pattern) == (64, ["q_proj"], {"q": 4})
     assert (data.block_size, train.max_steps, train.learning_rate) == (16, 9, 1e-3)
     assert as_rank(0.5) == 0.5
@@ -242,7 +242,7 @@ def test_the_teacher_is_the_dense_model_and_a_copy(tmp_path):
 
     lowrank_ft.save_compact(converted(dense), tmp_path / "orphan", base_model="")
     args = ModelArguments(model=str(tmp_path / "orphan"), guide="none")
-    with pytest.raises(ConfigError, match=r"does not say which dense model .* --guide none --distill_weight 0"):
+    with pytest.raises(ConfigError, match=r"does not say which dense model .* --guide none --distill-weight 0"):
         prepare_model(args, Source(args.model), train_data, distill=True)
 
 

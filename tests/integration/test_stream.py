@@ -308,3 +308,13 @@ def test_distillation_that_does_not_fit(command, tmp_path, fit, monkeypatch):
     done = command("convert", DEMO_MODEL, *fit[0], *flags, "--output-dir", tmp_path / "out")
     assert "note: distillation" not in done.stderr
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["distill_epochs"] == 1
+
+
+def test_a_truncated_shard_is_named(command, tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(DEMO_MODEL, source)
+    file = next(source.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1000])
+    done = command("convert", source, *SVD, "--stream", "--output-dir", tmp_path / "out")
+    assert_one_line_error(done, f"{file} is truncated or corrupt")
+    assert not (tmp_path / "out").exists()

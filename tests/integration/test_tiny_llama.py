@@ -23,7 +23,7 @@ def test_the_main_job(shared, cli, python, tmp_path):
     cli("convert", model, "--param-ratio", "0.6", *calibration, "--output-dir", tmp_path / "compact")
     cli(
         "finetune", "--config", ROOT / "recipes/configs/tiny-llama-shakespeare.yaml", "--model", tmp_path / "compact",
-        "--dataset", plays, "--output_dir", tmp_path / "tuned", "--max_steps", "60", "--eval_steps", "30", "--eval_ratio", "0.03",
+        "--dataset", plays, "--output-dir", tmp_path / "tuned", "--max-steps", "60", "--eval-steps", "30", "--eval-ratio", "0.03",
         "--", "--cpu", OMP_NUM_THREADS="2",
     )  # fmt: skip
     evals = [e["eval_loss"] for e in read_metrics(tmp_path / "tuned" / "metrics.jsonl") if "eval_loss" in e]

@@ -82,7 +82,7 @@ def _arguments(command: str, given: Path, out: str) -> list[str]:
         "finetune",
         f"--model={given / 'compact'}",
         f"--dataset={given / 'text.jsonl'}",
-        f"--output_dir={out}",
+        f"--output-dir={out}",
         *options,
     ]
 
@@ -137,8 +137,8 @@ def _full_disk(folder: Path, inputs: Path, command: str, size: str) -> tuple[str
             return verdict, message
         # What it advises, on a larger disk.
         shutil.copytree(folder / "small", folder / "large")
-    flags = ["--resume_from_checkpoint=auto"] if "--resume_from_checkpoint auto" in message else []
-    flags += ["--overwrite_output_dir"] if "--overwrite_output_dir" in message else []
+    flags = ["--resume-from-checkpoint=auto"] if "--resume-from-checkpoint auto" in message else []
+    flags += ["--overwrite-output-dir"] if "--overwrite-output-dir" in message else []
     if not flags and any((folder / "large").iterdir()):
         return "no way on", message
     done = _start([*_arguments(command, inputs, str(folder / "large" / "out")), *flags], folder)

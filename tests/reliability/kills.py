@@ -21,10 +21,10 @@ from tests.reliability import materials
 from tests.reliability.mutants import imported, in_this_process, unusable_checkpoint
 
 # How often each is killed; with --over... an older result is there, with other weights.
-COUNTS = {"convert": 20, "convert --overwrite": 5, "finetune": 25, "finetune --overwrite_output_dir": 10}
+COUNTS = {"convert": 20, "convert --overwrite": 5, "finetune": 25, "finetune --overwrite-output-dir": 10}
 _TRIES = 4
 _EARLY = 0.15  # share of the kills that may fall before the first file
-RESUME, OVER = ("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir",)
+RESUME, OVER = ("--resume-from-checkpoint", "auto"), ("--overwrite-output-dir",)
 
 
 def run(root: Path, seed: int, done: set[str], only: str = "") -> Iterator[dict[str, Any]]:
@@ -50,11 +50,11 @@ def _command(inputs: Path, target: str) -> list[str]:
         "finetune",
         "--config",
         str(inputs / "run.yaml"),
-        "--output_dir",
+        "--output-dir",
         "out",
-        "--max_steps",
+        "--max-steps",
         "12",
-        "--eval_steps",
+        "--eval-steps",
         "3",
     ]
 

@@ -68,7 +68,7 @@ def _the_rest(folder: Path) -> None:
     _done("convert", dense, "--param-ratio", 0.5, "--method", "svd", "--output-dir", folder / "compact", cwd=folder)
     options: dict[str, Any] = {"model": str(folder / "compact"), "dataset": str(text), **SHORT}
     (folder / "run.yaml").write_text(yaml.safe_dump({**options, "rank_pattern": {}}))
-    _done("finetune", "--config", folder / "run.yaml", "--output_dir", folder / "run", cwd=folder)
+    _done("finetune", "--config", folder / "run.yaml", "--output-dir", folder / "run", cwd=folder)
     measured = _done("eval", folder / "run", "--baseline", dense, "--data", text, "--json", cwd=folder)
     (folder / "eval.json").write_text(measured)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(dense), LowRankConfig(r=4))

@@ -168,7 +168,7 @@ def _arguments(case: dict[str, Any], given: Path) -> list[str]:
         model = str(given / "dense")
     data = ["--data", str(given / "text.jsonl"), "--block-size", "16"]
     sized = ["--param-ratio", "0.5"] if not model.endswith("compact") else []
-    tune = ["finetune", "--model", model, "--dataset", str(given / "text.jsonl"), "--output_dir", "out"]
+    tune = ["finetune", "--model", model, "--dataset", str(given / "text.jsonl"), "--output-dir", "out"]
     for name, value in materials.SHORT.items():
         tune += [f"--{name}", str(value)]
     return {
@@ -182,10 +182,10 @@ def _arguments(case: dict[str, Any], given: Path) -> list[str]:
         "report-run": ["report", str(given / "run"), "--output", "out.html"],
         "export": ["export", str(given / _STEP), "--output-dir", "out"],
         "export-adapter": ["export", str(given / "adapter"), "--output-dir", "out"],
-        "finetune": [*tune, *(["--param_ratio", "0.5"] if sized else [])],
-        "finetune-yaml": ["finetune", "--config", str(given / "run.yaml"), "--output_dir", "out"],
-        "resume": ["finetune", "--config", str(given / "run.yaml"), "--output_dir", "out",
-                   "--resume_from_checkpoint", str(given / _STEP)],
+        "finetune": [*tune, *(["--param-ratio", "0.5"] if sized else [])],
+        "finetune-yaml": ["finetune", "--config", str(given / "run.yaml"), "--output-dir", "out"],
+        "resume": ["finetune", "--config", str(given / "run.yaml"), "--output-dir", "out",
+                   "--resume-from-checkpoint", str(given / _STEP)],
     }[case["command"]]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lowrank_ft.console import human_bytes, human_count, one_line, one_line_errors, print_table
+from lowrank_ft.console import human_bytes, human_count, one_line, one_line_errors, print_table, progress_bar
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.report.model_card import _fenced
 from lowrank_ft.report.report import _command_of_card
@@ -106,3 +106,17 @@ def test_metrics_end_where_they_are_damaged(tmp_path, line):
     whole = '{"step": 1, "loss": 2.5, "eval_loss": "high"}\n'
     path.write_bytes((whole + line + "\n" + whole).encode(errors="surrogateescape"))
     assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
+
+
+def test_a_bar_in_a_log_file_is_lines(capsys, monkeypatch):
+    for i in progress_bar(range(3), desc="work"):
+        assert i < 3
+    assert capsys.readouterr().err == ""  # it took no minute
+    monkeypatch.setattr("lowrank_ft.console._SECONDS_BETWEEN_LINES", 0)
+    list(progress_bar(range(3), desc="work", progress=False))
+    assert capsys.readouterr().err == ""
+    list(progress_bar(range(3), desc="work"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("work: 100%")
+    assert "3/3" in lines[-1]
+    assert "\r" not in "".join(lines)

@@ -217,7 +217,7 @@ def test_lora_gets_the_scale_that_was_asked_for():
     [
         (lambda: guided("dense"), {"trainable": "factors"}, "a dense guide is trained in full"),
         (tiny_llama, {"trainable": "lora"}, "the model has no factored linears"),
-        (guided, {"trainable": "leading"}, "lora_r is 16, and .* has rank 8; give --lora_r 8 or less"),
+        (guided, {"trainable": "leading"}, "lora_r is 16, and .* has rank 8; give --lora-r 8 or less"),
     ],
 )
 def test_restrictions_that_do_not_fit(tmp_path, data, make, options, words):

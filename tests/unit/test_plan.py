@@ -63,7 +63,7 @@ def test_energy_needs_spectra_and_keeps_enough():
 
 @pytest.mark.parametrize("sizes", [{}, {"rank": 4, "energy": 0.9}, {"rank": 4, "param_ratio": 0.5}])
 def test_exactly_one_size(sizes):
-    with pytest.raises(RankError, match="give exactly one of rank, param_ratio, energy"):
+    with pytest.raises(RankError, match="give exactly one size: rank, param_ratio or energy"):
         make_plan(tiny_llama(), **sizes)
 
 

@@ -101,7 +101,7 @@ def test_quantized_sources_are_refused_by_name(command, tmp_path, monkeypatch, c
         assert (
             "is quantized (bitsandbytes), and its weights are no matrices to factorize; name the model" in done.stderr
         )
-    flags = ["--model", tmp_path / "q", "--rank", "8", "--dataset", "x.txt", "--output_dir", tmp_path / "run"]
+    flags = ["--model", tmp_path / "q", "--rank", "8", "--dataset", "x.txt", "--output-dir", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
     with pytest.raises(SystemExit):
         finetune.main()

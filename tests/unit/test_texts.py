@@ -69,7 +69,7 @@ def test_code_of_a_guide_that_nobody_named_is_not_run_and_the_flag_is_named(tmp_
     }
     (tmp_path / "own" / "config.json").write_text(json.dumps(config))
     (tmp_path / "own" / "mine.py").write_text("raise SystemExit('code that nobody trusted has run')")
-    with pytest.raises(ConfigError, match=f"--guide_model {tmp_path / 'own'}"):
+    with pytest.raises(ConfigError, match=f"--guide-model {tmp_path / 'own'}"):
         load_dense(ModelArguments(model="compact", trust_remote_code=True), str(tmp_path / "own"), None, True)
 
 

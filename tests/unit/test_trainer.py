@@ -259,7 +259,7 @@ def test_bad_guide_options(tmp_path, data):
     adapter = get_peft_model(tiny_llama(), LowRankConfig(r=4, guide="residual"))
     with pytest.raises(ConfigError, match="this model has those of a PEFT adapter"):
         Trainer(adapter, arguments(tmp_path, fixed_flops=True), data)
-    for flags in (["--guide_mode", "stochastic"], ["--fixed_flops"]):  # of training from scratch alone
+    for flags in (["--guide-mode", "stochastic"], ["--fixed-flops"]):  # of training from scratch alone
         with pytest.raises(ConfigError, match=f"there is no option {flags[0]}"):
             parse_args(["--model", "m", *flags])
 
