@@ -1,6 +1,5 @@
 """Token files: what is read is what the tokenizer gives, across shards; damage and mismatches are refused."""
 
-import fcntl
 import json
 import pickle
 
@@ -10,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from lowrank_ft.checkpoints.locks import exclusive
 from lowrank_ft.data.documents import PIECE, Corpus, Position, cut
 from lowrank_ft.data.encoding import token_ids
 from lowrank_ft.data.examples import StepBatches, TokenizedData, collate, pack
@@ -387,11 +387,11 @@ def test_numbers_out_of_range_and_output_in_the_way(tokenizer, folder, tmp_path)
 
 def test_two_processes_do_not_write_one_folder(tokenizer, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", make_texts(4))
-    (tmp_path / ".new.partial").mkdir()
-    with (tmp_path / ".new.partial" / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another process is tokenizing"):
-            write_token_files(Corpus([str(rows)]), tokenizer, "demo", tmp_path / "new")
+    with (
+        exclusive(tmp_path / ".new.partial.lock", "busy"),
+        pytest.raises(OutputError, match="another process is tokenizing"),
+    ):
+        write_token_files(Corpus([str(rows)]), tokenizer, "demo", tmp_path / "new")
 
 
 def test_what_cannot_be_decoded_or_held_out_is_said(tokenizer, tmp_path):
