@@ -151,7 +151,7 @@ def _say(line: str) -> None:
 
 def which_of(sizes: SizeOptions) -> dict[str, Any]:
     """Which linears are factorized, without how much is kept of them."""
-    return {name: getattr(sizes, name) for name in ("target_modules", "exclude_modules")}
+    return {name: getattr(sizes, name) for name in ("target_modules", "exclude_modules", "rank_multiple")}
 
 
 def _require_runs(model: PreTrainedModel) -> None:

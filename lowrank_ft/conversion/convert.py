@@ -29,6 +29,7 @@ from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.errors import ConfigError, PlanError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.plan import Plan, make_plan, reallocate
+from lowrank_ft.factorization.ranks import RANK_MULTIPLE
 from lowrank_ft.factorization.solvers import singular_values
 from lowrank_ft.factorization.targets import (
     LinearSpec,
@@ -56,6 +57,7 @@ def convert(
     param_ratio: float | None = None,
     energy: float | None = None,
     rank_pattern: Mapping[str, int | float] | None = None,
+    rank_multiple: int = RANK_MULTIPLE,
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
     guide: str | None = None,
@@ -83,7 +85,7 @@ def convert(
         allocation: how ranks share the budget of a plan that is made here, one of ``ALLOCATIONS``; by default ``loss``
             for a ``param_ratio`` with calibration data, and ``uniform`` otherwise.
         record: is filled with what was lost in each linear and block.
-        progress: show progress bars on stderr when that is a terminal.
+        progress: show progress bars on stderr; where that is no terminal, a line each minute.
 
     Returns:
         The plan that was carried out.
@@ -111,6 +113,7 @@ def convert(
             param_ratio=param_ratio,
             energy=energy,
             rank_pattern=rank_pattern,
+            rank_multiple=rank_multiple,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
             spectrum=spectrum_of(model),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lowrank_ft.errors import RankError
-from lowrank_ft.factorization.ranks import Shape, dense_parameters, factored_parameters, rank_step
+from lowrank_ft.factorization.ranks import RANK_MULTIPLE, Shape, dense_parameters, factored_parameters, rank_step
 
 ALLOCATIONS = ("uniform", "energy", "loss")
 
@@ -25,7 +25,7 @@ def allocate_ranks(
     squared_spectra: Sequence[np.ndarray],
     budget: int,
     param_ratio: float,
-    multiple: int = 8,
+    multiple: int = RANK_MULTIPLE,
     copies: Sequence[int] | None = None,
 ) -> list[int | None]:
     """Ranks that lose the least within ``budget`` parameters.

@@ -4,7 +4,7 @@ This file needs Python alone, and it has to stay so: the command line makes its 
 imports anything that takes time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 _KEPT = "size (give one)"
@@ -32,6 +32,10 @@ class SizeOptions:
         None, "ranks of linears that differ, as in PEFT: q_proj=64", _WHICH, "PATTERN=N"
     )
 
+    rank_multiple: int = _option(
+        8, "with --param-ratio, ranks are multiples of N, for the device's sake; small linears get less", _WHICH, "N"
+    )
+
     def given(self) -> list[str]:
         """Names of the options that are not left alone."""
-        return [name for name, value in vars(self).items() if value not in (None, {})]
+        return [f.name for f in fields(self) if getattr(self, f.name) not in (f.default, {})]

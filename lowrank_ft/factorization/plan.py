@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank_ft.errors import PlanError, RankError
 from lowrank_ft.factorization.allocation import allocate_ranks
 from lowrank_ft.factorization.ranks import (
+    RANK_MULTIPLE,
     Shape,
     check_fraction,
     dense_parameters,
@@ -75,11 +76,13 @@ class Plan:
         linears: one entry per targeted linear, in module order.
         model_parameters: parameters of the whole dense model; tied weights count once.
         rank_pattern: the pattern that was asked for, kept for the record.
+        rank_multiple: what the ranks are multiples of where they are chosen, by :func:`make_plan` or :func:`reallocate`.
     """
 
     linears: tuple[LinearPlan, ...]
     model_parameters: int
     rank_pattern: dict[str, int | float] = field(default_factory=dict)
+    rank_multiple: int = RANK_MULTIPLE
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -135,7 +138,8 @@ class Plan:
         if not isinstance(pattern, dict):
             raise _garbled("rank_pattern", pattern, "an object of ranks")
         linears = tuple(_read_linear(f"linears[{i}]", p) for i, p in enumerate(entries))
-        plan = cls(linears, _read_size("model_parameters", data.get("model_parameters")), dict(pattern))
+        multiple = _read_size("rank_multiple", data.get("rank_multiple", RANK_MULTIPLE))
+        plan = cls(linears, _read_size("model_parameters", data.get("model_parameters")), dict(pattern), multiple)
         if not linears:
             raise PlanError("the plan names no linears; make it anew with lowrank-ft plan --json")
         for p in plan.linears:
@@ -200,6 +204,7 @@ def make_plan(
     param_ratio: float | None = None,
     energy: float | None = None,
     rank_pattern: Mapping[str, int | float] | None = None,
+    rank_multiple: int = RANK_MULTIPLE,
     target_modules: Patterns | None = None,
     exclude_modules: Patterns | None = None,
     keep_full_rank: bool = False,
@@ -212,13 +217,15 @@ def make_plan(
         param_ratio: share of the targeted linears' parameters to keep, spread evenly.
         energy: share of every linear's squared singular values to keep; needs ``spectrum``.
         rank_pattern: pattern to rank, for linears that differ; as in PEFT, the first match wins.
+        rank_multiple: with ``param_ratio``, ranks are multiples of it, for the device's sake; of a small linear, whose
+            rank is below four times this, of a smaller power of two.
         target_modules: PEFT's; None means every linear of the repeated blocks.
         exclude_modules: PEFT's.
         keep_full_rank: factorize at full rank, too, where nothing is saved, and the linear else stays dense.
         spectrum: gives a linear's singular values, descending; of a stack the roots of the sums of the squares.
 
     Raises:
-        RankError: not exactly one of rank, param_ratio, energy was given, or one is out of range.
+        RankError: not exactly one of rank, param_ratio, energy was given, or one is out of range; or the multiple is.
         TargetError: patterns that match nothing (see :func:`select_targets`).
     """
     given = {"rank": rank, "param_ratio": param_ratio, "energy": energy}
@@ -228,6 +235,8 @@ def make_plan(
             "give exactly one size: rank, param_ratio or energy (--rank, --param-ratio, --energy); found "
             f"{' and '.join(chosen) or 'none'}"
         )
+    if rank_multiple < 1:
+        raise RankError(f"rank_multiple is {rank_multiple}; it must be 1 or more")
     specs = select_targets(model, target_modules, exclude_modules)
     pattern = dict(rank_pattern or {})
     overridden = {s.name: pattern_value(s.name, pattern) for s in specs}
@@ -241,7 +250,7 @@ def make_plan(
         ranks |= {s.name: resolve_rank(rank, s.shape, s.name) for s in free}
     elif param_ratio is not None:
         copies = [s.experts or 1 for s in free]
-        found = ranks_for_param_ratio([s.shape for s in free], param_ratio, copies=copies)
+        found = ranks_for_param_ratio([s.shape for s in free], param_ratio, rank_multiple, copies)
         ranks |= dict(zip([s.name for s in free], found, strict=True))
     else:
         assert energy is not None
@@ -251,7 +260,7 @@ def make_plan(
         ranks |= {s.name: rank_for_energy(spectrum(s).tolist(), energy) for s in free}
 
     linears = tuple(_linear_plan(s, ranks[s.name], keep_full_rank) for s in specs)
-    return Plan(linears, count_parameters(model), pattern)
+    return Plan(linears, count_parameters(model), pattern, rank_multiple)
 
 
 def shape_text(p: LinearPlan) -> str:
@@ -280,6 +289,7 @@ def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
         [squared_spectra[p.name].numpy() for p in free],
         budget,
         budget / sum(p.dense_parameters for p in free),
+        plan.rank_multiple,
         copies=[p.copies for p in free],
     )
     chosen = dict(zip([p.name for p in free], ranks, strict=True))
@@ -287,7 +297,7 @@ def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
     linears = tuple(
         replace(p, rank=chosen[p.name], note=notes.get(p.name, "")) if p.name in chosen else p for p in plan.linears
     )
-    return Plan(linears, plan.model_parameters, plan.rank_pattern)
+    return replace(plan, linears=linears)
 
 
 def count_parameters(model: nn.Module) -> int:

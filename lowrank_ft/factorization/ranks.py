@@ -13,6 +13,9 @@ from lowrank_ft.errors import RankError
 Shape = tuple[int, int]
 """``(out_features, in_features)``"""
 
+RANK_MULTIPLE = 8
+"""What ranks are multiples of where nobody says otherwise: tensor cores and grouped kernels want that."""
+
 
 def dense_parameters(shape: Shape) -> int:
     return shape[0] * shape[1]
@@ -64,7 +67,7 @@ def check_fraction(what: str, value: float) -> None:
 
 
 def ranks_for_param_ratio(
-    shapes: Sequence[Shape], param_ratio: float, multiple: int = 8, copies: Sequence[int] | None = None
+    shapes: Sequence[Shape], param_ratio: float, multiple: int = RANK_MULTIPLE, copies: Sequence[int] | None = None
 ) -> list[int]:
     """Ranks that spend the same share of parameters on every linear, within one global budget.
 
@@ -105,7 +108,7 @@ def ranks_for_param_ratio(
     return ranks
 
 
-def rank_step(shape: Shape, param_ratio: float, multiple: int = 8) -> int:
+def rank_step(shape: Shape, param_ratio: float, multiple: int = RANK_MULTIPLE) -> int:
     """What ranks are multiples of: ``multiple``, or less where that is more than a quarter of the rank.
 
     A coarser grid would distort a small matrix more than alignment gains.

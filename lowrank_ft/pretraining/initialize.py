@@ -49,7 +49,7 @@ def initialize_lowrank(
         exclude_modules: PEFT's.
         dense_first_block: keep what is targeted in the first block dense.
         guide: None, or ``"dense"`` for a trainable branch beside the factors that starts at ``U V``.
-        progress: show a progress bar on stderr when that is a terminal.
+        progress: show a progress bar on stderr; where that is no terminal, a line each minute.
 
     Returns:
         The plan that was carried out. What is of full rank stays dense, with a warning.

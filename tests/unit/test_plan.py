@@ -5,7 +5,9 @@ import torch
 
 from lowrank_ft.conversion.convert import spectrum_of
 from lowrank_ft.errors import PlanError, RankError
-from lowrank_ft.factorization.plan import Plan, count_parameters, make_plan
+from lowrank_ft.factorization.options import SizeOptions
+from lowrank_ft.factorization.plan import Plan, count_parameters, make_plan, reallocate
+from lowrank_ft.factorization.ranks import RANK_MULTIPLE
 from lowrank_ft.nn.forms import stored_as
 from tests.conftest import tiny_gpt2, tiny_llama
 
@@ -49,6 +51,28 @@ def test_rank_pattern_overrides():
     assert plan.ranks["model.layers.0.mlp.up_proj"] == 8
     with pytest.raises(RankError, match="'nothing' matches none"):
         make_plan(tiny_llama(), rank=8, rank_pattern={"nothing": 4})
+
+
+@pytest.mark.parametrize("multiple", [1, 16, 24])
+def test_ranks_are_multiples_of_what_the_device_likes(multiple):
+    with torch.device("meta"):
+        model = tiny_llama(hidden_size=512, intermediate_size=1024)
+    plan = make_plan(model, param_ratio=0.6, rank_multiple=multiple, exclude_modules=["k_proj", "v_proj"])
+    assert all(rank % multiple == 0 for rank in plan.ranks.values())
+    assert 0.55 < plan.param_ratio <= 0.6
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    spectra = {p.name: torch.linspace(2, 1, min(p.shape)) ** (i + 1) for i, p in enumerate(plan.linears)}
+    again = reallocate(plan, spectra)
+    assert again.ranks != plan.ranks
+    assert all(rank % multiple == 0 for rank in again.ranks.values())
+
+
+def test_the_multiple_is_checked_and_has_one_default():
+    assert SizeOptions().rank_multiple == RANK_MULTIPLE
+    assert SizeOptions().given() == []
+    assert SizeOptions(rank_multiple=16).given() == ["rank_multiple"]
+    with pytest.raises(RankError, match="rank_multiple is 0; it must be 1 or more"):
+        make_plan(tiny_llama(), param_ratio=0.6, rank_multiple=0)
 
 
 def test_energy_needs_spectra_and_keeps_enough():
