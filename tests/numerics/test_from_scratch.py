@@ -146,7 +146,7 @@ def test_what_has_full_rank_stays_dense_with_a_warning():
 def test_refusals():
     with pytest.raises(RankError, match="rank 33 exceeds min"):
         initialize_lowrank(tiny_llama(), rank=33)
-    with pytest.raises(RankError, match="give exactly one of"):
+    with pytest.raises(RankError, match="give exactly one size"):
         initialize_lowrank(tiny_llama())
     with pytest.raises(ConfigError, match="guide of a model from scratch 'residual' is unknown; choose one of dense"):
         initialize_lowrank(tiny_llama(), rank=8, guide="residual")
