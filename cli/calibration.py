@@ -51,8 +51,8 @@ def print_estimate(
     parts = stages(speed, work)
     dearest = max(parts, key=lambda s: s.seconds)
     listed = ", ".join(f"{s.name} {human_seconds(s.seconds)}" for s in parts)
-    trains = work.refined or work.distilled
-    cheaper = f"--effort fast or {dearest.flag}" if trains and dearest.flag != "--effort fast" else dearest.flag
+    # What trains nothing is the fast effort already.
+    cheaper = f"--effort fast or {dearest.flag}" if work.refined or work.distilled else dearest.flag
     print(
         f"estimate for this device: {human_seconds(sum(s.seconds for s in parts))} ({listed}), "
         f"about {human_bytes(peak_bytes(model, plan, speed, work))} of memory; {cheaper} takes less",

@@ -93,9 +93,7 @@ def push(
             )
     except LowRankError:
         raise
-    except (
-        Exception
-    ) as error:  # the Hub's, the disk's, or what the Hub's HTTP library raises where there is no connection
+    except Exception as error:  # the Hub's, the disk's, or that of its HTTP library where there is no connection
         if create_pr and isinstance(error, hub_errors.RepositoryNotFoundError):
             raise OutputError(
                 f"there is no {repo_id} on the Hub that your token may see, to open a pull request for; check the name, run "
