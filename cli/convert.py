@@ -16,6 +16,10 @@ HELP = "factorize a dense checkpoint into a compact one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "in several processes: lowrank-ft convert MODEL ... -- --num_processes 8 (what follows the two dashes goes to "
+        "accelerate launch)"
+    )
     add_model(parser)
     add_size(parser)
     parser.add_argument("--plan", metavar="FILE", help="take the ranks from a file that plan --json wrote")

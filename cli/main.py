@@ -9,6 +9,7 @@ import warnings
 from typing import Any, NoReturn
 
 from lowrank_ft_cli.commands import COMMANDS, PASS_ON, build_parser
+from lowrank_ft_cli.launch import launch_command, split_launch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,12 +23,15 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] in ([], ["help"]):
         parser.print_help()
         return 0 if arguments else 2
+    arguments, launch = split_launch(arguments)
     options, unknown = parser.parse_known_args(arguments)
     if options.command in PASS_ON:
         options.passed_on = arguments[arguments.index(options.command) + 1 :]
     elif unknown:
         parser.commands[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     formatwarning = warnings.formatwarning
+    if launch:
+        return launch_command(arguments, launch)
     _quieten(options)
     signal.signal(signal.SIGTERM, _interrupt)  # so that half-written output is cleaned up
     try:
@@ -35,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that is gone is found out here, and not at exit
         return code
     except KeyboardInterrupt as stop:
-        print(f"error: interrupted; {str(stop) or 'nothing was left behind'}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, the first one speaks for all
+            print(f"error: interrupted; {str(stop) or 'nothing was left behind'}", file=sys.stderr)
         return 1
     except Exception as error:
         from lowrank_ft.console import printable, reader_is_gone  # it is imported by now, or quick to
@@ -44,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         if options.debug:
             raise
-        print(f"error: {printable(_one_line(error))}", file=sys.stderr)
+        if (process := _process_of(error)) is not None:
+            print(f"error: {process}{printable(_one_line(error))}", file=sys.stderr)
         return 1
     finally:
         warnings.formatwarning = formatwarning
@@ -65,6 +71,21 @@ def _quieten(options: argparse.Namespace) -> None:
 
 def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _process_of(error: Exception) -> str | None:
+    """Which of several processes says so; None where the main process says the same.
+
+    Before they work together, all of them find the same faults in what was asked for.
+    """
+    from lowrank_ft.errors import LowRankError
+
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return ""
+    torch = sys.modules.get("torch")
+    together = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return f"process {rank}: " if together or not isinstance(error, LowRankError) else None
 
 
 def _one_line(error: Exception) -> str:

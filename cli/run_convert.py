@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 from lowrank_ft.checkpoints.atomic import check_output_dir
 from lowrank_ft.checkpoints.push import push
 from lowrank_ft.checkpoints.source import Source, check_finite, check_runs, load_model, skeleton, writes_text
-from lowrank_ft.console import shown_command
+from lowrank_ft.console import shown_command, silent_unless
 from lowrank_ft.conversion import Calibration, ConversionRecord
 from lowrank_ft.conversion.convert import allocate, convert, default_allocation, spectrum_of
 from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.prepare import prepare
+from lowrank_ft.conversion.processes import Processes, joined
 from lowrank_ft.conversion.promise import Promise, convert_within
 from lowrank_ft.errors import ConfigError, RankError, TargetError, first_line
 from lowrank_ft.export import save_compact
@@ -53,13 +54,15 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     if options.stream:
         check_streams(options, calibrated)
     plan = planned_size(options, sizes, source) if promise is None else None
-    if options.stream or must_stream(options, source, calibrated, config, device):
-        convert_by_block(options, source, sizes, calibrated, plan, config, device)
-    else:
-        _convert_in_memory(options, source, sizes, calibrated, promise, plan, config, device)
-    print(Path(options.output_dir))
-    if repo_id is not None:
-        print(push(options.output_dir, repo_id, private=options.private, token=options.token))
+    with joined(device) as processes, silent_unless(processes.main):
+        if options.stream or processes.agreed(must_stream(options, source, calibrated, config, device)):
+            convert_by_block(options, source, sizes, calibrated, plan, config, device, processes)
+        else:
+            _convert_in_memory(options, source, sizes, calibrated, promise, plan, config, device, processes)
+        print(Path(options.output_dir))
+        if repo_id is not None and processes.main:
+            print(push(options.output_dir, repo_id, private=options.private, token=options.token))
+        processes.wait()
 
 
 def _convert_in_memory(
@@ -71,6 +74,7 @@ def _convert_in_memory(
     plan: Plan | None,
     config: Any,
     device: str,
+    processes: Processes,
 ) -> None:
     start = time.monotonic()
     stored, computed = dtypes_of(options, config, device)
@@ -91,8 +95,8 @@ def _convert_in_memory(
     calibration = None
     if prepared is not None:
         shown = "by plan" if options.plan else allocation
-        prepared = print_estimate(prepared, model, plan, shown, method, calibrated.distill_epochs is None)
-        calibration = read_calibration(prepared, model)
+        prepared = print_estimate(prepared, model, plan, shown, method, calibrated.distill_epochs is None, processes)
+        calibration = read_calibration(prepared, model, processes)
     if promise is not None:
         assert calibration is not None
         kept = convert_within(model, promise, calibration, method, which_of(sizes), True, _say)
@@ -100,17 +104,19 @@ def _convert_in_memory(
         print_plan(plan, to_stderr=True)
     else:
         plan = allocate(model, plan, allocation, calibration, progress=True)
-        record = _convert(model, plan, method, calibration, ran)
+        record = _convert(model, plan, method, calibration, ran, processes)
     if ran:
         _require_runs(model)
     if record.distillation is not None:
         print("distillation: loss on held-out text {before:.4f} before, {after:.4f} after (KL to the dense model, nats "
               "per token)".format(**record.distillation), file=sys.stderr)  # fmt: skip
+    if not processes.main:
+        return
     command = shown_command("lowrank-ft", sys.argv[1:])
     details = record.to_dict(
         plan, command=command, base_model=source.title, method=method,
         allocation="by plan" if options.plan else allocation,
-        calibration=calibration, seconds=time.monotonic() - start,
+        calibration=calibration, seconds=time.monotonic() - start, processes=processes.count,
     )  # fmt: skip
     save_compact(
         model.to("cpu"), options.output_dir, dtype=stored, companions_from=source.download(), base_model=source.name,
@@ -130,14 +136,17 @@ def planned_size(options: argparse.Namespace, sizes: SizeOptions, source: Source
     return make_plan(skeleton(source.load_config(), source.name, source.trust_remote_code), **vars(sizes))
 
 
-def _convert(model: Any, plan: Plan, method: str, calibration: Calibration | None, ran: bool) -> ConversionRecord:
+def _convert(
+    model: Any, plan: Plan, method: str, calibration: Calibration | None, ran: bool, processes: Processes
+) -> ConversionRecord:
     print_plan(plan, to_stderr=True)
     print_remainder(model, plan, to_stderr=True)
     if not plan.ranks:
         raise RankError(f"every one of the {len(plan.linears)} targeted linears stays dense; lower the rank")
     record = ConversionRecord()
     try:
-        convert(model, plan, method=method, calibration=calibration, record=record, progress=True)
+        convert(model, plan, method=method, calibration=calibration, record=record, progress=True,
+                processes=processes)  # fmt: skip
     except (RuntimeError, IndexError, TypeError):  # of a forward pass halfway, where that is why
         if ran:
             _require_runs(model)

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.estimate import streamed_bytes
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.prepare import prepare
+from lowrank_ft.conversion.processes import Processes
 from lowrank_ft.conversion.streamed import Streaming, find_chain
 from lowrank_ft.errors import ConfigError, RankError
 from lowrank_ft.export import save_parts
@@ -68,7 +70,8 @@ def must_stream(
     model = skeleton(config, source.name, source.trust_remote_code)
     computed = dtypes_of(options, config, device)[1]
     size = computed.itemsize if isinstance(computed, torch.dtype) else next(model.parameters()).element_size()
-    needed, free = 2 * size * count_parameters(model), free_bytes(device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else 1  # processes that share this memory
+    needed, free = here * 2 * size * count_parameters(model), free_bytes(device)
     if needed <= free:
         return False
     need = f"the model needs about {human_bytes(needed)} of memory to be converted, and {human_bytes(free)} are free"
@@ -89,6 +92,7 @@ def convert_by_block(
     planned: Plan | None,
     config: Any,
     device: str,
+    processes: Processes,
 ) -> None:
     """Convert, or go on with a conversion that was broken off, and write the result."""
     start = time.monotonic()
@@ -96,15 +100,18 @@ def convert_by_block(
     stored, computed = dtypes_of(options, config, device)
     calibrated = replace(calibrated, distill_epochs=0, own_share=0)
     folder = source.download()
-    with open_unfinished(options.output_dir) as unfinished:
-        disk = open_on_disk(source, computed, device, unfinished.folder / "resaved")
+    with open_unfinished(options.output_dir, processes.main) as unfinished:
+        with processes.main_first():
+            disk = open_on_disk(source, computed, device, unfinished.folder / "resaved")
         calibration = None
         if calibrated.method != "svd" or calibrated.allocation in ("energy", "loss"):
-            calibration = prepare(calibrated, source, disk.model).calibration(disk.model)
+            calibration = prepare(calibrated, source, disk.model).calibration(disk.model, processes=processes)
         plan = planned or _plan_by_energy(open_on_disk(source, computed, device, unfinished.folder / "resaved"), sizes)
-        files = {f"weights file {n}": h for n, h in fingerprint(safetensors_files(folder)).items()}
-        begun = unfinished.begin(files | _wanted(options, sizes, calibrated, plan, calibration))
-        streaming = Streaming(disk, unfinished, stored, ConversionRecord())
+        read = safetensors_files(folder) if processes.main else []
+        files = {f"weights file {n}": h for n, h in fingerprint(read).items()}
+        with processes.main_first():
+            begun = unfinished.begin(files | _wanted(options, sizes, calibrated, plan, calibration))
+        streaming = Streaming(disk, unfinished, stored, ConversionRecord(), processes)
         if begun:
             print(f"note: going on after {len(unfinished.parts)} blocks that are done", file=sys.stderr)
         print(f"memory: about {human_bytes(streamed_bytes(disk.model, plan, calibration))} for one block at a time, "
@@ -114,10 +121,12 @@ def convert_by_block(
         except KeyboardInterrupt:
             done = len(unfinished.parts)
             raise KeyboardInterrupt(f"{done} blocks are done and kept, and the same command goes on") from None
+        if not processes.main:
+            return
         details = streaming.record.to_dict(
             plan, command=shown_command("lowrank-ft", sys.argv[1:]), method=method, allocation=allocation,
             base_model=source.title,
-            calibration=calibration, seconds=time.monotonic() - start,
+            calibration=calibration, seconds=time.monotonic() - start, processes=processes.count,
         )  # fmt: skip
         save_parts(
             disk.bare(), options.output_dir, unfinished.parts, disk.read, dtype=stored, companions_from=folder,
@@ -183,7 +192,7 @@ def _wanted(
 ) -> dict[str, Any]:
     """What has to be the same for a conversion to go on."""
     digest = hashlib.sha256()
-    for batch in calibration.fitted_and_held_out if calibration is not None else ():
+    for batch in (*calibration.batches, *calibration.held_out) if calibration is not None else ():
         for name, tensor in batch.items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
     chosen = {k: v for k, v in asdict(calibrated).items() if k not in ("activations_dir", "calibration_data")}

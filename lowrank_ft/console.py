@@ -6,7 +6,8 @@ import select
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, LowRankError):
         return printable(" ".join(str(error).split()))
     return f"{type(error).__name__}: {printable(first_line(error))} (LOWRANK_FT_DEBUG=1 shows the traceback)"
+
+
+@contextmanager
+def silent_unless(speaks: bool) -> Iterator[None]:
+    """Inside, a process that does not speak prints nothing; what it raises is for the caller to show."""
+    if speaks:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def shown_command(program: str, arguments: Sequence[str]) -> str:

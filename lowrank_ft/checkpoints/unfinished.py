@@ -29,10 +29,14 @@ _VERSION = 1
 
 
 class Unfinished:
-    """What is done of one conversion. Made by :func:`open_unfinished`, and told by :meth:`begin` what it is about."""
+    """What is done of one conversion. Made by :func:`open_unfinished`, and told by :meth:`begin` what it is about.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        writes: whether this process keeps it, or only reads what another one keeps.
+    """
+
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self._writes = folder, writes
         self._state: dict[str, Any] = {"version": _VERSION, "key": None, "notes": {}, "parts": {}, "hidden": None}
 
     def begin(self, key: Mapping[str, Any]) -> bool:
@@ -132,19 +136,27 @@ class Unfinished:
         return {"folder": name, "counts": counts}
 
     def _write(self) -> None:
+        if not self._writes:
+            return
         with whole_file(self.folder / _STATE) as draft:
             draft.write_text(json.dumps(self._state), encoding="utf-8")
 
 
 @contextmanager
-def open_unfinished(output_dir: str | Path) -> Iterator[Unfinished]:
+def open_unfinished(output_dir: str | Path, writes: bool = True) -> Iterator[Unfinished]:
     """The folder beside ``output_dir``, made where there is none. After an error it stays, for the next try.
+
+    Args:
+        writes: whether this process keeps it; one of those that work together does.
 
     Raises:
         OutputError: another command is at it, or it cannot be made.
     """
     path = Path(output_dir)
     folder = path.parent / f".{path.name}.unfinished"
+    if not writes:
+        yield Unfinished(folder, writes=False)
+        return
     busy = f"another command is converting to {path}; wait for it, or choose another --output-dir"
     with exclusive(folder.with_suffix(".unfinished.lock"), busy):
         try:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowrank_ft.conversion.calibration import Calibration, positions
 from lowrank_ft.conversion.chains import Batch
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.sampling import own_turns, sample_blocks
 from lowrank_ft.data.drawn import CHAT_COLUMNS, draw_chats, draw_texts, holds_chats
 from lowrank_ft.data.encoding import check_vocabulary, text_ends, token_ids, with_begin, without_begin
@@ -45,12 +46,14 @@ def own_batches(
     seed: int = 0,
     progress: bool = False,
     preprocessor: Any = None,
+    processes: Processes = ONE,
 ) -> list[Batch]:
     """Batches of text that ``model`` writes itself.
 
     Args:
         preprocessor: the model's tokenizer. Where it has a chat template, half of the blocks are plain text, from the
             begin token on, and half are chats in that template. A note says so where the template does not allow it.
+        processes: who shares the writing.
 
     Raises:
         DataError: the model is no causal language model, ``tokens`` are too few, or the tokenizer is not the model's.
@@ -61,9 +64,11 @@ def own_batches(
     blocks = tokens // length
     turns = own_turns(model, preprocessor, length) if blocks > 1 else None
     if turns is None:
-        return to_batches(sample_blocks(model, blocks, length, seed=seed, progress=progress))
-    texts = sample_blocks(model, blocks - blocks // 2, length, seed=seed, progress=progress)
-    chats = sample_blocks(model, blocks // 2, length, seed=seed + 1, progress=progress, turns=turns)
+        return to_batches(sample_blocks(model, blocks, length, seed=seed, progress=progress, processes=processes))
+    texts = sample_blocks(model, blocks - blocks // 2, length, seed=seed, progress=progress, processes=processes)
+    chats = sample_blocks(
+        model, blocks // 2, length, seed=seed + 1, progress=progress, turns=turns, processes=processes
+    )
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))
     return to_batches(torch.cat([texts, chats])[order])
 
@@ -183,9 +188,12 @@ def calibration_length(model: Any, block_size: int | None) -> int:
     return block_size
 
 
-def to_batches(blocks: Tensor) -> list[Batch]:
-    """``(blocks, length)`` to batches of about 1,024 tokens."""
-    return [{"input_ids": b} for b in blocks.split(max(1, _BATCH_TOKENS // blocks.shape[1]))]
+def to_batches(blocks: Tensor, least: int = 1) -> list[Batch]:
+    """``(blocks, length)`` to batches of about 1,024 tokens, and no fewer than ``least`` rows where there are so many."""
+    parts = list(blocks.split(max(least, _BATCH_TOKENS // blocks.shape[1])))
+    if len(parts) > 1 and len(parts[-1]) < least:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return [{"input_ids": b} for b in parts]
 
 
 def _require_tokens(found: int, least: int, name: str) -> None:

@@ -16,19 +16,20 @@ from lowrank_ft.checkpoints.on_disk import OnDisk
 from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.blockwise import Stream
-from lowrank_ft.conversion.calibration import Calibration, first_batches
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch, capture, run
 from lowrank_ft.conversion.experts import part_of, summed, unfolded
+from lowrank_ft.conversion.processes import Processes
 from lowrank_ft.conversion.received import dense_moments
 from lowrank_ft.conversion.sensitivity import (
     GRADIENT_TOKENS,
     SENSITIVITY_TOKENS,
     GradientSquares,
+    all_weighted_squares,
     as_shares,
     frozen,
     in_units_of_loss,
     own_loss,
-    weighted_squares,
 )
 from lowrank_ft.conversion.stubs import Returns, stubs
 from lowrank_ft.errors import require_choice
@@ -55,8 +56,9 @@ def squared_spectra_on_disk(
     """
     require_choice("allocation", allocation, ("energy", "loss"))
     model, chain = disk.model, list(returns)
-    batches = first_batches(calibration.batches, SENSITIVITY_TOKENS)
-    few = first_batches(batches, GRADIENT_TOKENS) if allocation == "loss" else []
+    processes = calibration.processes
+    batches = calibration.first(SENSITIVITY_TOKENS)
+    few = batches[: len(calibration.first(GRADIENT_TOKENS))] if allocation == "loss" else []
     with stubs(model, returns):
         stream = Stream(capture(model, chain, batches, calibration.store()), calibration)
     members = {block: part_of(plan, block) for block in chain}
@@ -68,15 +70,13 @@ def squared_spectra_on_disk(
             entered[name].append(stream.hidden[i])
         with disk.loaded(name) as block, unfolded(model, members[name]) as each:
             left, linears = calibration.store(), [p.name for p in each.linears]
-            moments = dense_moments(model, linears, batches, partial(_pass_on, stream, block, name, left))
+            moments = dense_moments(model, linears, batches, partial(_pass_on, stream, block, name, left), processes)
             stream.hidden = left
-            for linear, found in moments.items():
-                if found.inputs is not None:
-                    squares[linear] = weighted_squares(model.get_submodule(linear), found, linear)
+            squares |= all_weighted_squares(model, moments, processes)
     if allocation == "energy":
         return summed(plan, as_shares(squares))
-    gradients, tokens = _from_the_top(disk, returns, stream.hidden, few, calibration.seed)
-    sums = GradientSquares()
+    gradients, tokens = _from_the_top(disk, returns, stream.hidden, few, calibration.seed, processes)
+    sums = GradientSquares(processes)
     for name in progress_bar(chain[::-1], desc="sensitivity", unit="block", progress=progress):
         first = name == chain[0]
         if first and not members[name].linears:
@@ -100,7 +100,7 @@ def _pass_on(stream: Stream, block: nn.Module, name: str, left: Activations, bat
 
 
 def _from_the_top(
-    disk: OnDisk, returns: Returns, left: Activations, batches: Sequence[Batch], seed: int
+    disk: OnDisk, returns: Returns, left: Activations, batches: Sequence[Batch], seed: int, processes: Processes
 ) -> tuple[list[Tensor], int]:
     """The gradient of the model's own loss at what leaves its last block, per batch; and how many tokens it sums over."""
     generator, tokens, gradients = torch.Generator().manual_seed(seed), 0, list[Tensor]()
@@ -109,7 +109,7 @@ def _from_the_top(
         for i, batch in enumerate(batches):
             hidden = left[i].detach().requires_grad_()
             with stubs(disk.model, returns, {last: hidden}):
-                loss, counted = own_loss(run(disk.model, batch), batch, generator)
+                loss, counted = own_loss(run(disk.model, batch), batch, generator, processes)
             loss.backward()
             assert hidden.grad is not None
             gradients.append(hidden.grad)

@@ -23,11 +23,12 @@ from lowrank_ft.conversion.chains import ChainInputs, capture, chains_with, toke
 from lowrank_ft.conversion.experts import expert_damping, is_expert, too_few, warn_of_few
 from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.conversion.moments import Moments
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.received import Group, InputGroups, dense_moments, input_of
 from lowrank_ft.conversion.record import ConversionRecord
-from lowrank_ft.conversion.refine import refine_block, squared_error
+from lowrank_ft.conversion.refine import refine_block, squares
 from lowrank_ft.conversion.stubs import capture_of_first
-from lowrank_ft.factorization.solvers import Regression, truncated_svd
+from lowrank_ft.factorization.solvers import Factors, Regression, truncated_svd
 from lowrank_ft.nn.replace import dense_weight, factorized, swap
 
 METHODS = ("svd", "activation", "anchored")
@@ -136,32 +137,33 @@ class _Block:
         seen, wanted = self._look(dense)
         moments: dict[str, Moments] = {}
         few: dict[str, int] = {}
+        processes = self.calibration.processes
         for group in seen:
             first, damping = group.names[0], self.calibration.damping
             anchored = converted is not None and self._is_anchored(first)
             shared = self._moments(group, converted) if anchored and converted is not None else group.moments
+            shared.add_up(processes, dense_weight(self.model.get_submodule(first)).shape[1])
             solver: Regression | None = None
             if is_expert(self.model, first):
                 damping = expert_damping(shared, damping)
                 few |= dict.fromkeys(group.names, shared.tokens) if too_few(shared) else {}
             if first not in few:
                 solver = Regression(shared.inputs, shared.cross, damping, first)
-            for name in group.names:
-                moments[name] = shared
-                factorize_linear(self.model, name, self.ranks[name], solver)
+            moments |= dict.fromkeys(group.names, shared)
+            factorize_linears(self.model, {n: self.ranks[n] for n in group.names}, solver, processes)
         if few:
             warn_of_few(list(few), self.name, max(few.values()))
-        for name in self.ranks:
-            if name not in moments:  # none is wanted, or no token of the calibration data came by
-                factorize_linear(self.model, name, self.ranks[name], None)
+        # Of the others, none is wanted, or no token of the calibration data came by.
+        factorize_linears(self.model, {n: r for n, r in self.ranks.items() if n not in moments}, None, processes)
         dense.hidden = wanted
         if converted is not None:
             self._follow(converted, wanted, record)
         if record is None:
             return
-        for name, module in self._dense(self.ranks).items():
+        dense_modules = self._dense(self.ranks)
+        for name in list(self.ranks)[processes.rank :: processes.count]:
             inputs = moments[name].inputs if name in moments else None
-            record.add_linear(name, dense_weight(module), self.model.get_submodule(name), inputs)
+            record.add_linear(name, dense_weight(dense_modules[name]), self.model.get_submodule(name), inputs)
 
     def _follow(self, converted: Stream, wanted: Activations, record: ConversionRecord | None) -> None:
         """Refine the factors, and move the converted stream past the block."""
@@ -178,7 +180,7 @@ class _Block:
     def _error(self, found: Activations, wanted: Activations, masks: Sequence[Tensor | None]) -> float:
         """On the held-out batches where there are any."""
         start = len(self.calibration.fitted) if self.calibration.held_out else 0
-        return mean_error(found, wanted, masks, start)
+        return mean_error(found, wanted, masks, start, self.calibration.processes)
 
     def _refine(
         self, converted: Stream, wanted: Activations, masks: Sequence[Tensor | None], left: Activations, error: float
@@ -189,7 +191,7 @@ class _Block:
         start = [(p, p.detach().clone()) for p in (*factors_of(self.block), *vectors)]
         refine_block(
             self.block, converted.hidden, converted.calls[self.name], wanted, masks, settings.refine_epochs,
-            settings.refine_learning_rate, settings.seed, len(settings.fitted), vectors,
+            settings.refine_learning_rate, settings.seed, len(settings.fitted), vectors, settings.processes,
         )  # fmt: skip
         refined = converted.after(self.block, self.name)
         if (refined_error := self._error(refined, wanted, masks)) <= error:
@@ -227,6 +229,8 @@ class _Block:
                 groups.append(Group(names, self.calibration.store() if self._is_anchored(names[0]) else None))
                 groups[-1].add(i, batch, x)
                 missing = {n: m for n, m in missing.items() if n not in names}
+        groups = self._of_all(groups)
+        missing = {n: m for n, m in missing.items() if not any(n in g.names for g in groups)}
         if missing:
             names = list(missing)
             warnings.warn(
@@ -235,6 +239,22 @@ class _Block:
                 stacklevel=2,
             )
         return groups, left
+
+    def _of_all(self, groups: list[Group]) -> list[Group]:
+        """The same groups in the same order in all processes, also those of which no token came by here."""
+        processes = self.calibration.processes
+        if processes.count == 1:
+            return groups
+        mine = {n: g for g in groups for n in g.names}
+        found: dict[str, Group] = {}
+        for names in (names for each in processes.collect([g.names for g in groups]) for names in each):
+            if new := [n for n in names if n not in found]:
+                group = Group(new, self.calibration.store() if self._is_anchored(new[0]) else None)
+                if new[0] in mine:
+                    group = mine[new[0]]
+                    group.names = new
+                found |= dict.fromkeys(new, group)
+        return list(dict.fromkeys(found.values()))
 
     def _moments(self, group: "Group", converted: Stream) -> Moments:
         """Moments of the inputs of linears that are still dense in the block under conversion."""
@@ -251,35 +271,64 @@ class _Block:
         return moments
 
 
-def factorize_linear(model: nn.Module, name: str, rank: int, solver: Regression | None) -> None:
-    """Replace one dense linear by factors that fit its inputs, or its weight alone where there is no ``solver``."""
-    dense = model.get_submodule(name)
-    weight = dense_weight(dense)
-    factors = (solver or truncated_svd)(weight, rank, f"{name}.weight")
-    swap(model, name, factorized(dense, factors))
+def factorize_linears(
+    model: nn.Module, ranks: Mapping[str, int], solver: Regression | None, processes: Processes = ONE
+) -> None:
+    """Replace dense linears by factors that fit their inputs, or their weights alone where there is no ``solver``."""
+
+    def work(name: str) -> Factors:
+        return (solver or truncated_svd)(dense_weight(model.get_submodule(name)), ranks[name], f"{name}.weight")
+
+    for name, factors in processes.deal(list(ranks), work):
+        swap(model, name, factorized(model.get_submodule(name), Factors(*factors)))
 
 
-def truncate_linear(model: nn.Module, name: str, rank: int, record: ConversionRecord | None) -> None:
-    """:func:`factorize_linear` by the weight alone, and a ``record`` of what that loses."""
-    weight = dense_weight(model.get_submodule(name))
-    factorize_linear(model, name, rank, None)
-    if record is not None:
-        record.add_linear(name, weight, model.get_submodule(name), None)
+def truncate_linears(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    record: ConversionRecord | None,
+    processes: Processes = ONE,
+    progress: bool = False,
+) -> None:
+    """Replace dense linears by factors of their weights alone; a ``record`` is told what each loses."""
+
+    def work(name: str) -> Factors:
+        dense = model.get_submodule(name)
+        factors = truncated_svd(dense_weight(dense), ranks[name], f"{name}.weight")
+        if record is not None:
+            record.add_linear(name, dense_weight(dense), factorized(dense, factors), None)
+        return factors
+
+    bar = progress_bar(total=len(ranks), desc="factorize", unit="linear", progress=progress)
+    for name, factors in processes.deal(list(ranks), work):
+        swap(model, name, factorized(model.get_submodule(name), Factors(*factors)))
+        bar.update()
+    bar.close()
 
 
 def _convert_loose(
     model: nn.Module, ranks: Mapping[str, int], calibration: Calibration, method: str, record: ConversionRecord | None
 ) -> None:
     """Linears outside of any chain (a pooler, a block that runs several times): by the dense model's inputs."""
-    moments = dense_moments(model, list(ranks), calibration.fitted) if ranks and method != "svd" else {}
+    moments: dict[str, Moments] = {}
+    if ranks and method != "svd":
+        moments = dense_moments(model, list(ranks), calibration.fitted, processes=calibration.processes)
     for name, rank in ranks.items():
         weight, found = dense_weight(model.get_submodule(name)), moments.get(name, Moments())
-        factorize_linear(model, name, rank, Regression(found.inputs, None, calibration.damping, name))
+        solver = Regression(found.inputs, None, calibration.damping, name)
+        factorize_linears(model, {name: rank}, solver, calibration.processes)
         if record is not None:
             record.add_linear(name, weight, model.get_submodule(name), found.inputs)
 
 
-def mean_error(found: Activations, wanted: Activations, masks: Sequence[Tensor | None], start: int = 0) -> float:
+def mean_error(
+    found: Activations,
+    wanted: Activations,
+    masks: Sequence[Tensor | None],
+    start: int = 0,
+    processes: Processes = ONE,
+) -> float:
     """``|found - wanted| / |wanted|`` of hidden states, the mean over the batches from ``start`` on."""
-    errors = [squared_error(found[i], wanted[i], masks[i]).sqrt().item() for i in range(start, len(found))]
-    return sum(errors) / len(errors)
+    sums = torch.stack([torch.stack(squares(found[i], wanted[i], masks[i])) for i in range(start, len(found))])
+    processes.add_up(sums)
+    return (sums[:, 0] / sums[:, 1]).sqrt().mean().item()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.chains import Batch
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.errors import ConfigError, DataError
 
 
@@ -29,6 +30,8 @@ class Calibration:
         train_vectors: whether the scales of norms, and biases, are trained beside the factors.
         activations_dir: a folder to keep hidden states in where they do not fit into memory.
         seed: order of the batches.
+        processes: who shares the work. ``batches`` and ``held_out`` are those of all; the properties below them are
+            this process's rows.
     """
 
     batches: Sequence[Batch]
@@ -43,22 +46,39 @@ class Calibration:
     train_vectors: bool = True
     activations_dir: Path | None = None
     seed: int = 0
+    processes: Processes = ONE
 
     def __post_init__(self) -> None:
+        for batch in (*self.batches, *self.held_out):
+            self.processes.rows(batch)  # each has some
         if not self.batches:
             raise DataError("the calibration data hold no batch; give at least one")
         for name in ("damping", "refine_epochs", "distill_epochs", "refine_learning_rate", "distill_learning_rate"):
             if not 0 <= (0.0 if getattr(self, name) is None else getattr(self, name)) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
+    def first(self, tokens: int) -> list[Batch]:
+        """The first batches, with about so many tokens."""
+        return [self.processes.rows(b) for b in first_batches(self.batches, tokens)]
+
     @property
-    def fitted(self) -> Sequence[Batch]:
+    def fitted(self) -> list[Batch]:
         """What regression and block refinement see."""
-        return first_batches(self.batches, self.fit_tokens)
+        return self.first(self.fit_tokens)
+
+    @property
+    def distilled(self) -> list[Batch]:
+        """What distillation sees."""
+        return [self.processes.rows(b) for b in self.batches]
+
+    @property
+    def judging(self) -> list[Batch]:
+        """What is held out."""
+        return [self.processes.rows(b) for b in self.held_out]
 
     @property
     def fitted_and_held_out(self) -> list[Batch]:
-        return [*self.fitted, *self.held_out]
+        return [*self.fitted, *self.judging]
 
     @property
     def tokens(self) -> int:

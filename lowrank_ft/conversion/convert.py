@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.format import describe_in_config
-from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion import METHODS, Calibration, ConversionRecord, convert_blocks, distill
-from lowrank_ft.conversion.blockwise import truncate_linear
+from lowrank_ft.conversion.blockwise import truncate_linears
 from lowrank_ft.conversion.calibration import default_method
 from lowrank_ft.conversion.chains import block_of
 from lowrank_ft.conversion.experts import expert_counts, fold_records, one_by_one, plan_spectra, stacks_of
 from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.errors import ConfigError, PlanError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.plan import Plan, make_plan, reallocate
@@ -67,6 +67,7 @@ def convert(
     allocation: str | None = None,
     record: ConversionRecord | None = None,
     progress: bool = False,
+    processes: Processes = ONE,
 ) -> Plan:
     """Replace linears of ``model`` by their factors, in place.
 
@@ -86,6 +87,7 @@ def convert(
             for a ``param_ratio`` with calibration data, and ``uniform`` otherwise.
         record: is filled with what was lost in each linear and block.
         progress: show progress bars on stderr; where that is no terminal, a line each minute.
+        processes: who shares the work, where there are no calibration data to say so.
 
     Returns:
         The plan that was carried out.
@@ -133,8 +135,9 @@ def convert(
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     weights = {n: dense_weight(model.get_submodule(n)) for n in each.ranks} if guide is not None else {}
     if calibration is None:
-        _truncate(model, each, record, progress)
+        truncate_linears(model, each.ranks, record, processes, progress)
     else:
+        processes = calibration.processes
         if guide is not None:  # with the dense branch, the layers give exactly what they gave before
             calibration = replace(calibration, train_vectors=False)
         _fit(model, each, method, calibration, record, progress)
@@ -148,6 +151,7 @@ def convert(
     if guide is None:
         fold_experts(model)
     if record is not None:
+        record.gather(processes, each.ranks)
         record.linears = fold_records(record.linears, expert_counts(plan))
     describe_in_config(model)
     return plan
@@ -202,12 +206,6 @@ def spend(plan: Plan, spectra: Mapping[str, Tensor]) -> Plan:
     return reallocate(plan, spectra)
 
 
-def _truncate(model: nn.Module, plan: Plan, record: ConversionRecord | None, progress: bool) -> None:
-    bar = progress_bar(plan.ranks.items(), desc="factorize", unit="linear", progress=progress)
-    for name, rank in bar:
-        truncate_linear(model, name, rank, record)
-
-
 def _fit(
     model: nn.Module,
     plan: Plan,
@@ -228,8 +226,8 @@ def _fit(
         fitted = [(p, p.detach().to("cpu", copy=True)) for p in trained]
         try:
             losses = distill(
-                model, dense, calibration.batches, calibration.distill_epochs, calibration.distill_learning_rate,
-                calibration.seed, calibration.held_out, vectors, progress,
+                model, dense, calibration.distilled, calibration.distill_epochs, calibration.distill_learning_rate,
+                calibration.seed, calibration.judging, vectors, progress, calibration.processes,
             )  # fmt: skip
         except torch.OutOfMemoryError:
             warnings.warn(_NO_MEMORY, stacklevel=3)

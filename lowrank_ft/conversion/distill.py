@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion.chains import Batch, answer_of, run, token_mask
 from lowrank_ft.conversion.factor_trainer import Best, FactorTrainer
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.refine import squared_error
 from lowrank_ft.evaluation.divergence import divergence
 
@@ -42,6 +43,7 @@ def distill(
     held_out: Sequence[Batch] = (),
     vectors: Sequence[Tensor] = (),
     progress: bool = False,
+    processes: Processes = ONE,
 ) -> tuple[float, float] | None:
     """Train the factors of ``model`` toward ``dense_model``, one batch per step, in place.
 
@@ -53,6 +55,7 @@ def distill(
         vectors: what is trained beside the factors: scales of norms, biases.
         held_out: batches that are not trained on, by which the best state is chosen; where there are none, a few of
             those that are.
+        processes: each with its rows of every batch.
 
     Returns:
         The loss on the batches by which it was chosen, before and after; None where nothing was trained.
@@ -63,25 +66,32 @@ def distill(
     steps = round(epochs * len(batches))
     if steps == 0:
         return None
-    trainer = FactorTrainer(model, steps, learning_rate or 0.0, vectors)
+    trainer = FactorTrainer(model, steps, learning_rate or 0.0, vectors, processes)
     checks = {round(steps * i / _CHECKS) for i in range(1, _CHECKS + 1)}
     judges = held_out or batches[:_JUDGES]
-    first = mean_difference(model, dense_model, judges)
+
+    def judged() -> float:
+        return mean_difference(model, dense_model, judges, processes)
+
+    first = judged()
     best = Best(trainer.masters, first)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = torch.randperm(len(batches), generator=generator).tolist()
     if learning_rate is None:
         _add_gradient(trainer, model, dense_model, batches[order[-1]])
-        trainer.learning_rate = search_rate(trainer, best, lambda: mean_difference(model, dense_model, judges))
+        trainer.add_up()
+        trainer.learning_rate = search_rate(trainer, best, judged)
     misses = 0
     bar = progress_bar(range(1, steps + 1), desc="distill", unit="step", progress=progress)
     for step in bar:
         order = order or torch.randperm(len(batches), generator=generator).tolist()
         loss = _add_gradient(trainer, model, dense_model, batches[order.pop()])
         trainer.step()
-        bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{best.loss:.4f}", rate=f"{trainer.learning_rate:.1g}")
+        bar.set_postfix(
+            loss=f"{loss:.4f}", held_out=f"{best.loss:.4f}", rate=f"{trainer.learning_rate:.1g}", refresh=False
+        )
         if step in checks:
-            misses = 0 if best.offer(mean_difference(model, dense_model, judges)) else misses + 1
+            misses = 0 if best.offer(judged()) else misses + 1
             if misses == _PATIENCE:
                 break
     bar.close()
@@ -113,24 +123,26 @@ def search_rate(trainer: FactorTrainer, best: Best, loss: Callable[[], float]) -
 
 def _add_gradient(trainer: FactorTrainer, model: nn.Module, dense_model: nn.Module, batch: Batch) -> float:
     total = 0.0
-    for part, share in _parts(batch, model):
+    for part, share in _parts(batch, model, trainer.processes):
         with torch.no_grad():
             wanted = run(dense_model, part)
         with torch.enable_grad():
             found = share * difference(run(model, part), wanted, part)
             trainer.add(found)
         total += found.item()
-    return total
+    return trainer.processes.total(total)
 
 
 @torch.no_grad()
-def mean_difference(model: nn.Module, dense_model: nn.Module, batches: Sequence[Batch]) -> float:
+def mean_difference(
+    model: nn.Module, dense_model: nn.Module, batches: Sequence[Batch], processes: Processes = ONE
+) -> float:
     """The mean of :func:`difference` over batches, each weighing as many tokens as it has."""
     total = 0.0
     for batch in batches:
-        for part, share in _parts(batch, model):
+        for part, share in _parts(batch, model, processes):
             total += share * difference(run(model, part), run(dense_model, part), part).item()
-    return total / len(batches)
+    return processes.total(total) / len(batches)
 
 
 def difference(found: Any, wanted: Any, batch: Batch) -> Tensor:
@@ -143,8 +155,8 @@ def difference(found: Any, wanted: Any, batch: Batch) -> Tensor:
     return divergence(answer, answer_of(wanted)[0].to(answer.device), counted) / counted.sum().clamp_min(1)
 
 
-def _parts(batch: Batch, model: nn.Module) -> Iterator[tuple[Batch, float]]:
-    """A batch in parts of a few rows, and the share of its tokens that each has."""
+def _parts(batch: Batch, model: nn.Module, processes: Processes) -> Iterator[tuple[Batch, float]]:
+    """A batch in parts of a few rows, and the share that each has of the tokens of all processes."""
     rows = len(next(iter(batch.values())))
     if any(len(v) != rows for v in batch.values()):  # images of a text: what belongs together is not known here
         yield batch, 1.0
@@ -153,8 +165,9 @@ def _parts(batch: Batch, model: nn.Module) -> Iterator[tuple[Batch, float]]:
     most = _POSITIONS_AT_ONCE.get(next(model.parameters()).device.type, _POSITIONS_ELSEWHERE)
     size = max(1, most // positions)
     weights = [_weight({k: v[i : i + size] for k, v in batch.items()}) for i in range(0, rows, size)]
+    total = processes.total(sum(weights))
     for i, weight in zip(range(0, rows, size), weights, strict=True):
-        yield {k: v[i : i + size] for k, v in batch.items()}, weight / sum(weights)
+        yield {k: v[i : i + size] for k, v in batch.items()}, weight / total
 
 
 def _weight(part: Batch) -> float:

@@ -7,7 +7,7 @@ the estimate wrong by its share.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,11 @@ class Work:
     distilled: int
     loss: bool
     anchored: bool
+
+    def divided(self, processes: int) -> "Work":
+        """The part of one of so many processes."""
+        tokens = ("written", "fitted", "refined", "distilled")
+        return replace(self, **{name: getattr(self, name) // processes for name in tokens})
 
 
 @dataclass(frozen=True)

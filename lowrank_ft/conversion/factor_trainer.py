@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.errors import DivergedError
 from lowrank_ft.factorization.solvers import Factors, balance
 from lowrank_ft.nn import lowrank_layers
@@ -28,11 +29,18 @@ class FactorTrainer:
 
     Weight decay is off: it would pull a product that is meant to stay ``W`` toward zero. Parameters of 16 bits are
     trained on a float32 copy, because an update of a thousandth of a bfloat16 number would be rounded away.
-    Gradients are summed over the calls of :meth:`add` until the next :meth:`step`.
+    Gradients are summed over the calls of :meth:`add` until the next :meth:`step`, and over the processes.
     """
 
-    def __init__(self, module: nn.Module, steps: int, learning_rate: float, vectors: Sequence[Tensor] = ()) -> None:
-        self.steps, self.learning_rate = steps, learning_rate
+    def __init__(
+        self,
+        module: nn.Module,
+        steps: int,
+        learning_rate: float,
+        vectors: Sequence[Tensor] = (),
+        processes: Processes = ONE,
+    ) -> None:
+        self.steps, self.learning_rate, self.processes = steps, learning_rate, processes
         self.factors = factors_of(module)
         self.parameters = [*self.factors, *vectors]
         # Of a float32 parameter this is the parameter's own memory.
@@ -61,8 +69,21 @@ class FactorTrainer:
             else:
                 master.grad += gradient
 
+    def add_up(self) -> None:
+        """Sum the added gradients over the processes."""
+        if self.processes.count == 1:
+            return
+        reached = torch.tensor([m.grad is not None for m in self.masters], dtype=torch.float32)
+        reached = reached.to(self.processes.device)
+        self.processes.add_up(reached)
+        for master, somewhere in zip(self.masters, reached.tolist(), strict=True):
+            if somewhere:
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+                self.processes.add_up(master.grad)
+
     def step(self) -> None:
         """One update along the gradients that were added."""
+        self.add_up()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * lr_factor_at(self.done, self.steps, self.steps // 10)
         nn.utils.clip_grad_norm_(self.masters, 1.0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_ft.conversion.processes import Processes
 from lowrank_ft.errors import NonFiniteError
 from lowrank_ft.factorization.solvers import working_dtype
 
@@ -53,6 +54,25 @@ class Moments:
         if cross is not None:
             self.cross = cross if self.cross is None else self.cross + cross
         self.tokens += len(a)
+
+    def add_up(self, processes: Processes, width: int) -> None:
+        """Replace all by their sums over the processes, some of which may have seen no token.
+
+        Args:
+            width: ``in``.
+        """
+        if processes.count == 1:
+            return
+        crossed = processes.total(self.cross is not None) > 0
+        self.tokens = int(processes.total(self.tokens))
+        if self.tokens == 0:
+            return
+        zeros = torch.zeros(width, width, dtype=working_dtype(torch.device(processes.device)), device=processes.device)
+        if crossed:  # a tensor of its own, which it may not be so far
+            self.cross = zeros.clone() if self.cross is None else self.cross.clone()
+            processes.add_up(self.cross)
+        self.inputs = zeros if self.inputs is None else self.inputs
+        processes.add_up(self.inputs)
 
 
 def rows(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch
 from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.options import CalibrationOptions
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.data.sources import read_rows
 from lowrank_ft.errors import CheckpointError
 
@@ -64,8 +65,11 @@ class Prepared:
         sequence = {"input_ids": torch.zeros(1, max(1, self.own_tokens), dtype=torch.long)}
         return Calibration([*self.given, *([sequence] if self.own_tokens else [])], **self.settings)
 
-    def calibration(self, model: Any, progress: bool = False) -> Calibration:
+    def calibration(self, model: Any, progress: bool = False, processes: Processes = ONE) -> Calibration:
         """Let the model write its part, mix both parts, and hold some of each out.
+
+        Args:
+            processes: who shares the work. Batches have a row for each of them.
 
         Raises:
             DataError: see :func:`own_batches`.
@@ -73,12 +77,12 @@ class Prepared:
         seed = self.settings["seed"]
         own = []
         if self.own_tokens:
-            own = own_batches(model, self.own_tokens, self.length, seed, progress, self.tokenizer)
-        parts = [_hold_out(part) for part in (self.given, own) if part]
+            own = own_batches(model, self.own_tokens, self.length, seed, progress, self.tokenizer, processes)
+        parts = [_hold_out(part, processes.count) for part in (self.given, own) if part]
         batches = [b for fitted, _ in parts for b in fitted]
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = [b for _, held in parts for b in held]
-        return Calibration([batches[i] for i in order], held_out=held_out, **self.settings)
+        return Calibration([batches[i] for i in order], held_out=held_out, processes=processes, **self.settings)
 
 
 def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared:
@@ -113,14 +117,20 @@ def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared
     return Prepared(given, own, length, settings, _tokenizer(source) if own else None)
 
 
-def _hold_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Packed sequences: two of them; else one batch. Nothing where little is there."""
+def _hold_out(batches: list[Batch], least: int = 1) -> tuple[list[Batch], list[Batch]]:
+    """Packed sequences: two of them, or ``least``; else one batch. Nothing where little is there.
+
+    Args:
+        least: rows of a batch, where packed sequences allow it.
+    """
     if all(set(b) == {"input_ids"} for b in batches):
         rows: Sequence[Tensor] = [r for b in batches for r in b["input_ids"]]
-        if len(rows) < _LEAST_ROWS or len({len(r) for r in rows}) > 1:
+        if len({len(r) for r in rows}) > 1:
             return batches, []
-        packed = torch.stack(list(rows))
-        return to_batches(packed[:-_HELD_OUT_ROWS]), to_batches(packed[-_HELD_OUT_ROWS:])
+        packed, held = torch.stack(list(rows)), max(_HELD_OUT_ROWS, least)
+        if len(rows) < max(_LEAST_ROWS, 2 * held):
+            return batches if least == 1 else to_batches(packed, least), []
+        return to_batches(packed[:-held], least), to_batches(packed[-held:], least)
     return (batches[:-1], batches[-1:]) if len(batches) >= _LEAST_BATCHES else (batches, [])
 
 

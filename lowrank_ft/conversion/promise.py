@@ -104,6 +104,7 @@ def convert_within(
                 if promise.measure == "loss"
                 else mean_difference(model, dense, calibration.held_out)
             )
+        found = calibration.processes.agreed(found)
         last = f"; at param ratio {ratio:.2f} the model loses {found:.4f} nats per token of held-out text"
         say(
             f"{promise.shown}: param ratio {ratio:.2f} loses {found:.4f}, {'kept' if found <= promise.most else 'broken'}"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.chains import Batch, run, token_mask
 from lowrank_ft.conversion.moments import Moments
+from lowrank_ft.conversion.processes import ONE, Processes
+from lowrank_ft.nn.replace import dense_weight
 
 
 class InputGroups:
@@ -89,6 +91,7 @@ def dense_moments(
     names: Sequence[str],
     batches: Sequence[Batch],
     forward: Callable[[int], Any] | None = None,
+    processes: Processes = ONE,
 ) -> dict[str, Moments]:
     """Moments of the inputs of several linears at once, from one run of the whole model per batch.
 
@@ -96,6 +99,7 @@ def dense_moments(
 
     Args:
         forward: runs what holds the linears on the batch of a number, to its end; None for the model, as far as needed.
+        processes: each with its rows of every batch; the moments are those of all rows.
     """
     found: dict[str, Moments] = {}
     for i, batch in enumerate(batches):
@@ -109,7 +113,17 @@ def dense_moments(
             mask = token_mask(batch, x, "decoder" in group[0])
             for moments in {id(m): m for m in _moments_of(group, found)}.values():
                 moments.add(x, None, mask, group[0])
-    return {n: found.get(n, Moments()) for n in names}
+    each = {n: found.get(n, Moments()) for n in names}
+    return each if processes.count == 1 else _added_up(model, each, processes)
+
+
+def _added_up(model: nn.Module, moments: dict[str, Moments], processes: Processes) -> dict[str, Moments]:
+    """Over all processes, once for linears that share an object in the main process."""
+    first: dict[int, str] = {}
+    shared = processes.agreed({n: first.setdefault(id(m), n) for n, m in moments.items()})
+    for name in dict.fromkeys(shared.values()):
+        moments[name].add_up(processes, dense_weight(model.get_submodule(name)).shape[1])
+    return {n: moments[shared[n]] for n in moments}
 
 
 def _moments_of(group: Sequence[str], found: dict[str, Moments]) -> list[Moments]:

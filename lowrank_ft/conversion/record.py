@@ -4,6 +4,7 @@ It is one object::
 
     {"format_version": 1, "command": "lowrank-ft convert ...", "base_model": "name", "method": "anchored",
      "allocation": "loss", "refine_epochs": 10, "distill_epochs": 5, "seconds": 123.4,
+     "processes": 1,
      "calibration": {"source": "calibration.txt", "tokens": 65536} or null,
      "plan": Plan.to_dict(),
      "linears": {"model.layers.0.mlp.down_proj": {"spectrum": [9.1, 4.2], "spectrum_index": [1, 2],
@@ -14,7 +15,7 @@ It is one object::
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.format import CONVERSION_FILE
 from lowrank_ft.conversion.calibration import Calibration, default_method
+from lowrank_ft.conversion.processes import Processes
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.factorization.plan import Plan
 from lowrank_ft.factorization.solvers import gram_singular_values
@@ -104,6 +106,7 @@ class ConversionRecord:
         allocation: str | None,
         calibration: Calibration | None,
         seconds: float,
+        processes: int = 1,
     ) -> dict[str, Any]:
         """What ``conversion.json`` holds of a conversion that has just been done."""
         return {
@@ -116,6 +119,7 @@ class ConversionRecord:
             "distill_epochs": calibration.distill_epochs if calibration else 0,
             "calibration": {"source": calibration.source, "tokens": calibration.tokens} if calibration else None,
             "seconds": round(seconds, 1),
+            "processes": processes,
             "distillation": dict(self.distillation) if self.distillation else None,
             "plan": plan.to_dict(),
             "linears": {name: asdict(entry) for name, entry in self.linears.items()},
@@ -129,7 +133,7 @@ class ConversionRecord:
         Raises:
             ValueError, KeyError, TypeError, AttributeError, OverflowError: an entry is something else than documented.
         """
-        plain = ("method", "allocation", "refine_epochs", "distill_epochs", "seconds")
+        plain = ("method", "allocation", "refine_epochs", "distill_epochs", "seconds", "processes")
         linears = _read(data, "linears", dict) or {}
         return cls(
             linears={name: _read(linears, name, LinearRecord.from_dict) for name in linears},
@@ -141,6 +145,13 @@ class ConversionRecord:
             distillation=_read(data, "distillation", lambda d: {k: float(d[k]) for k in ("before", "after")}),
             facts={k: v for k in plain if isinstance(v := data.get(k), str | int | float) and not isinstance(v, bool)},
         )
+
+    def gather(self, processes: Processes, order: Iterable[str]) -> None:
+        """Take over what the other processes noted of their linears; those in ``order`` come first, in that order."""
+        if processes.count == 1:
+            return
+        found = {n: e for linears in processes.collect(self.linears) for n, e in linears.items()}
+        self.linears = {n: found[n] for n in [*(n for n in order if n in found), *found]}
 
     def add_block(self, name: str, before: float, after: float) -> None:
         self.blocks.append(BlockRecord(name, before, after))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.chains import Call
 from lowrank_ft.conversion.factor_trainer import FactorTrainer
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.nn import lowrank_layers
 
 
@@ -28,6 +29,7 @@ def refine_block(
     seed: int = 0,
     batches: int | None = None,
     vectors: Sequence[Tensor] = (),
+    processes: Processes = ONE,
 ) -> None:
     """Train the factors of ``block`` to map ``hidden`` to ``wanted``, one batch per step, in place.
 
@@ -38,6 +40,7 @@ def refine_block(
         masks: per batch, nonzero ``(batch, length)`` where a token counts; None where all do.
         batches: how many to train on; those after them are held out. None for all.
         vectors: what is trained beside the factors.
+        processes: each with its rows of every batch.
 
     Raises:
         DivergedError: the error is no longer a number.
@@ -45,20 +48,28 @@ def refine_block(
     count = len(hidden) if batches is None else batches
     if epochs == 0 or not any(lowrank_layers(block)):
         return
-    trainer = FactorTrainer(block, epochs * count, learning_rate, vectors)
+    trainer = FactorTrainer(block, epochs * count, learning_rate, vectors, processes)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for i in torch.randperm(count, generator=generator).tolist():
             with torch.enable_grad():
-                trainer.add(squared_error(calls[i](block, hidden[i]), wanted[i], masks[i]))
+                difference, size = squares(calls[i](block, hidden[i]), wanted[i], masks[i])
+                processes.add_up(size)
+                trainer.add(difference / size)
             trainer.step()
     trainer.finish()
 
 
 def squared_error(found: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:
     """``|found - wanted|^2 / |wanted|^2`` over the counted tokens of ``(batch, length, features)``, a float32 scalar."""
+    difference, size = squares(found, wanted, mask)
+    return difference / size
+
+
+def squares(found: Tensor, wanted: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``|found - wanted|^2`` and ``|wanted|^2``, which is never 0."""
     difference, size = (found.float() - wanted.float()).square(), wanted.float().square()
     if mask is not None:
         counted = (mask != 0).to(difference)[..., None]
         difference, size = difference * counted, size * counted
-    return difference.sum() / size.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return difference.sum(), size.sum().clamp_min(torch.finfo(torch.float32).tiny)

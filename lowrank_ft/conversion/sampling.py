@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ft.console import progress_bar
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.data.encoding import check_vocabulary
 from lowrank_ft.data.turns import NoTurnsError, Turns, find_turns
 from lowrank_ft.errors import DataError
@@ -35,13 +36,15 @@ def sample_blocks(
     seed: int = 0,
     progress: bool = False,
     turns: Turns | None = None,
+    processes: Processes = ONE,
 ) -> Tensor:
     """Let ``model`` write ``blocks`` texts of ``length`` tokens; int64 ``(blocks, length)`` on the CPU.
 
-    A text goes on past an end-of-text token, as packed training data do.
+    A text goes on past an end-of-text token, as packed training data do. Each batch has a seed of its own.
 
     Args:
         turns: of the model's chat template, if the texts are to be chats; their beginning is part of ``length``.
+        processes: each writes some of the batches, and all get all.
 
     Raises:
         DataError: the model cannot generate.
@@ -54,15 +57,17 @@ def sample_blocks(
     first = _first_token(model)
     settings = model.generation_config
     ends = {*_ends_of_text(model), turns.to_assistant[0], turns.to_user[0]} if turns else set()
-    written = []
+    written: dict[int, Tensor] = {}
+    batch_size = min(batch_size, -(-blocks // processes.count))
     title = f"write calibration {'chats' if turns else 'text'}"
     bar = progress_bar(total=blocks * length, desc=title, unit="token", progress=progress)
     try:
         # The checkpoint's own settings may punish repetition or ban tokens.
         model.generation_config = type(settings)()
         with evaluating(model), torch.random.fork_rng(devices=_cuda_devices(model)):
-            torch.manual_seed(seed)
-            for start in range(0, blocks, batch_size):
+            starts = range(0, blocks, batch_size)
+            for start in starts[processes.rank :: processes.count]:
+                torch.manual_seed(1_000_003 * seed + start)
                 count = min(batch_size, blocks - start)
                 if turns:
                     prompt = torch.tensor([turns.begin]).expand(count, -1)
@@ -77,12 +82,13 @@ def sample_blocks(
                     pad_token_id=0, use_cache=True,
                     logits_processor=[_TakeTurns(turns, ends, count, length // _USER_SHARE)] if turns else [],
                 )  # fmt: skip
-                written.append(ids.cpu())
-                bar.update(ids.numel())
+                written[start] = ids.cpu()
+                bar.update(min(blocks * length, processes.count * ids.numel()))
     finally:
         bar.close()
         model.generation_config = settings
-    return torch.cat(written)
+    found = {start: ids for each in processes.collect(written) for start, ids in each.items()}
+    return torch.cat([found[start] for start in starts])
 
 
 def own_turns(model: Any, tokenizer: Any, length: int) -> Turns | None:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ft.console import progress_bar
-from lowrank_ft.conversion.calibration import Calibration, first_batches
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch, answer_of, block_of, run, token_mask
 from lowrank_ft.conversion.moments import Moments
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.received import dense_moments
 from lowrank_ft.errors import require_choice
 from lowrank_ft.factorization.solvers import weighted_singular_values, working_dtype
@@ -51,20 +52,30 @@ def squared_spectra(
         allocation: ``energy`` or ``loss``.
     """
     require_choice("allocation", allocation, ("energy", "loss"))
-    batches = first_batches(calibration.batches, SENSITIVITY_TOKENS)
+    processes = calibration.processes
+    batches = calibration.first(SENSITIVITY_TOKENS)
     weights: dict[str, Tensor] = {}
     if allocation == "loss":
-        few = first_batches(batches, GRADIENT_TOKENS)
-        weights = output_gradients(model, names, few, calibration.seed, progress)
+        few = batches[: len(calibration.first(GRADIENT_TOKENS))]
+        weights = output_gradients(model, names, few, calibration.seed, progress, processes)
     squares: dict[str, Tensor] = {}
     bar = progress_bar(total=len(names), desc="allocate", unit="linear", progress=progress)
     for group in _in_runs(model, names):
-        for name, found in dense_moments(model, group, batches).items():
-            bar.update()
-            if found.inputs is not None:
-                squares[name] = weighted_squares(model.get_submodule(name), found, name)
+        moments = dense_moments(model, group, batches, processes=processes)
+        squares |= all_weighted_squares(model, moments, processes)
+        bar.update(len(group))
     bar.close()
     return in_units_of_loss(squares, weights) if allocation == "loss" else as_shares(squares)
+
+
+def all_weighted_squares(model: nn.Module, moments: Mapping[str, Moments], processes: Processes) -> dict[str, Tensor]:
+    """:func:`weighted_squares` of each linear that got a token."""
+
+    def work(name: str) -> tuple[Tensor]:
+        return (weighted_squares(model.get_submodule(name), moments[name], name),)
+
+    reached = [name for name, found in moments.items() if found.inputs is not None]
+    return {name: squares for name, (squares,) in processes.deal(reached, work)}
 
 
 def weighted_squares(linear: nn.Module, moments: Moments, name: str) -> Tensor:
@@ -85,10 +96,15 @@ def as_shares(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def output_gradients(
-    model: nn.Module, names: Sequence[str], batches: Sequence[Batch], seed: int = 0, progress: bool = False
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    seed: int = 0,
+    progress: bool = False,
+    processes: Processes = ONE,
 ) -> dict[str, Tensor]:
     """Mean over tokens of the squared gradient of the model's own loss at each linear's output, ``(out,)`` each."""
-    squares = GradientSquares()
+    squares = GradientSquares(processes)
     generator, tokens = torch.Generator().manual_seed(seed), 0
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
@@ -96,7 +112,7 @@ def output_gradients(
         for name in names:
             stack.callback(squares.watch(name, model.get_submodule(name)))
         for batch in progress_bar(batches, desc="sensitivity", unit="batch", progress=progress):
-            loss, counted = own_loss(run(model, batch), batch, generator)
+            loss, counted = own_loss(run(model, batch), batch, generator, processes)
             loss.backward()
             tokens += counted
     return squares.mean(tokens)
@@ -105,11 +121,14 @@ def output_gradients(
 class GradientSquares:
     """Sums over tokens of the squared gradients at the outputs of linears."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ONE) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._outputs: dict[str, int] = {}
+        self._processes = processes
 
     def watch(self, name: str, module: nn.Module) -> Callable[[], None]:
         """Count the gradients of backward passes from now on; what is returned ends that."""
+        self._outputs[name] = dense_weight(module).shape[0]
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # A sum, because a leaf must not be changed in place, which the model may do with what it is given.
@@ -120,7 +139,14 @@ class GradientSquares:
         return module.register_forward_hook(hook).remove
 
     def mean(self, tokens: int) -> dict[str, Tensor]:
-        """``(out,)`` each, over this many tokens."""
+        """``(out,)`` each, over this many tokens here, and those of the other processes."""
+        if self._processes.count > 1:
+            place = self._processes.device
+            tokens = int(self._processes.total(tokens))
+            for name, outputs in self._outputs.items():
+                zeros = torch.zeros(outputs, dtype=working_dtype(torch.device(place)), device=place)
+                self._sums.setdefault(name, zeros)
+                self._processes.add_up(self._sums[name])
         return {n: s / tokens for n, s in self._sums.items()}
 
     def _add(self, name: str, gradient: Tensor) -> None:
@@ -128,24 +154,36 @@ class GradientSquares:
         self._sums[name] = self._sums[name] + squares if name in self._sums else squares
 
 
-def own_loss(output: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+def own_loss(output: Any, batch: Batch, generator: torch.Generator, processes: Processes = ONE) -> tuple[Tensor, int]:
     """A scalar whose gradient has the Fisher information as its second moment, and over how many positions it sums."""
     logits, distribution = answer_of(output)
     if not distribution:
         hidden = logits.float()
-        signs = (torch.randint(0, 2, hidden.shape, generator=generator) * 2 - 1).to(hidden)
-        scale = hidden.detach().square().mean().sqrt().clamp_min(1e-12)
+        shape = hidden.shape[1:]
+        drawn = processes.drawn(lambda rows: torch.randint(0, 2, (rows, *shape), generator=generator), len(hidden))
+        signs = (drawn * 2 - 1).to(hidden)
+        scale = _mean(hidden.detach().square(), processes).sqrt().clamp_min(1e-12)
         mask = token_mask(batch, hidden, decoder=True)
         signs = signs if mask is None else signs * (mask != 0).to(signs)[..., None]
         return (hidden * signs).sum() / scale, int(signs.any(-1).sum())
     with torch.no_grad():
         # Gumbel's trick draws from the softmax with a generator on the CPU, whatever the device.
-        noise = -torch.empty(logits.shape).exponential_(generator=generator).clamp_min(1e-20).log()
+        noise = processes.drawn(
+            lambda rows: -torch.empty(rows, *logits.shape[1:]).exponential_(generator=generator).clamp_min(1e-20).log(),
+            len(logits),
+        )
         drawn = (logits.float() + noise.to(logits.device)).argmax(-1)
         mask = token_mask(batch, logits, decoder=True)
         drawn = drawn if mask is None else drawn.masked_fill(mask == 0, -100)
     loss = F.cross_entropy(logits.float().flatten(0, -2), drawn.flatten(), reduction="sum", ignore_index=-100)
     return loss, int((drawn != -100).sum())
+
+
+def _mean(x: Tensor, processes: Processes) -> Tensor:
+    """Over the elements of all processes."""
+    sums = torch.stack([x.sum(), x.new_tensor(x.numel())])
+    processes.add_up(sums)
+    return sums[0] / sums[1]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ Training of all factors together needs the whole model, so it is not done here.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from lowrank_ft.checkpoints.empty import put_layers
 from lowrank_ft.checkpoints.on_disk import OnDisk
 from lowrank_ft.checkpoints.unfinished import Unfinished
 from lowrank_ft.console import progress_bar
-from lowrank_ft.conversion.blockwise import Stream, convert_block, follows, truncate_linear
+from lowrank_ft.conversion.blockwise import Stream, convert_block, follows, truncate_linears
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch, block_of, capture, chains_with
 from lowrank_ft.conversion.experts import expert_counts, fold_records, one_by_one, part_of, stacks_of
+from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
 from lowrank_ft.conversion.stubs import Returns, returns_of, stubs
 from lowrank_ft.errors import TargetError
@@ -71,12 +73,14 @@ class Streaming:
         unfinished: where results are kept.
         dtype: of what is written; None for the one that is computed in.
         record: what was lost where.
+        processes: who shares the work; each reads every block, and the main one writes.
     """
 
     disk: OnDisk
     unfinished: Unfinished
     dtype: torch.dtype | None
     record: ConversionRecord
+    processes: Processes = ONE
 
     def truncate(self, plan: Plan, progress: bool = False) -> None:
         """Plain SVD of every planned linear; blocks need not be a chain."""
@@ -87,8 +91,7 @@ class Streaming:
         plans = {unit: replace(plan, linears=tuple(linears)) for unit, linears in units.items()}
         for unit, part in self._left_to_do(plans, progress):
             with self._written(unit, part, {}) as ranks:
-                for name, rank in ranks.items():
-                    truncate_linear(self.disk.model, name, rank, self.record)
+                truncate_linears(self.disk.model, ranks, self.record, self.processes)
         self.record.linears = fold_records(self.record.linears, expert_counts(plan))
 
     def fit(self, plan: Plan, returns: Returns, method: str, calibration: Calibration, progress: bool = False) -> None:
@@ -97,11 +100,11 @@ class Streaming:
         Args:
             returns: of the blocks, from :func:`find_chain`.
         """
-        model, chain = self.disk.model, list(returns)
+        model, blocks = self.disk.model, list(returns)
         batches = calibration.fitted_and_held_out if follows(method, calibration) else calibration.fitted
         with evaluating(model):
             with stubs(model, returns):
-                inputs = capture(model, chain, batches, calibration.store())
+                inputs = capture(model, blocks, batches, calibration.store())
             dense = Stream(inputs, calibration)
             converted = Stream(inputs, calibration) if follows(method, calibration) else None
             streams = {"dense": dense, **({} if converted is None else {"converted": converted})}
@@ -109,8 +112,8 @@ class Streaming:
                 if (kept := self.unfinished.hidden(name)) is not None:
                     stream.hidden = calibration.store()
                     for x in kept:
-                        stream.hidden.append(x.to(self.disk.device))
-            for block, part in self._left_to_do({b: part_of(plan, b) for b in chain}, progress):
+                        stream.hidden.append(self.processes.rows({"x": x})["x"].to(self.disk.device))
+            for block, part in self._left_to_do({b: part_of(plan, b) for b in blocks}, progress):
                 with self._written(block, part, streams) as ranks:
                     convert_block(model, block, ranks, dense, converted, method, calibration, self.record)
         self.record.linears = fold_records(self.record.linears, expert_counts(plan))
@@ -134,24 +137,32 @@ class Streaming:
         """
         model = self.disk.model
         self.disk.load(unit)
-        known, blocks = set(self.record.linears), len(self.record.blocks)
+        known, blocks = list(self.record.linears), len(self.record.blocks)
         unfold_experts(model.get_submodule(unit), [n.removeprefix(f"{unit}.") for n in stacks_of(plan)])
-        yield one_by_one(plan).ranks
+        ranks = one_by_one(plan).ranks
+        yield ranks
+        self.record.gather(self.processes, [*known, *ranks])
+        hidden = {n: map(self.processes.whole, s.hidden) for n, s in streams.items()}
+        if not self.processes.main:
+            for _ in chain.from_iterable(hidden.values()):
+                pass  # the main process keeps the rows of all
+            self.disk.unload(unit)
+            return
         module: Any = model.get_submodule(unit)
         if isinstance(module, LowRankLinear):  # a linear that is in no block
             swap(model, unit, pivoted(module, self.dtype))
         else:
             store(module, "pivoted", self.dtype, {})
         module = model.get_submodule(unit)
-        ranks, pivots = stored_form(module)
+        stored, pivots = stored_form(module)
         facts = {
-            "ranks": {_full(unit, n): r for n, r in ranks.items()},
+            "ranks": {_full(unit, n): r for n, r in stored.items()},
             "pivots": {_full(unit, n): side for n, side in pivots.items()},
             "linears": {n: asdict(e) for n, e in self.record.linears.items() if n not in known},
             "blocks": [asdict(b) for b in self.record.blocks[blocks:]],
         }
         tensors = {f"{unit}.{k}": self._as_stored(v) for k, v in module.state_dict().items()}
-        self.unfinished.add(unit, tensors, facts, {n: s.hidden for n, s in streams.items()})
+        self.unfinished.add(unit, tensors, facts, hidden)
         self.disk.unload(unit)
 
     def _as_stored(self, tensor: Tensor) -> Tensor:
