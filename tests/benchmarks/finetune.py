@@ -77,10 +77,12 @@ def methods() -> dict[str, dict[str, Any]]:
 
 
 class Bench:
-    """Model and data of one process."""
+    """Model and data of one process, and what is compared on them."""
+
+    grid = GRID
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.table = options, self.methods()
         tokenizer = common.tokenizer_of(options.model)
         text = common.read_text(options.data)
         cut = int(0.9 * len(text))
@@ -96,6 +98,14 @@ class Bench:
         self.general = general[torch.linspace(0, len(general) - 1, min(200, len(general))).long()]
         self.other = pack(token_ids([common.read_text(options.other)], tokenizer), options.block_size)
         self.tokenizer = tokenizer
+
+    @staticmethod
+    def methods() -> dict[str, dict[str, Any]]:
+        return methods()
+
+    def judge(self, model: Any) -> float:
+        """What pilots are compared by."""
+        return common.perplexity(model, self.pilot)
 
     def dense(self) -> Any:
         return common.load(self.options.model, self.options.device)
@@ -183,31 +193,31 @@ def bench() -> Bench:
     return _bench
 
 
-def workers(options: argparse.Namespace) -> concurrent.futures.ProcessPoolExecutor:
+def workers(options: argparse.Namespace, kind: type[Bench] = Bench) -> concurrent.futures.ProcessPoolExecutor:
     """Processes that share the machine's threads, each with a :func:`bench` of its own."""
     threads = max(1, torch.get_num_threads() // options.workers)
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(options.workers, context, _start_worker, (options, threads))
+    return concurrent.futures.ProcessPoolExecutor(options.workers, context, _start_worker, (options, threads, kind))
 
 
-def _start_worker(options: argparse.Namespace, threads: int) -> None:
+def _start_worker(options: argparse.Namespace, threads: int, kind: type[Bench]) -> None:
     global _bench
     torch.set_num_threads(threads)
-    _bench = Bench(options)
+    _bench = kind(options)
 
 
 def pilot(name: str, rate: float) -> tuple[str, float, float]:
-    """Perplexity on the slice that was kept from the training text."""
+    """Perplexity on what was kept from the training text."""
     steps = max(1, bench().options.max_steps // 4)
-    model = bench().train_one(methods()[name], rate, steps)
-    return name, rate, common.perplexity(model, bench().pilot)
+    model = bench().train_one(bench().table[name], rate, steps)
+    return name, rate, bench().judge(model)
 
 
 def full_run(names: list[str], rate: float, seed: int) -> list[dict[str, Any]]:
     """Train once; a further name takes the trained model and compresses it."""
     bench().options.seed = seed
     start = time.monotonic()
-    table, rows = methods(), []
+    table, rows = bench().table, list[dict[str, Any]]()
     model = bench().train_one({**table[names[0]], "compress": None}, rate, bench().options.max_steps)
     seconds = round(time.monotonic() - start, 1)
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -222,13 +232,15 @@ def full_run(names: list[str], rate: float, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def choose_rates(pool: Any, families: list[str], report: dict[str, Any], save: Any) -> dict[str, list[float]]:
+def choose_rates(
+    pool: Any, families: list[str], report: dict[str, Any], save: Any, table: dict[str, dict[str, Any]]
+) -> dict[str, list[float]]:
     """Rates of each family, the best of its pilots first."""
     found: dict[str, dict[float, float]] = {
         f: {float(r): p for r, p in report["pilots"].get(f, {}).items()} for f in families
     }
     while True:
-        wanted = [(f, r) for f in families for r in common.missing_rates(found[f], GRID, 3)]
+        wanted = [(f, r) for f in families for r in common.missing_rates(found[f], table[f].get("grid", GRID), 3)]
         if not wanted:
             return {f: sorted(found[f], key=lambda r, f=f: found[f][r]) for f in families}
         for _, (name, rate, result) in common.as_completed(pool, pilot, wanted):
@@ -258,14 +270,21 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only methods that begin so")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="pilots are run with the first")
     options = parser.parse_args()
-    options.seed = options.seeds[0]
+    report = measure_all(options, Bench)
+    report["rows"] = means(report["rows"])
+    show(report)
+    draw(report, options.output.with_suffix(".png"))
 
-    table = methods()
+
+def measure_all(options: argparse.Namespace, kind: type[Bench]) -> dict[str, Any]:
+    """Choose rates and train what was asked for and is not in ``--output`` yet; all rows, by method."""
+    options.seed = options.seeds[0]
+    table = kind.methods()
     chosen = [n for n in table if not options.methods or any(n.startswith(m) for m in options.methods)]
     report: dict[str, Any] = {
         "machine": common.machine(options.device), "model": Path(options.model).name, "data": Path(options.data).name,
         "max_steps": options.max_steps, "tokens": options.max_steps * options.batch_size * options.block_size,
-        "weight_decay": options.weight_decay, "grid": list(GRID), "pilots": {}, "rows": [],
+        "weight_decay": options.weight_decay, "grid": list(kind.grid), "pilots": {}, "rows": [],
     }  # fmt: skip
     if options.output.is_file():
         earlier = json.loads(options.output.read_text(encoding="utf-8"))
@@ -276,9 +295,9 @@ def main() -> None:
         common.write_json(options.output, report)
 
     convert_all(options, sorted({table[n]["ratio"] for n in chosen if table[n]["kind"] == "ours"}))
-    with workers(options) as pool:
+    with workers(options, kind) as pool:
         families = list(dict.fromkeys(table[n].get("rate_of", n) for n in chosen))
-        rates = choose_rates(pool, families, report, save)
+        rates = choose_rates(pool, families, report, save, table)
         have = {(r["method"], r["learning_rate"], r["seed"]) for r in report["rows"]}
         full: list[tuple[list[str], float, int]] = []
         for names in jobs_of(chosen, table):
@@ -291,13 +310,11 @@ def main() -> None:
         for _, rows in common.as_completed(pool, full_run, full):
             report["rows"] += rows
             save()
-    report["dense"] = Bench(options).measure(common.load(options.model, options.device))
+    report["dense"] = kind(options).measure(common.load(options.model, options.device))
     order = {name: i for i, name in enumerate(table)}
     report["rows"].sort(key=lambda r: (order[r["method"]], r["learning_rate"], r["seed"]))
     save()
-    report["rows"] = means(report["rows"])
-    show(report)
-    draw(report, options.output.with_suffix(".png"))
+    return report
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
