@@ -132,9 +132,16 @@ def _complete(
     picture = RANK_MAP_FILE if drawn else None
     card = model_card(
         model, base_model=base_model, results=results, command=command, picture=picture, from_scratch=from_scratch,
-        base_card=companions_from,
+        base_card=companions_from, datasets=_datasets(results, conversion),
     )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _datasets(results: Mapping[str, object] | None, conversion: Mapping[str, object] | None) -> list[str]:
+    """What the model was trained on, and what its conversion was calibrated on."""
+    calibration = (conversion or {}).get("calibration")
+    names = [(results or {}).get("dataset"), calibration.get("source") if isinstance(calibration, Mapping) else None]
+    return list(dict.fromkeys(str(name) for name in names if name))
 
 
 @contextmanager

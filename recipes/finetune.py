@@ -22,6 +22,7 @@ from lowrank_ft.checkpoints.source import (
     check_causal_lm,
     check_finite,
     is_compact,
+    is_hub_id,
     load_model,
     refuse_quantized,
 )
@@ -100,7 +101,12 @@ def main() -> None:
 
         # 4. Export.
         if accelerator.is_main_process:
-            results = {"training steps": trainer.max_steps, "guide": f"{guide}, {trainer.guided_steps} steps"}
+            name = data_args.dataset if is_hub_id(data_args.dataset) else Path(data_args.dataset).name
+            results = {
+                "training steps": trainer.max_steps,
+                "guide": f"{guide}, {trainer.guided_steps} steps",
+                "dataset": name,
+            }
             if trainer.best_loss is not None:
                 results["held-out loss"] = f"{trainer.best_loss:.4f} nats per token"
             if trainer.best_step == 0 and train_args.load_best_model_at_end:

@@ -8,12 +8,13 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_ft.checkpoints.source import Source, check_causal_lm, check_finite, load_model
+from lowrank_ft.checkpoints.source import Source, check_causal_lm, check_finite, is_hub_id, load_model
 from lowrank_ft.data.encoding import check_vocabulary, text_ends, token_ids
 from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column, texts
@@ -106,10 +107,10 @@ def compare(
     """Measure a model, and a baseline with the same settings.
 
     Returns:
-        ``model``, and with a baseline ``baseline``, ``difference`` and, on a text, ``agreement``, which is None where
-        the two do not read it as the same tokens. With replies, ``talk``: ``max_new_tokens``, ``agreement`` and
-        ``replies`` of :func:`lowrank_ft.evaluation.talk.talk`, whose other numbers are under ``talk`` of each model. With
-        an agreement, ``draft`` (:class:`lowrank_ft.evaluation.drafting.Draft`).
+        ``model``; on a text, its name as ``data``; with a baseline ``baseline``, ``difference`` and, on a text,
+        ``agreement``, which is None where the two do not read it as the same tokens. With replies, ``talk``:
+        ``max_new_tokens``, ``agreement`` and ``replies`` of :func:`lowrank_ft.evaluation.talk.talk`, whose other numbers are
+        under ``talk`` of each model. With an agreement, ``draft`` (:class:`lowrank_ft.evaluation.drafting.Draft`).
 
     Raises:
         ConfigError: a model is no causal language model, or does not allow the block size.
@@ -133,6 +134,8 @@ def compare(
 
     measured = [measure(s, rows, tasks, block_size, settings, dtype, device, progress) for s in sources]
     results: dict[str, Any] = {"model": measured[0].numbers}
+    if settings.data:
+        results["data"] = str(settings.data) if is_hub_id(str(settings.data)) else Path(settings.data).name
     if len(measured) == 2:
         results["baseline"] = measured[1].numbers
         results["difference"] = difference(*(m.numbers for m in measured))

@@ -1,21 +1,21 @@
 """The README.md of an exported checkpoint."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from lowrank_ft.checkpoints.format import PLACEHOLDER
 from lowrank_ft.checkpoints.source import is_hub_id
 from lowrank_ft.costs.flops import Comparison, compare
-from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, first_line
 from lowrank_ft.report.page import TEMPLATES
-from lowrank_ft.report.summary import Results, cell, main_table
+from lowrank_ft.report.summary import Results, cell, main_table, task_scores
 
 _TABLE_BEGIN, _TABLE_END = "<!-- begin: main table -->", "<!-- end: main table -->"
 
@@ -38,6 +38,7 @@ def model_card(
     command: str | None = None,
     repo: str = PLACEHOLDER,
     evaluation: Results | None = None,
+    datasets: Iterable[str] = (),
     picture: str | None = None,
     from_scratch: bool = False,
     base_card: Path | None = None,
@@ -46,6 +47,7 @@ def model_card(
 
     Args:
         evaluation: what ``lowrank-ft eval --json`` prints, for the main table.
+        datasets: names of the data that it was fitted to or trained on; those on the Hub go into the header.
         picture: file name of the rank map, beside the card.
         from_scratch: there never was a dense model.
         base_card: the folder of the model that it came from, whose card says under which licence.
@@ -64,10 +66,15 @@ def model_card(
     data = ModelCardData(
         base_model=hub_id,
         base_model_relation=relation,
+        datasets=[name for name in datasets if is_hub_id(name) and "/" in name] or None,
         library_name="transformers",
         tags=["lowrank-ft", "low-rank", "compressed"],
         **_licence(base_card),
     )
+    entry: Any = getattr(model.config, "quantization_config", None) or {}
+    revision = entry.get("base_revision") if isinstance(entry, dict) else getattr(entry, "base_revision", None)
+    if hub_id and revision:
+        facts["revision of the base model"] = revision
     has_own_code = "AutoConfig" in (getattr(model.config, "auto_map", None) or {})
     card = ModelCard.from_template(
         data,
@@ -83,6 +90,7 @@ def model_card(
         picture=picture,
         facts=_facts_table(facts),
         auto_class=_auto_class(model),
+        generates=_auto_class(model) == _AUTO_CLASSES[0],
         repo=repo,
         has_own_code=has_own_code,
         command=_fenced(command) if command else None,
@@ -116,11 +124,11 @@ def dense_card(model: PreTrainedModel, results: Mapping[str, object], command: s
 
 
 def card_with_table(folder: Path, comparison: Comparison, evaluation: Results) -> str:
-    """The text of a folder's card with its main table made anew; the rest stays as it is.
+    """The text of a folder's card with its main table, and the results in its header, made anew; the rest stays as it is.
 
     Raises:
         CheckpointNotFoundError: there is no card.
-        CheckpointError: the marks around the table are gone.
+        CheckpointError: the marks around the table are gone, or the header cannot be read.
     """
     path = folder / "README.md"
     if not path.is_file():
@@ -132,7 +140,39 @@ def card_with_table(folder: Path, comparison: Comparison, evaluation: Results) -
         raise CheckpointError(
             f"{path} lacks the lines {_TABLE_BEGIN} and {_TABLE_END}; add them where the table should be"
         )
-    return f"{before}{begin}\n{main_table(comparison, evaluation)}\n{end}{after}"
+    try:
+        card = ModelCard(
+            f"{before}{begin}\n{main_table(comparison, evaluation)}\n{end}{after}", ignore_metadata_errors=True
+        )
+    except (ValueError, TypeError, YAMLError) as error:
+        raise CheckpointError(f"the header of {path} cannot be read ({first_line(error)}); repair the YAML") from None
+    found = eval_results(evaluation)
+    if found:
+        titles = [line[2:].strip() for line in card.text.splitlines() if line.startswith("# ")]
+        header: Any = card.data
+        header.model_name, header.eval_results = (titles or ["model"])[0], found
+    return str(card)
+
+
+def eval_results(evaluation: Results) -> list[EvalResult]:
+    """What the Hub shows beside a model: perplexity and task scores, each with the dense model's after it."""
+    text = str(evaluation.get("data") or "text")
+    found = []
+    for key, suffix in (("model", ""), ("baseline", ", dense model")):
+        numbers = evaluation.get(key) or {}
+        metrics: list[tuple[str, str, Any]] = [(text, "perplexity", numbers.get("perplexity"))]
+        for name, score in task_scores(numbers).items():
+            task, _, metric = name.rpartition(", ")
+            metrics.append((task, metric, score))
+        found += [
+            EvalResult(
+                task_type="text-generation", dataset_type=dataset, dataset_name=dataset, metric_type=metric,
+                metric_name=f"{metric}{suffix}", metric_value=round(value, 4),
+            )
+            for dataset, metric, value in metrics
+            if isinstance(value, int | float)
+        ]  # fmt: skip
+    return found
 
 
 def _fenced(command: str) -> str:

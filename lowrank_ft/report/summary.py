@@ -87,7 +87,7 @@ def evaluation_rows(evaluation: Results | None) -> list[Row]:
     if not evaluation:
         return []
     models = [evaluation.get(k) or {} for k in ("model", "baseline")]
-    after, before = ({**_numbers({k: v for k, v in m.items() if k != "tasks"}), **_scores(m)} for m in models)
+    after, before = ({**_numbers({k: v for k, v in m.items() if k != "tasks"}), **task_scores(m)} for m in models)
     both = _numbers({k: v for k, v in evaluation.items() if k not in _ALONE})
     rows = []
     for key in sorted(after, key=lambda k: list(_KNOWN).index(k) if k in _KNOWN else len(_KNOWN)):
@@ -134,7 +134,7 @@ def _shown(key: str, value: float) -> tuple[str, str]:
     return name, form.format(value)
 
 
-def _scores(entry: Mapping[str, Any]) -> dict[str, float]:
+def task_scores(entry: Mapping[str, Any]) -> dict[str, float]:
     """``tasks: {task: {metric: {"value": 0.5, ...}}}`` by task and metric."""
     tasks = entry.get("tasks") or {}
     return {

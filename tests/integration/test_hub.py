@@ -170,6 +170,9 @@ def test_the_licence_of_the_base_model_is_inherited(hub, command, tmp_path):
     assert (fields["license"], fields["license_name"]) == ("other", "kind")
     assert (fields["base_model"], fields["base_model_relation"]) == ("me/dense", "quantized")
     assert "x" not in fields["tags"]
+    card = (tmp_path / "compact" / "README.md").read_text()
+    revision = json.loads((tmp_path / "compact" / "config.json").read_text())["quantization_config"]["base_revision"]
+    assert f"| revision of the base model | {revision} |" in card
     command("export", "compact", "--form", "factors", "--output-dir", "again")
     assert metadata_load(tmp_path / "again" / "README.md")["license"] == "other"
     (tmp_path / "dense" / "README.md").write_text("---\nlicense: [\n---\n")  # a damaged card is no reason to stop

@@ -5,12 +5,14 @@ import shutil
 import sys
 
 import pytest
+from huggingface_hub import metadata_load
 from lowrank_ft_cli.main import main
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lowrank_ft.checkpoints.companions import copy_companions
 from lowrank_ft.checkpoints.push import _stage
+from lowrank_ft.report.model_card import model_card
 from tests.conftest import DEMO_MODEL
 from tests.html_page import assert_self_contained
 
@@ -95,7 +97,16 @@ def test_evaluation_from_a_file_and_from_a_text(command, compact, text, tmp_path
     card = (compact / "README.md").read_text()
     assert f"| perplexity | {expected[0]} | {expected[1]} |" in card
     assert card.partition("end: main table")[2] == readme.partition("end: main table")[2]
-    assert card.startswith(readme.partition("| parameters |")[0])
+    headers = [text.split("---\n", 2) for text in (card, readme)]
+    assert headers[0][2].partition("| parameters |")[0] == headers[1][2].partition("| parameters |")[0]
+    found = metadata_load(compact / "README.md")
+    metrics = {m["name"]: m["value"] for m in found.pop("model-index")[0]["results"][0]["metrics"]}
+    assert metrics == {
+        "perplexity": pytest.approx(numbers["model"]["perplexity"], abs=1e-4),
+        "perplexity, dense model": pytest.approx(numbers["baseline"]["perplexity"], abs=1e-4),
+    }
+    (tmp_path / "before.md").write_text(readme)
+    assert found == metadata_load(tmp_path / "before.md")
 
 
 def test_replies_of_an_evaluation_stand_side_by_side(command, compact, tmp_path):
@@ -217,3 +228,33 @@ def test_without_matplotlib(command, compact, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert_refused(command("report", compact), 'pip install "lowrank-ft[plot]"')
     assert_refused(command("plan", DEMO_MODEL, "--rank", "8", "--picture", "x.png"), 'pip install "lowrank-ft[plot]"')
+
+
+def test_scores_of_tasks_are_in_the_header_of_the_card(command, compact, tmp_path):
+    score = {"value": 0.5, "stderr": 0.1, "items": 10, "items_in_all": 10, "majority": None, "chance": None}
+    numbers = {
+        "model": {"name": "c", "tasks": {"arc_easy": {"acc": score, "acc_norm": {**score, "value": 0.4}}}},
+        "baseline": {"name": "d", "tasks": {"arc_easy": {"acc": {**score, "value": 0.6}}}},
+    }
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(numbers))
+    assert command("report", compact, "--eval", path, "--update-card").returncode == 0
+    assert command("report", compact, "--eval", path, "--update-card", "--overwrite").returncode == 0  # and not twice
+    [result] = metadata_load(compact / "README.md")["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "arc_easy"
+    assert {m["name"]: m["value"] for m in result["metrics"]} == {"acc": 0.5, "acc_norm": 0.4, "acc, dense model": 0.6}
+
+
+def test_a_card_with_a_damaged_header(command, compact):
+    card = compact / "README.md"
+    card.write_text(card.read_text().replace("library_name:", "library_name: [", 1))
+    (compact / "eval.json").write_text(json.dumps({"model": {"perplexity": 3.0}}))
+    assert_refused(command("report", compact, "--eval", compact / "eval.json", "--update-card"), "the header of")
+
+
+def test_datasets_on_the_hub_are_named(compact):
+    model = AutoModelForCausalLM.from_pretrained(compact)
+    card = model_card(model, datasets=["me/chats", "text.txt", "also/here", "/a/path/of/mine"])
+    (compact / "card.md").write_text(card)
+    assert metadata_load(compact / "card.md")["datasets"] == ["me/chats", "also/here"]
+    assert "vllm serve" in card
