@@ -7,10 +7,12 @@ from collections import defaultdict
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import torch
 from lowrank_ft_cli.calibration import read_calibration
 from lowrank_ft_cli.memory import memory_of, print_memory
-from lowrank_ft_cli.options import calibration_options, device_of, dtype_of, size_options, source_of
+from lowrank_ft_cli.options import calibration_options, device_of, dtype_of, dtypes_of, size_options, source_of
 from lowrank_ft_cli.preset import print_training_cost, sequence_length_of
 from torch import nn
 
@@ -22,9 +24,12 @@ from lowrank_ft.checkpoints.source import (
     load_model,
     refuse_quantized,
     skeleton,
+    writes_text,
 )
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion.convert import allocate, spectrum_of
+from lowrank_ft.conversion.effort import EFFORTS
+from lowrank_ft.conversion.estimate import planned_bytes
 from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.costs.flops import training_cost
 from lowrank_ft.errors import CheckpointError
@@ -62,6 +67,7 @@ def show_plan(options: argparse.Namespace) -> None:
         plan = make_plan(model, **vars(sizes))
     cost = None if length is None else training_cost(model, plan, options.tokens, length)
     memory = memory_of(plan, options, model) if options.memory else None
+    conversion = conversion_bytes(plan, options, config, source) if plan.ranks and writes_text(config) else None
     if picture is not None:
         save_rank_map(plan.linears, picture)
     if options.json:
@@ -69,6 +75,7 @@ def show_plan(options: argparse.Namespace) -> None:
             "stays_dense": dense_remainder(model, plan) or None,
             "training": None if cost is None else asdict(cost),
             "memory": memory,
+            "conversion_bytes": conversion,
         }
         print(json.dumps(plan.to_dict() | {k: v for k, v in extra.items() if v is not None}, indent=2))
         return
@@ -83,8 +90,26 @@ def show_plan(options: argparse.Namespace) -> None:
         print_memory(memory)
     if tensors:
         print_stored(plan, tensors)
+    if conversion is not None:
+        print(f"convert   about {human_bytes(conversion['default'])} of memory, {human_bytes(conversion['fast'])} with --effort "
+              f"fast, {human_bytes(conversion['stream'])} with --stream; and the Python process")  # fmt: skip
     if picture is not None:
         print(f"picture   {picture}")
+
+
+def conversion_bytes(plan: Plan, options: argparse.Namespace, config: Any, source: Source) -> dict[str, int]:
+    """Peak memory of the ways to convert, in the dtype that the device computes in."""
+    device = device_of(options)
+    computed = dtypes_of(options, config, device)[1]
+    model = skeleton(config, source.name, source.trust_remote_code)
+    if isinstance(computed, torch.dtype):
+        model = model.to(computed)
+    found = {name: planned_bytes(model, plan, EFFORTS[name]) for name in ("default", "fast")}
+    return {
+        "default": found["default"]["whole"],
+        "fast": found["fast"]["whole"],
+        "stream": found["default"]["streamed"],
+    }
 
 
 def has_no_weights(source: Source) -> bool:

@@ -12,7 +12,7 @@ from lowrank_ft.conversion import Calibration, ConversionRecord
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.conversion.distill import difference, distill, mean_difference
 from lowrank_ft.conversion.effort import EFFORTS
-from lowrank_ft.conversion.estimate import Work, measure, peak_bytes, stages
+from lowrank_ft.conversion.estimate import Work, measure, peak_bytes, planned_bytes, stages
 from lowrank_ft.conversion.factor_trainer import Best, FactorTrainer
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.prepare import _hold_out, prepare
@@ -259,6 +259,18 @@ def test_the_estimate_grows_with_the_work():
     twice = {s.name: s.seconds for s in stages(speed, dataclasses.replace(every, distilled=20_000))}
     assert twice["distill"] == pytest.approx(2 * found["distill"])
     assert peak_bytes(model, plan, speed, every) > peak_bytes(model, plan, speed, small)
+
+
+def test_the_memory_planned_from_shapes_is_about_what_is_measured():
+    model = tiny_llama()
+    plan = make_plan(model, param_ratio=0.6)
+    speed = measure(model, plan, {"input_ids": torch.arange(64).view(2, 32)})
+    effort = EFFORTS["default"]
+    work = Work(written=0, fitted=effort.fit_tokens, refined=0, distilled=effort.tokens, loss=True, anchored=False)
+    planned = planned_bytes(model.to("meta"), plan, effort)
+    assert planned["whole"] == pytest.approx(peak_bytes(model, plan, speed, work), rel=0.3)
+    assert planned_bytes(model, plan, EFFORTS["fast"])["whole"] < planned["whole"]
+    assert planned_bytes(model.bfloat16(), plan, effort)["whole"] < planned["whole"]
 
 
 def test_efforts_are_in_order():
