@@ -146,6 +146,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(
         1, len(report["texts"]), figsize=(4.6 * len(report["texts"]), 4.2), layout="constrained"
@@ -159,8 +160,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
             if r["row"] == "dense":
                 axis.plot(r["parameters"] / 1e6, r["perplexity"][text], "k*", ms=11, label="dense")
         axis.set(xlabel="parameters (millions)", ylabel="perplexity", yscale="log", title=text)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.25, which="both")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
