@@ -108,8 +108,10 @@ def _convert_in_memory(
     if ran:
         _require_runs(model)
     if record.distillation is not None:
-        print("distillation: loss on held-out text {before:.4f} before, {after:.4f} after (KL to the dense model, nats "
-              "per token)".format(**record.distillation), file=sys.stderr)  # fmt: skip
+        tokens = model.get_output_embeddings() is not None
+        unit = "KL to the dense model, nats per token" if tokens else "difference from the dense model's output"
+        print("distillation: loss on held-out text {before:.4f} before, {after:.4f} after ({unit})".format(
+            **record.distillation, unit=unit), file=sys.stderr)  # fmt: skip
     if not processes.main:
         return
     command = shown_command("lowrank-ft", sys.argv[1:])

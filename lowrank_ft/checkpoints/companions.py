@@ -51,9 +51,11 @@ def begin_run(output_dir: str | Path, source: Path, export_dtype: torch.dtype, r
 def copy_companions(source: Path | None, target: Path) -> None:
     """Copy tokenizer, processor, generation and licence files that ``target`` does not have yet.
 
-    The folders that sentence-transformers names in ``modules.json`` come, too, with small weights of theirs.
+    The folders that sentence-transformers names in ``modules.json`` come, too, with small weights of theirs. A warning
+    names those whose weights are pickles, which stay behind.
     """
-    for name in companions(source) if source is not None else ():
+    names = companions(source) if source is not None else []
+    for name in names:
         assert source is not None
         if not (target / name).exists():
             (target / name).parent.mkdir(exist_ok=True)
@@ -63,6 +65,16 @@ def copy_companions(source: Path | None, target: Path) -> None:
                 os.replace(draft, target / name)
             finally:
                 draft.unlink(missing_ok=True)
+    for part in _sentence_transformers_folders(source) if source is not None else ():
+        assert source is not None
+        pickles = sorted(p.name for p in (source / part).glob("*.bin"))
+        if pickles and not any(n.startswith(f"{part}/") and n.endswith(".safetensors") for n in names):
+            warnings.warn(
+                f"{source / part} holds its weights as pickle only ({pickles[0]}), which is not copied, so "
+                "sentence-transformers will not load the result; load the source with it, call save_pretrained, and convert "
+                "what that wrote",
+                stacklevel=3,
+            )
 
 
 def companions(folder: Path, more: Sequence[str] = ()) -> list[str]:
