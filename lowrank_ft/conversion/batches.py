@@ -35,6 +35,9 @@ OWN_TOKENS = 65_536
 BLOCK_SIZE = 512
 LEAST_TOKENS = 1_024
 _BATCH_TOKENS = 1_024
+_ROWS_TOKENS = 256
+"""Of a batch for encoders: distillation takes a step with each, and theirs gain more from more steps than from larger ones."""
+_SHORTEST_ROW = 16
 _CHARACTERS_PER_TOKEN = 10  # more than tokenizers of any language reach on the average
 _BATCH_IMAGES = 8
 
@@ -230,16 +233,23 @@ def _for_encoder_decoder(model: Any, blocks: Tensor) -> list[Batch]:
 def _rows_of_text(
     texts: Sequence[str], tokenizer: Any, tokens: int, length: int, name: str, generator: torch.Generator
 ) -> list[Batch]:
-    """Long texts are cut at paragraphs, then every ``length`` tokens; each batch is padded to its longest row."""
+    """Texts are cut at paragraphs, and these into rows of any length up to ``length``; each batch is padded to its longest.
+
+    Encoders read single sentences as well as pages. What is special about a short row, the share of the tokens that
+    begin and end it, is lost among long ones. So each paragraph draws its own length, evenly on a logarithmic scale.
+    """
     if tokenizer.pad_token_id is None:
         raise DataError("the checkpoint's tokenizer has no padding token, which batches of texts need; set pad_token in "
                         "its tokenizer_config.json")  # fmt: skip
     paragraphs = [p.strip() for t in texts for p in t.split("\n\n") if p.strip()]
     rows, found = [], 0
+    shortest = min(_SHORTEST_ROW, length)
     for i in torch.randperm(len(paragraphs), generator=generator).tolist():
         # Tokenizers written in Python give what is past the first piece without its special tokens: it is dropped.
         whole = tokenizer.is_fast
-        ids = tokenizer(paragraphs[i], truncation=True, max_length=length, return_overflowing_tokens=whole)["input_ids"]
+        share = torch.rand((), generator=generator).item() if whole else 1.0
+        most = round(shortest * (length / shortest) ** share)
+        ids = tokenizer(paragraphs[i], truncation=True, max_length=most, return_overflowing_tokens=whole)["input_ids"]
         for piece in ids if whole else [ids]:
             if found < tokens:
                 rows.append(piece)
@@ -252,7 +262,7 @@ def _rows_of_text(
     start = 0
     while start < len(rows):
         end = start + 1
-        while end < len(rows) and (end + 1 - start) * len(rows[end]) <= _BATCH_TOKENS:
+        while end < len(rows) and (end + 1 - start) * len(rows[end]) <= _ROWS_TOKENS:
             end += 1
         batches.append(dict(tokenizer.pad({"input_ids": rows[start:end]}, padding=True, return_tensors="pt")))
         start = end

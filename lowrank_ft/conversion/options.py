@@ -64,7 +64,7 @@ class CalibrationOptions:
         "X",
     )
     calibration_block_size: int | None = _option(
-        None, "tokens per sequence (default: 512, or the limit of the model)", "N"
+        None, "tokens per sequence, for encoders at most (default: 512, or the limit of the model)", "N"
     )
     seed: int = _option(0, "seed for the choice and order of the calibration data")
 

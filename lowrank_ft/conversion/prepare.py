@@ -32,6 +32,7 @@ from lowrank_ft.errors import CheckpointError
 _HELD_OUT_ROWS = 2
 _LEAST_ROWS = 16  # of fewer, none is spared
 _LEAST_BATCHES = 8
+_HELD_OUT_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared
 
 
 def _hold_out(batches: list[Batch], least: int = 1) -> tuple[list[Batch], list[Batch]]:
-    """Packed sequences: two of them, or ``least``; else one batch. Nothing where little is there.
+    """Packed sequences: two of them, or ``least``; else four batches, of few one. Nothing where little is there.
 
     Args:
         least: rows of a batch, where packed sequences allow it.
@@ -131,7 +132,10 @@ def _hold_out(batches: list[Batch], least: int = 1) -> tuple[list[Batch], list[B
         if len(rows) < max(_LEAST_ROWS, 2 * held):
             return batches if least == 1 else to_batches(packed, least), []
         return to_batches(packed[:-held], least), to_batches(packed[-held:], least)
-    return (batches[:-1], batches[-1:]) if len(batches) >= _LEAST_BATCHES else (batches, [])
+    if len(batches) < _LEAST_BATCHES:
+        return batches, []
+    spared = min(_HELD_OUT_BATCHES, len(batches) // _LEAST_BATCHES)
+    return batches[:-spared], batches[-spared:]
 
 
 def _tokenizer(source: Source) -> Any:

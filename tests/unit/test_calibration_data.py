@@ -111,16 +111,29 @@ def test_encoders_read_padded_rows(tokenizer):
     for batch in batches:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         assert ids.shape == mask.shape
-        assert ids.numel() <= 2048
+        assert ids.numel() <= 256
         assert (ids[:, 0] == 1).all()
         assert torch.equal(mask, (ids != 0).long())
         assert mask[:, -1].any()  # as long as its longest row, and no longer
         found += [tokenizer.decode(row[m.bool()], skip_special_tokens=True) for row, m in zip(ids, mask, strict=True)]
-    assert sorted(found) == sorted(paragraphs)
+    # Rows are pieces of paragraphs, and all pieces are there.
+    assert all(any(row in p for p in paragraphs) for row in found)
+    assert sorted(" ".join(found).split()) == sorted(" ".join(paragraphs).split())
     padding = 1 - sum(int(b["attention_mask"].sum()) for b in batches) / sum(b["input_ids"].numel() for b in batches)
     assert padding < 0.4  # of shuffled rows it would be about a half
     with torch.no_grad():
         assert torch.isfinite(bert()(**batches[0])[0]).all()
+
+
+def test_rows_of_encoders_have_all_lengths(tokenizer):
+    """Sentences and pages alike, up to the limit: about half of the tokens are in rows shorter than the geometric mean."""
+    found = read_batches(bert(), data(*[words(300, seed=i) for i in range(200)]), "d", tokenizer)
+    rows = torch.cat([b["attention_mask"].sum(1) for b in found])
+    assert rows.max() == 64
+    share = rows[rows < 32].sum() / rows.sum()
+    assert 0.35 < share < 0.65
+    few = read_batches(bert(), data(*[words(300, seed=i) for i in range(20)]), "d", tokenizer, block_size=8)
+    assert max(b["input_ids"].shape[1] for b in few) == 8  # shorter than the shortest
 
 
 def test_a_long_text_without_paragraphs_is_cut_and_not_dropped(tokenizer):
@@ -136,9 +149,10 @@ def test_a_long_text_without_paragraphs_is_cut_and_not_dropped(tokenizer):
 def test_encoder_rows_are_shuffled_and_limited(tokenizer):
     rows = data(*[words(20, seed=i) for i in range(200)])
     first, again, other = (read_batches(bert(), rows, "d", tokenizer, tokens=1200, seed=s) for s in (0, 0, 1))
-    assert sum(int(b["attention_mask"].sum()) for b in first) == 55 * 22
-    assert torch.equal(rows_of(first), rows_of(again))
-    assert not torch.equal(rows_of(first), rows_of(other))
+    assert 1200 <= sum(int(b["attention_mask"].sum()) for b in first) < 1200 + 22
+    first, again, other = ([b["input_ids"].tolist() for b in found] for found in (first, again, other))
+    assert first == again
+    assert first != other
 
 
 def test_encoder_decoders_read_the_first_half_and_write_the_second(tokenizer):

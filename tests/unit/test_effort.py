@@ -55,6 +55,8 @@ def test_padded_batches_are_held_out_whole():
     assert (len(fitted), len(held)) == (7, 1)
     assert held[0] is padded[-1]
     assert _hold_out(padded[:7]) == (padded[:7], [])
+    many = [padded[0]] * 100
+    assert [len(part) for part in _hold_out(many)] == [96, 4]
 
 
 def test_moments_and_refinement_see_the_fitted_batches_alone():
