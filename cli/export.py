@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowrank_ft_cli.arguments import add_dtype, add_hub, add_output
 
-HELP = "write a compact checkpoint from a training checkpoint or a PEFT adapter, or change the form of one"
+HELP = "write a compact checkpoint from a training checkpoint, a PEFT adapter or another tool's factors, or change its form"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--form", choices=("pivoted", "factors"), default="pivoted",
         help="how factors are stored: pivoted (smallest, format version 2) or factors (U and V, version 1) (default: pivoted)",
     )  # fmt: skip
+    parser.add_argument(
+        "--factor-names", metavar="NAMES",
+        help="the checkpoint is of another tool, whose factors have these names: svd-llm, ab, or patterns of U, of V and of the "
+        "linear, such as '*.B,*.A,*'",
+    )  # fmt: skip
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the checkpoint")
     add_output(parser, "compact")
     add_dtype(parser)
@@ -28,6 +33,7 @@ def run(options: argparse.Namespace) -> None:
     from lowrank_ft_cli.options import dtype_of, hub_target, output_dir_of, shard_size
 
     from lowrank_ft.checkpoints.atomic import check_output_dir
+    from lowrank_ft.checkpoints.foreign import factor_names, load_foreign
     from lowrank_ft.checkpoints.from_training import load_adapter, load_compact, load_training_checkpoint
     from lowrank_ft.checkpoints.push import push
     from lowrank_ft.console import human_bytes, shown_command
@@ -39,7 +45,11 @@ def run(options: argparse.Namespace) -> None:
     shard_size(options)
     check_output_dir(options.output_dir, options.overwrite, keep=folder)
     repo_id = hub_target(options)
-    if (folder / "adapter_config.json").is_file():
+    base_model: str | None = None
+    companions = folder
+    if options.factor_names is not None:
+        model = load_foreign(folder, factor_names(options.factor_names), options.trust_remote_code)
+    elif (folder / "adapter_config.json").is_file():
         model, base_model, companions = load_adapter(folder, options.trust_remote_code)
     elif (folder / "trainer_state.json").is_file():
         model, base_model, companions = load_training_checkpoint(folder, options.trust_remote_code)

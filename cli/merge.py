@@ -1,6 +1,7 @@
-"""``lowrank-ft merge``: a compact checkpoint in, a plain dense one out."""
+"""``lowrank-ft merge``: a compact checkpoint, or a GGUF file, in, a plain dense one out."""
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from lowrank_ft_cli.arguments import add_dtype, add_model, add_output
@@ -9,6 +10,7 @@ HELP = "multiply U V back into dense weights, for software that reads only those
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "MODEL may be a GGUF file, too: its weights are written as plain numbers"
     add_model(parser)
     add_output(parser, "merged")
     add_dtype(parser)
@@ -23,6 +25,9 @@ def run(options: argparse.Namespace) -> None:
     from lowrank_ft.errors import CheckpointError
     from lowrank_ft.export import save_dense
 
+    if options.model.lower().endswith(".gguf"):
+        _unpack(options)
+        return
     source = source_of(options)
     options.output_dir = output_dir_of(options, source.name)
     shard_size(options)
@@ -35,4 +40,27 @@ def run(options: argparse.Namespace) -> None:
         lowrank_ft.merge(model), options.output_dir, companions_from=source.download(), overwrite=options.overwrite,
         max_shard_size=shard_size(options),
     )  # fmt: skip
+    print(Path(options.output_dir))
+
+
+def _unpack(options: argparse.Namespace) -> None:
+    """A dense checkpoint of a GGUF file, with the tokenizer that is in it."""
+    from lowrank_ft_cli.options import dtype_of, output_dir_of, shard_size
+
+    from lowrank_ft.checkpoints.atomic import check_output_dir
+    from lowrank_ft.checkpoints.gguf import load_gguf
+    from lowrank_ft.export import save_dense
+
+    path = Path(options.model).expanduser()
+    options.output_dir = output_dir_of(options, path.stem)
+    shard_size(options)
+    check_output_dir(options.output_dir, options.overwrite)
+    dtype = dtype_of(options)
+    model, tokenizer = load_gguf(path, *([] if dtype == "auto" else [dtype]))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        save_dense(
+            model, options.output_dir, companions_from=Path(folder), overwrite=options.overwrite,
+            max_shard_size=shard_size(options),
+        )  # fmt: skip
     print(Path(options.output_dir))

@@ -217,7 +217,10 @@ class Source:
             return path
         path = Path(self.name).expanduser()
         if os.path.isfile(path):
-            raise CheckpointNotFoundError(f"{path} is a file; name the folder of the model, or its Hub id")
+            remedy = "name the folder of the model, or its Hub id"
+            if path.suffix.lower() == ".gguf":
+                remedy = f"make a dense checkpoint of it first: lowrank-ft merge {path.name} --output-dir FOLDER"
+            raise CheckpointNotFoundError(f"{path} is a file; {remedy}")
         # A Hub id is `model` or `name/model`; anything else, or a name below a folder that exists, means a path.
         looks_local = self.name.startswith((".", "/", "~")) or len(path.parts) > 2
         if looks_local or (len(path.parts) == 2 and path.parent.is_dir()):
