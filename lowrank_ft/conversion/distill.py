@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.console import progress_bar
+from lowrank_ft.conversion.calibration import positions
 from lowrank_ft.conversion.chains import Batch, answer_of, run, token_mask
 from lowrank_ft.conversion.factor_trainer import Best, FactorTrainer
 from lowrank_ft.conversion.processes import ONE, Processes
@@ -28,6 +29,7 @@ from lowrank_ft.evaluation.divergence import divergence
 _CHECKS = 4
 _PATIENCE = 2
 _RATES = [1e-3 / 3**i for i in reversed(range(7))]
+_LEAST_SEARCHED = 900  # tokens of the gradient that the rate is found by: of fewer it is noise, and the rate too low
 _JUDGES = 4  # of the batches that are trained on, where none is held out
 _POSITIONS_AT_ONCE = {"cpu": 512}  # logits of a large vocabulary are by far the largest tensors of a step
 _POSITIONS_ELSEWHERE = 2_048
@@ -78,7 +80,12 @@ def distill(
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = torch.randperm(len(batches), generator=generator).tolist()
     if learning_rate is None:
-        _add_gradient(trainer, model, dense_model, batches[order[-1]])
+        found = 0
+        for i in reversed(order):
+            _add_gradient(trainer, model, dense_model, batches[i])
+            found += positions(batches[i])
+            if processes.total(found) >= _LEAST_SEARCHED:
+                break
         trainer.add_up()
         trainer.learning_rate = search_rate(trainer, best, judged)
     misses = 0

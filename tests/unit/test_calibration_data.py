@@ -225,7 +225,7 @@ def test_bad_data(make, tokenizer):
             DataError, match=r"d has 0 tokens; calibration needs at least 1024, and some ten thousand do well"
         ):
             read_batches(model, data(*texts), "d", tokenizer)
-    with pytest.raises(DataError, match=r"d has (100|102) tokens; calibration needs at least 1024"):
+    with pytest.raises(DataError, match=r"d has 1\d\d tokens; calibration needs at least 1024"):
         read_batches(model, data(words(100) if make is not bert else words(60) + "\n\n" + words(38)), "d", tokenizer)
     with pytest.raises(DataError, match="500 calibration tokens are too few; the least is 1024"):
         read_batches(model, data(words(4000)), "d", tokenizer, tokens=500)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import math
 
 import pytest
@@ -158,6 +159,19 @@ def test_the_rate_is_the_one_whose_step_helps_most():
     assert len(gone) == _RATES.index(rate) + 2  # one further, which was worse
     assert all(torch.equal(m, s) for m, s in zip(trainer.masters, start, strict=True))
     assert all(m.grad is None for m in trainer.masters)
+
+
+@pytest.mark.parametrize(("length", "gathered"), [(480, 1), (96, 5), (24, 8)])
+def test_the_rate_is_found_by_many_tokens(length, gathered, monkeypatch):
+    """Small batches are gathered to 900 tokens; where all are fewer, all count."""
+    module = importlib.import_module("lowrank_ft.conversion.distill")
+    model, dense = converted()
+    seen, add = [], module._add_gradient
+    monkeypatch.setattr(module, "_add_gradient", lambda *args: seen.append(args[-1]) or add(*args))
+    monkeypatch.setattr(module, "search_rate", lambda trainer, *_: seen.append("search") or 1e-4)
+    distill(model, dense, batches(count=8, length=length), 1)
+    assert seen.index("search") == gathered
+    assert len({id(batch) for batch in seen[:gathered]}) == gathered
 
 
 def test_a_loss_that_is_no_number_ends_distillation():
