@@ -12,6 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lowrank_ft
+from lowrank_ft.demo.text import prose
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = Path(lowrank_ft.__file__).parent / "demo" / "model"
@@ -117,3 +118,11 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def prose_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text to calibrate on: what the demo trains on."""
+    path = tmp_path_factory.mktemp("text") / "read.txt"
+    path.write_text("\n\n".join(prose()[0]))
+    return path

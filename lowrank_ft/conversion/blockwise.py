@@ -9,7 +9,7 @@ one block, and for ``anchored`` what the linears of one dense block receive.
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -279,8 +279,8 @@ def factorize_linears(
     def work(name: str) -> Factors:
         return (solver or truncated_svd)(dense_weight(model.get_submodule(name)), ranks[name], f"{name}.weight")
 
-    for name, factors in processes.deal(list(ranks), work):
-        swap(model, name, factorized(model.get_submodule(name), Factors(*factors)))
+    for _ in _replaced(model, list(ranks), work, processes):
+        pass
 
 
 def truncate_linears(
@@ -300,10 +300,18 @@ def truncate_linears(
         return factors
 
     bar = progress_bar(total=len(ranks), desc="factorize", unit="linear", progress=progress)
-    for name, factors in processes.deal(list(ranks), work):
-        swap(model, name, factorized(model.get_submodule(name), Factors(*factors)))
+    for _ in _replaced(model, list(ranks), work, processes):
         bar.update()
     bar.close()
+
+
+def _replaced(
+    model: nn.Module, names: Sequence[str], work: Callable[[str], Factors], processes: Processes
+) -> Iterator[str]:
+    """The names, one by one, each once the factors that ``work`` gives are in the place of its linear."""
+    for name, factors in processes.deal(names, work):
+        swap(model, name, factorized(model.get_submodule(name), Factors(*factors)))
+        yield name
 
 
 def _convert_loose(

@@ -15,24 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lowrank_ft.demo.text import prose
 from tests.conftest import DEMO_MODEL, ROOT
 from tests.distributed.convert_driver import converted
 
 TWO = ["--", "--num_processes", "2"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "read.txt"
-    path.write_text("\n\n".join(prose()[0]))
-    return path
-
-
 @pytest.fixture
-def flags(text):
+def flags(prose_file):
     return [
-        "--param-ratio", "0.6", "--calibration-data", text, "--calibration-tokens", "6144", "--own-share", "0",
+        "--param-ratio", "0.6", "--calibration-data", prose_file, "--calibration-tokens", "6144", "--own-share", "0",
         "--calibration-block-size", "128", "--dtype", "float32", "--method", "anchored",
     ]  # fmt: skip
 

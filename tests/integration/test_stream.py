@@ -22,24 +22,16 @@ from transformers import (
 )
 
 from lowrank_ft.checkpoints.unfinished import Unfinished, open_unfinished
-from lowrank_ft.demo.text import prose
 from tests.conftest import DEMO_MODEL, tiny_gpt2
 from tests.integration.test_cli import assert_one_line_error
 
 SVD = ["--method", "svd", "--param-ratio", "0.6"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "read.txt"
-    path.write_text("\n\n".join(prose()[0]))
-    return path
-
-
 @pytest.fixture
-def fit(text):
+def fit(prose_file):
     """Flags of a short calibrated conversion, and what a conversion in memory has to leave out to be the same."""
-    return ["--param-ratio", "0.6", "--calibration-data", text, "--calibration-tokens", "4096"], [
+    return ["--param-ratio", "0.6", "--calibration-data", prose_file, "--calibration-tokens", "4096"], [
         "--own-share", "0", "--distill-epochs", "0",
     ]  # fmt: skip
 
@@ -252,7 +244,7 @@ def test_what_needs_the_whole_model(command, tmp_path, flags, message):
         (T5ForConditionalGeneration, "cannot be calibrated block by block (its blocks are 2 chains and not one)"),
     ],
 )
-def test_blocks_that_are_not_alone(command, tmp_path, text, kind, message):
+def test_blocks_that_are_not_alone(command, tmp_path, prose_file, kind, message):
     """T5's first block makes the position bias of all others, and its decoder is a second chain."""
     torch.manual_seed(0)
     config = T5Config(
@@ -269,7 +261,7 @@ def test_blocks_that_are_not_alone(command, tmp_path, text, kind, message):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "t5")
-    flags = ["--param-ratio", "0.6", "--calibration-data", text, "--calibration-tokens", "4096", "--stream"]
+    flags = ["--param-ratio", "0.6", "--calibration-data", prose_file, "--calibration-tokens", "4096", "--stream"]
     done = command("convert", tmp_path / "t5", *flags, "--output-dir", tmp_path / "out")
     assert_one_line_error(done, message)
     shutil.rmtree(tmp_path / ".out.unfinished", ignore_errors=True)
