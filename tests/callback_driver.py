@@ -32,7 +32,7 @@ import lowrank_ft
 from lowrank_ft import GuidanceCallback, LowRankConfig
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import fsdp
-from tests.conftest import ROOT, tiny_llama
+from tests.conftest import ROOT, keep_modules, tiny_llama
 from tests.distributed.watching import live_bytes
 
 STEPS, GUIDED = 8, 4
@@ -181,4 +181,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_modules()
     main()

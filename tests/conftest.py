@@ -1,5 +1,6 @@
 """Shared by all tests: tiny models, fresh processes, and the optional shared material."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -20,6 +21,16 @@ DEMO_MODEL = Path(lowrank_ft.__file__).parent / "demo" / "model"
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_finish() -> None:
+    keep_modules()
+
+
+def keep_modules() -> None:
+    """What has been imported stays: garbage collection need not walk through it, which takes a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:

@@ -87,14 +87,14 @@ def whitened_svd(model: nn.Module, plan: Plan, batches: list[dict[str, Tensor]])
     for hook in hooks:
         hook.remove()
     for name, linear in linears.items():
-        root, rank = _cholesky(moments[name]), plan.ranks[name]
+        root, rank = cholesky(moments[name]), plan.ranks[name]
         left, values, right = torch.linalg.svd(linear.weight.double() @ root, full_matrices=False)
         scale = values[:rank].sqrt()
         factors = Factors(left[:, :rank] * scale, (scale[:, None] * right[:rank]) @ torch.linalg.inv(root))
         swap(model, name, factorized(linear, factors))
 
 
-def _cholesky(moments: Tensor) -> Tensor:
+def cholesky(moments: Tensor) -> Tensor:
     try:
         return torch.linalg.cholesky(moments)
     except torch.linalg.LinAlgError:

@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/benchmarks/quality.py --output tests/benchmarks/results/quality.json
 
 The yardstick is whitened SVD at uniform ranks, stored as U V (SVD-LLM's formula, in ``common.py``), on the same
-calibration text. All rungs after it are pivoted, and so have larger ranks at the same size. The last rungs are what
+calibration text; so are AA-SVD and MPIFA (``peers.py``). All other rungs after it are pivoted, and so have larger ranks at the same size. The last rungs are what
 ``lowrank-ft convert --calibration-data FILE`` does at each ``--effort``, and without the option (on text that the model
 writes), run as commands. Excess is ``ln(ppl) - ln(ppl of the dense model)``. A run that is broken off goes on where it was:
 rows that the output file holds are not measured again.
@@ -24,15 +24,18 @@ import torch
 from lowrank_ft.console import print_table
 from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.batches import CALIBRATION_TOKENS, read_batches
+from lowrank_ft.conversion.calibration import first_batches
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.sources import read_rows
 from lowrank_ft.factorization.plan import count_parameters, make_plan
-from tests.benchmarks import common
+from tests.benchmarks import common, peers
 
+FIT_TOKENS = 65_536
 TARGETS = {0.8: 0.06, 0.6: 0.14, 0.4: 0.17}
 YARDSTICK = "whitened SVD (yardstick)"
 PIVOTED = "whitened SVD, pivoted"
-PLAIN_FORM = ("plain SVD", YARDSTICK)  # stored as U V
+AA_SVD, MPIFA = "AA-SVD", "MPIFA"  # by formula, in peers.py
+PLAIN_FORM = ("plain SVD", YARDSTICK, AA_SVD)  # stored as U V
 DEFAULT = "lowrank-ft convert"
 TRAINED = "anchored, loss allocation, refined, distilled"  # once over all of the text, at 1e-3
 COMMANDS = {
@@ -58,6 +61,9 @@ def rungs(options: argparse.Namespace, ratio: float, batches: list[Any]) -> dict
         "plain SVD": lambda m: convert(m, common.uniform_plan(m, ratio)),
         YARDSTICK: lambda m: common.whitened_svd(m, common.uniform_plan(m, ratio), batches),
         PIVOTED: lambda m: common.whitened_svd(m, make_plan(m, param_ratio=ratio), batches),
+        # Blocks are refined on as many tokens as ours are.
+        AA_SVD: lambda m: peers.aa_svd(m, common.uniform_plan(m, ratio), list(first_batches(batches, FIT_TOKENS))),
+        MPIFA: lambda m: peers.mpifa(m, make_plan(m, param_ratio=ratio), batches),
         "anchored": uniform(),
         "anchored, loss allocation": ours(param_ratio=ratio, allocation="loss"),
         "anchored, loss allocation, refined": ours(param_ratio=ratio, allocation="loss", refine_epochs=1),

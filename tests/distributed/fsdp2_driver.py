@@ -24,7 +24,7 @@ from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training import trainer as trainer_module
 from lowrank_ft.training.resume import optimizer_tensors
-from tests.conftest import tiny_llama
+from tests.conftest import keep_modules, tiny_llama
 from tests.distributed.watching import SentBytes, live_bytes
 
 STEPS, GUIDED, ACCUMULATION, BATCH = 6, 3, 2, 4  # BATCH: examples per forward pass, over all processes
@@ -112,4 +112,5 @@ def main(plan: Path) -> None:
 
 
 if __name__ == "__main__":
+    keep_modules()
     main(Path(sys.argv[1]))

@@ -15,7 +15,7 @@ from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.examples import pack
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import TrainArguments, Trainer
-from tests.conftest import tiny_llama
+from tests.conftest import keep_modules, tiny_llama
 
 
 def main(output: Path, guide: str) -> None:
@@ -40,4 +40,5 @@ def main(output: Path, guide: str) -> None:
 
 
 if __name__ == "__main__":
+    keep_modules()
     main(Path(sys.argv[1]), sys.argv[2])

@@ -1,7 +1,6 @@
 """What a training run really holds and sends: every tensor alive, and every byte that a collective moves."""
 
 import gc
-import warnings
 from collections import Counter
 
 import torch
@@ -12,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def live_bytes() -> int:
     """Bytes of all storages that any tensor of this process refers to."""
     gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # looking at an object may call a deprecated property of it
-        tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    # By type: isinstance asks proxies for their class, which may be slow and may warn.
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
     storages = {}
     for tensor in tensors:
         if hasattr(tensor, "full_tensor") or tensor.device.type != "cpu":

@@ -6,7 +6,7 @@ from tests.conftest import ROOT
 
 
 def test_the_demo(cli, tmp_path):
-    done = cli("demo", "--output-dir", tmp_path / "demo", "--max-steps", "24", OMP_NUM_THREADS="2")
+    done = cli("demo", "--output-dir", tmp_path / "demo", "--max-steps", "24")
     for word in ("dense, as it comes", "converted", "fine-tuned low-rank", "LoRA r=16, merged", "tokens/s"):
         assert word in done.stdout
     rows = {r["name"]: r for r in json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"]}

@@ -24,7 +24,7 @@ def test_the_main_job(shared, cli, python, tmp_path):
     cli(
         "finetune", "--config", ROOT / "recipes/configs/tiny-llama-shakespeare.yaml", "--model", tmp_path / "compact",
         "--dataset", plays, "--output-dir", tmp_path / "tuned", "--max-steps", "60", "--eval-steps", "30", "--eval-ratio", "0.03",
-        "--", "--cpu", OMP_NUM_THREADS="2",
+        "--", "--cpu",
     )  # fmt: skip
     evals = [e["eval_loss"] for e in read_metrics(tmp_path / "tuned" / "metrics.jsonl") if "eval_loss" in e]
     assert evals == sorted(evals, reverse=True)
@@ -40,7 +40,7 @@ def test_the_main_job(shared, cli, python, tmp_path):
     text = plays.read_text(encoding="utf-8")
     (tmp_path / "end.txt").write_text(text[-len(text) // 40 :], encoding="utf-8")
     flags = ["--data", tmp_path / "end.txt", "--block-size", "256", "--baseline", model, "--json"]
-    results = json.loads(cli("eval", tmp_path / "tuned", *flags, OMP_NUM_THREADS="2").stdout)
+    results = json.loads(cli("eval", tmp_path / "tuned", *flags).stdout)
     assert results["model"]["perplexity"] < results["baseline"]["perplexity"]
     assert results["agreement"]["tokens"] == results["model"]["tokens"]
     assert results["model"]["bytes"] < 0.7 * results["baseline"]["bytes"]
