@@ -9,7 +9,7 @@ All change the model in place. ``quality.py`` and ``real_model.py`` run them bes
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,14 +137,12 @@ def _in_turn(
         block, calls = model.get_submodule(name), inputs.calls[name]
         twin = copy.deepcopy(block)
         for group in GROUPS:
-            moments: Tensor | float = 0.0
-            cross: Tensor | float = 0.0
+            moments = cross = torch.zeros((), dtype=torch.float64)
             for call, x, h in zip(calls, dense, hidden, strict=True):
                 theirs, ours = _input(twin, group[0], call, x), _input(block, group[0], call, h)
                 moments, cross = moments + ours.T @ ours, cross + theirs.T @ ours
             for child in group:
                 linear, rank = block.get_submodule(child), plan.ranks[f"{name}.{child}"]
-                assert isinstance(moments, Tensor) and isinstance(cross, Tensor)
                 factors = fit(linear.weight.double(), rank, moments, cross)
                 swap(model, f"{name}.{child}", factorized(linear, factors))
         dense = [call(twin, x) for call, x in zip(calls, dense, strict=True)]
@@ -163,7 +161,7 @@ def _input(block: nn.Module, child: str, call: Call, hidden: Tensor) -> Tensor:
     return found[0]
 
 
-def _moments_of_dense(model: Any, batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Any]] | list[dict[str, Any]]:
+def _moments_of_dense(model: Any, batches: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
     """Of each block: inputs of v and down, power of each dimension of q and k, and ``1 - cos`` of what it changes."""
     names = [f"model.layers.{i}" for i in range(len(model.model.layers))]
     inputs = capture(model, names, batches, [])  # type: ignore[arg-type]

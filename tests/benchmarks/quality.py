@@ -3,10 +3,10 @@
     PYTHONPATH=. python tests/benchmarks/quality.py --output tests/benchmarks/results/quality.json
 
 The yardstick is whitened SVD at uniform ranks, stored as U V (SVD-LLM's formula, in ``common.py``), on the same
-calibration text; so are AA-SVD and MPIFA (``peers.py``). All other rungs after it are pivoted, and so have larger ranks at the same size. The last rungs are what
-``lowrank-ft convert --calibration-data FILE`` does at each ``--effort``, and without the option (on text that the model
-writes), run as commands. Excess is ``ln(ppl) - ln(ppl of the dense model)``. A run that is broken off goes on where it was:
-rows that the output file holds are not measured again.
+calibration text; AA-SVD and MPIFA (``peers.py``) are as their authors describe them. All other rungs are pivoted, and so
+have larger ranks at the same size. The last rungs are what ``lowrank-ft convert --calibration-data FILE`` does at each
+``--effort``, and without the option (on text that the model writes), run as commands. Excess is ``ln(ppl) - ln(ppl of the
+dense model)``. A run that is broken off goes on where it was: rows that the output file holds are not measured again.
 """
 
 import argparse
