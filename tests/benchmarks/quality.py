@@ -61,9 +61,9 @@ def rungs(options: argparse.Namespace, ratio: float, batches: list[Any]) -> dict
         "plain SVD": lambda m: convert(m, common.uniform_plan(m, ratio)),
         YARDSTICK: lambda m: common.whitened_svd(m, common.uniform_plan(m, ratio), batches),
         PIVOTED: lambda m: common.whitened_svd(m, make_plan(m, param_ratio=ratio), batches),
-        # Blocks are refined on as many tokens as ours are.
+        # These fit to as many tokens as ours does.
         AA_SVD: lambda m: peers.aa_svd(m, common.uniform_plan(m, ratio), list(first_batches(batches, FIT_TOKENS))),
-        MPIFA: lambda m: peers.mpifa(m, make_plan(m, param_ratio=ratio), batches),
+        MPIFA: lambda m: peers.mpifa(m, make_plan(m, param_ratio=ratio), list(first_batches(batches, FIT_TOKENS))),
         "anchored": uniform(),
         "anchored, loss allocation": ours(param_ratio=ratio, allocation="loss"),
         "anchored, loss allocation, refined": ours(param_ratio=ratio, allocation="loss", refine_epochs=1),
