@@ -1,8 +1,8 @@
 """A small Hugging Face Hub on loopback, so that pushing and pulling are tested offline with the real client.
 
-It speaks the part of the Hub's HTTP interface that ``huggingface_hub`` uses for model repositories whose files are
-all "regular" (no LFS, no Xet): create, branch, preupload, commit, info, tree and resolve with byte ranges. Anything
-else is answered 501 with the path in the message, so that a test fails on the missing route and not somewhere later.
+It speaks the part of the Hub's HTTP interface that ``huggingface_hub`` uses for model repositories: create, branch,
+preupload, commit, info, tree and resolve with byte ranges. Files are "regular", so that their contents lie within the
+commit; with ``lfs=True`` weights are uploaded by themselves before it (Git LFS, in one part; no Xet). Anything else is answered 501 with the path in the message, so that a test fails on the missing route and not somewhere later.
 
 ``huggingface_hub`` reads ``HF_ENDPOINT`` when it is imported. A test therefore runs the client in a subprocess::
 
@@ -14,6 +14,7 @@ else is answered 501 with the path in the message, so that a test fails on the m
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -158,11 +159,14 @@ def _parse_range(header: str | None, size: int) -> tuple[int, int] | None:
 class _Api:
     """The Hub's routes, from a parsed call to a reply, without sockets. Not thread-safe: FakeHub holds a lock."""
 
-    def __init__(self, endpoint: str, blobs: BlobStore, require_token: bool) -> None:
+    def __init__(self, endpoint: str, blobs: BlobStore, require_token: bool, lfs: bool) -> None:
         self.repositories: dict[str, Repository] = {}
         self.blobs = blobs
+        self.uploads: dict[str, str] = {}  # sha256 of what came by itself, to blob id
+        self.on_upload: Callable[[], None] = lambda: None
         self._endpoint = endpoint
         self._require_token = require_token
+        self._lfs = lfs
 
     def answer(self, path: str, call: _Call) -> _Reply:
         """Find the route of a still-quoted path and run it; refusals become replies."""
@@ -219,11 +223,32 @@ class _Api:
         return _json_reply({}, 201)
 
     def preupload(self, call: _Call, repo_id: str, revision: str) -> _Reply:
-        """Every file is 'regular': its contents come inside the commit. A known ``oid`` lets the client skip it."""
+        """Contents of 'regular' files come inside the commit. A known ``oid`` lets the client skip a file."""
         commit = self.find(call, repo_id).find(revision)
-        paths = [entry["path"] for entry in call.json()["files"]]
-        rule = {"uploadMode": "regular", "shouldIgnore": False}
-        return _json_reply({"files": [{"path": path, "oid": commit.files.get(path), **rule} for path in paths]})
+        answers = []
+        for path in (entry["path"] for entry in call.json()["files"]):
+            large = self._lfs and path.endswith(".safetensors")
+            mode = {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            answers.append({"path": path, "oid": commit.files.get(path), **mode})
+        return _json_reply({"files": answers})
+
+    def lfs_batch(self, call: _Call, repo_id: str) -> _Reply:
+        """Where to put large files; no place for those that are here already."""
+        self.find(call, repo_id)
+        objects: list[dict[str, Any]] = []
+        for wanted in call.json()["objects"]:
+            place = {"upload": {"href": f"{self._endpoint}/uploads/{wanted['oid']}"}}
+            missing = wanted["oid"] not in self.uploads
+            objects.append({**wanted, **({"actions": place} if missing else {})})
+        return _json_reply({"transfer": "basic", "objects": objects})
+
+    def upload(self, call: _Call, oid: str) -> _Reply:
+        """Take a large file. No token: the real Hub's places are signed."""
+        if hashlib.sha256(call.body).hexdigest() != oid:
+            raise HubError(400, "the content is not what its sha256 says")
+        self.uploads[oid] = self.blobs.write(call.body)
+        self.on_upload()
+        return _Reply(200, {})
 
     def commit(self, call: _Call, repo_id: str, revision: str) -> _Reply:
         """Apply a commit sent as one JSON object a line: a header, then the changes in order."""
@@ -302,6 +327,8 @@ class _Api:
         path = value["path"]
         if key == "file" and value["encoding"] == "base64":
             files[path] = self.blobs.write(base64.b64decode(value["content"]))
+        elif key == "lfsFile" and value["oid"] in self.uploads:
+            files[path] = self.uploads[value["oid"]]
         elif key == "deletedFile" and path in files:
             del files[path]
         elif key == "deletedFolder":
@@ -329,6 +356,8 @@ _ROUTES: list[tuple[str, re.Pattern[str], Callable[..., _Reply]]] = [
     ("POST", re.compile(f"/api/models{_MODEL}/branch{_REVISION}"), _Api.create_branch),
     ("POST", re.compile(f"/api/models{_MODEL}/preupload{_REVISION}"), _Api.preupload),
     ("POST", re.compile(f"/api/models{_MODEL}/commit{_REVISION}"), _Api.commit),
+    ("POST", re.compile(rf"{_MODEL}\.git/info/lfs/objects/batch"), _Api.lfs_batch),
+    ("PUT", re.compile("/uploads/(?P<oid>[0-9a-f]{64})"), _Api.upload),
     ("GET", re.compile(f"/api/models{_MODEL}/revision{_REVISION}"), _Api.info),
     ("GET", re.compile(f"/api/models{_MODEL}/tree{_REVISION}(?:/(?P<path>.+))?"), _Api.tree),
     ("GET", re.compile(f"/api/models{_MODEL}"), _Api.info),
@@ -354,10 +383,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
         call = _Call(self.command, parse_qs(url.query), token, self.headers.get("Range"), body)
-        self._send(self.server.hub._answer(url.path, call))
+        reply = self.server.hub._answer(url.path, call)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client may be killed meanwhile
+            self._send(reply)
 
     do_HEAD = do_GET
     do_POST = do_GET
+    do_PUT = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep the test's output quiet; the hub has its own log."""
@@ -377,19 +409,21 @@ class FakeHub:
 
     A token (``hf_test``, which ``environment`` hands out) is needed to write and to read private repositories;
     with ``require_token``, for everything. ``requests`` logs every request that has been answered, oldest first.
+    ``lfs`` makes the client upload weights one by one, as the real Hub does; :meth:`on_upload` watches.
     """
 
-    def __init__(self, require_token: bool = False) -> None:
+    def __init__(self, require_token: bool = False, lfs: bool = False) -> None:
         self.requests: list[Request] = []
         self._lock = threading.Lock()
         self._require_token = require_token
+        self._lfs = lfs
 
     def __enter__(self) -> FakeHub:
         self._folder = tempfile.TemporaryDirectory(prefix="fake_hub_")
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        self._api = _Api(self.endpoint, BlobStore(Path(self._folder.name)), self._require_token)
+        self._api = _Api(self.endpoint, BlobStore(Path(self._folder.name)), self._require_token, self._lfs)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
@@ -432,6 +466,10 @@ class FakeHub:
         with self._lock:
             commit = self._api.repositories[repo_id].find(revision)
             return {path: self._api.blobs.read(oid) for path, oid in commit.files.items()}
+
+    def on_upload(self, action: Callable[[], None]) -> None:
+        """What to do, from now on, whenever a large file has arrived, before the client is told."""
+        self._api.on_upload = action
 
     def commits(self, repo_id: str) -> list[Commit]:
         """A repository's commits, oldest first. The first, empty one is made when the repository is created."""

@@ -1,8 +1,10 @@
 """Push to and pull from a Hub on loopback, with the real client."""
 
+import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -44,6 +46,40 @@ def online(hub, tmp_path):
         return done
 
     return run
+
+
+def test_a_push_that_was_killed_goes_on(tmp_path):
+    """The Hub keeps whole files that have arrived; the repository shows nothing before all have."""
+    model = tiny_llama(num_hidden_layers=8)
+    lowrank_ft.convert(model, rank=8)
+    save_compact(model, tmp_path / "compact", max_shard_size="10KB")
+    shards = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "compact").glob("*.safetensors")}
+    assert len(shards) > 12  # the client sends five at a time
+    with FakeHub(lfs=True) as hub:
+        command = [sys.executable, "-m", "lowrank_ft_cli.main", "push", str(tmp_path / "compact"), "--repo-id", "me/tiny"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(tmp_path / "hf")}
+        started: list[subprocess.Popen] = []
+
+        def kill_at_the_second_file() -> None:
+            if any(r.method == "PUT" for r in hub.requests):
+                started[0].kill()
+
+        hub.on_upload(kill_at_the_second_file)
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        assert started[0].wait() == -signal.SIGKILL
+        hub.on_upload(lambda: None)
+        assert "config.json" not in hub.files("me/tiny")
+
+        subprocess.run(command, env=env, check=True, capture_output=True)
+        # A file that was cut off in the middle was refused, and does not count.
+        log = [r for r in hub.requests if r.status == 200]
+        paths = [r.path for r in log if r.method == "PUT" or r.path.endswith("/objects/batch")]
+        second = max(i for i, path in enumerate(paths) if path.endswith("/objects/batch"))
+        before, after = ({p.rpartition("/")[2] for p in part} for part in (paths[1:second], paths[second + 1 :]))
+        assert len(before) >= 2
+        assert after == set(shards.values()) - before
+        files = hub.files("me/tiny")
+        assert {n: hashlib.sha256(files[n]).hexdigest() for n in shards} == shards
 
 
 @pytest.fixture
