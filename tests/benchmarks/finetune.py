@@ -80,6 +80,7 @@ class Bench:
     """Model and data of one process, and what is compared on them."""
 
     grid = GRID
+    calibration_tokens = CALIBRATION_TOKENS
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.table = options, self.methods()
@@ -125,7 +126,7 @@ class Bench:
             convert(model, param_ratio=method["ratio"], guide=guide)
             return model
         if method["kind"] == "direct":
-            data = training_calibration(self.train, CALIBRATION_TOKENS, self.options.seed)
+            data = training_calibration(self.train, self.calibration_tokens, self.options.seed)
             convert(model, param_ratio=method["ratio"], calibration=data, guide=guide)
             return model
         if method["kind"] == "svd-lora":
@@ -144,7 +145,7 @@ class Bench:
         )
 
     def compress(self, model: Any, ratio: float) -> None:
-        batches = training_batches(self.train, CALIBRATION_TOKENS, self.options.seed)
+        batches = training_batches(self.train, self.calibration_tokens, self.options.seed)
         common.whitened_svd(model, common.uniform_plan(model, ratio), batches)
 
     def train_one(self, method: dict[str, Any], rate: float, steps: int) -> Any:
