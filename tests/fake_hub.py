@@ -2,7 +2,8 @@
 
 It speaks the part of the Hub's HTTP interface that ``huggingface_hub`` uses for model repositories: create, branch,
 preupload, commit, info, tree and resolve with byte ranges. Files are "regular", so that their contents lie within the
-commit; with ``lfs=True`` weights are uploaded by themselves before it (Git LFS, in one part; no Xet). Anything else is answered 501 with the path in the message, so that a test fails on the missing route and not somewhere later.
+commit; with ``lfs=True`` weights are uploaded by themselves before it (Git LFS, in one part; no Xet). Anything else is
+answered 501 with the path in the message, so that a test fails on the missing route and not somewhere later.
 
 ``huggingface_hub`` reads ``HF_ENDPOINT`` when it is imported. A test therefore runs the client in a subprocess::
 

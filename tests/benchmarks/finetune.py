@@ -268,7 +268,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--methods", nargs="+", help="only methods that begin so")
+    parser.add_argument("--methods", nargs="+", help="only these, or those that begin so")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="pilots are run with the first")
     options = parser.parse_args()
     report = measure_all(options, Bench)
@@ -281,7 +281,7 @@ def measure_all(options: argparse.Namespace, kind: type[Bench]) -> dict[str, Any
     """Choose rates and train what was asked for and is not in ``--output`` yet; all rows, by method."""
     options.seed = options.seeds[0]
     table = kind.methods()
-    chosen = [n for n in table if not options.methods or any(n.startswith(m) for m in options.methods)]
+    chosen = [n for n in table if not options.methods or any(wanted(m, n, table) for m in options.methods)]
     report: dict[str, Any] = {
         "machine": common.machine(options.device), "model": Path(options.model).name, "data": Path(options.data).name,
         "max_steps": options.max_steps, "tokens": options.max_steps * options.batch_size * options.block_size,
@@ -303,7 +303,8 @@ def measure_all(options: argparse.Namespace, kind: type[Bench]) -> dict[str, Any
         full: list[tuple[list[str], float, int]] = []
         for names in jobs_of(chosen, table):
             family = table[names[0]].get("rate_of", names[0])
-            tries = 2 if table[names[0]]["kind"] in ("full", "lora") else 1
+            first = table[names[0]]
+            tries = 2 if first["kind"] in ("full", "lora") and not first.get("compress") else 1
             for rate, seed in itertools.product(rates[family][:tries], options.seeds):
                 missing = [n for n in names if (n, rate, seed) not in have]
                 if missing:
@@ -316,6 +317,11 @@ def measure_all(options: argparse.Namespace, kind: type[Bench]) -> dict[str, Any
     report["rows"].sort(key=lambda r: (order[r["method"]], r["learning_rate"], r["seed"]))
     save()
     return report
+
+
+def wanted(given: str, name: str, table: dict[str, Any]) -> bool:
+    """The name of a method means that method; anything else means all that begin so."""
+    return name == given if given in table else name.startswith(given)
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

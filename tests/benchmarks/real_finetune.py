@@ -12,6 +12,7 @@ The conversions that ours starts from are made by the command, on general text, 
 """
 
 import argparse
+import copy
 import json
 import resource
 import time
@@ -70,6 +71,7 @@ class ChatBench(Bench):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.table = options, self.methods()
+        self.compressed = dict[float, Any]()
         self.tokenizer = common.tokenizer_of(options.model)
         chats = self._chats("train")
         self.train, held_out = chats.split(_PILOT_CHATS)
@@ -79,6 +81,15 @@ class ChatBench(Bench):
         general = common.blocks_of(common.read_text(options.general), self.tokenizer, 512)
         self.general = general[torch.linspace(0, len(general) - 1, options.general_blocks).long()]
         self.other = pack(token_ids([common.read_text(options.other)], self.tokenizer), options.block_size)
+
+    def build(self, method: dict[str, Any]) -> Any:
+        if method["kind"] != "svd-lora":
+            return super().build(method)
+        ratio = method["ratio"]
+        if ratio not in self.compressed:  # takes minutes, and its pilots all start from the same
+            self.compressed[ratio] = self.dense()
+            self.compress(self.compressed[ratio], ratio)
+        return self.adapt(copy.deepcopy(self.compressed[ratio]), {"rank": 16}, ["U", "V"])
 
     def judge(self, model: Any) -> float:
         return reply_perplexity(model, self.pilot_chats)
@@ -145,7 +156,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--test-chats", type=int, default=64)
     parser.add_argument("--general-blocks", type=int, default=8)
-    parser.add_argument("--methods", nargs="+", help="only methods that begin so")
+    parser.add_argument("--methods", nargs="+", help="only these, or those that begin so")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "real_finetune.json")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
