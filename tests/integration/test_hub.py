@@ -56,7 +56,15 @@ def test_a_push_that_was_killed_goes_on(tmp_path):
     shards = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "compact").glob("*.safetensors")}
     assert len(shards) > 12  # the client sends five at a time
     with FakeHub(lfs=True) as hub:
-        command = [sys.executable, "-m", "lowrank_ft_cli.main", "push", str(tmp_path / "compact"), "--repo-id", "me/tiny"]
+        command = [
+            sys.executable,
+            "-m",
+            "lowrank_ft_cli.main",
+            "push",
+            str(tmp_path / "compact"),
+            "--repo-id",
+            "me/tiny",
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(tmp_path / "hf")}
         started: list[subprocess.Popen] = []
 
