@@ -67,6 +67,25 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def short_finetune(monkeypatch, fresh_accelerate) -> Callable[..., None]:
+    """``finetune`` in this process: 4 steps on a text, 2 of them guided, with a checkpoint after each."""
+    from recipes import finetune
+
+    def run(text: Path, folder: Path, **changed: object) -> None:
+        options = {
+            "dataset": text, "output_dir": folder, "calibration_tokens": 1024, "block_size": 32, "max_steps": 4,
+            "guided_ratio": 0.5, "per_device_train_batch_size": 2, "save_steps": 1, "save_total_limit": 9,
+            "eval_steps": 0, "eval_ratio": 0, **changed,
+        }  # fmt: skip
+        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        finetune.main()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real models and texts: ``LOWRANK_FT_SHARED``, or ``shared`` beside the checkout."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from lowrank_ft.errors import OutputError
+from lowrank_ft.errors import OutputError, first_line
 
 
 @contextmanager
@@ -42,8 +42,13 @@ def explain_refused_writes(path: Path, remedy: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError) or not is_write_failure(error):
             raise
-        free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 2**30
-        raise OutputError(f"writing {path} failed ({error}); {free:.1f} GiB are free there. {remedy}") from error
+        raise refused_write(path, error, remedy) from error
+
+
+def refused_write(path: Path, error: BaseException, remedy: str) -> OutputError:
+    """What to say of it: the path, the system's reason, the free space, the way on."""
+    free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 2**30
+    return OutputError(f"writing {path} failed ({first_line(error)}); {free:.1f} GiB are free there. {remedy}")
 
 
 def is_write_failure(error: BaseException) -> bool:

@@ -1,6 +1,5 @@
 """What a run needs before its first step: where it goes on from, its Accelerator, its optimizer."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.companions import begin_run
 from lowrank_ft.checkpoints.folders import check_writable
-from lowrank_ft.checkpoints.locks import is_write_failure
-from lowrank_ft.errors import ConfigError, OutputError, first_line
+from lowrank_ft.checkpoints.locks import is_write_failure, refused_write
+from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.training import fsdp, resume
 from lowrank_ft.training.metrics import METRICS_FILE
@@ -90,16 +89,13 @@ def writes_explained(output_dir: str | Path) -> Iterator[None]:
             raise
         folder = Path(output_dir)
         resume.remove_drafts(folder)
-        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
         whole = resume.find_checkpoints(folder)
         way_on = (
             f"{resume.FOLDER}/{whole[-1].name} is whole: free some space, then resume with --resume-from-checkpoint auto"
             if whole
             else "There was no checkpoint yet: free some space, then start anew with --overwrite-output-dir"
         )
-        raise OutputError(
-            f"writing {folder} failed ({first_line(cause)}); {free:.1f} GiB are free there. {way_on}"
-        ) from error
+        raise refused_write(folder, cause, way_on) from error
 
 
 def make_accelerator(args: TrainArguments) -> Accelerator:

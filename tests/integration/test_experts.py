@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 
 import lowrank_ft
 from lowrank_ft.nn import FactoredExperts, stored_form
-from recipes import finetune
 from tests.conftest import DEMO_MODEL
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -115,19 +114,8 @@ def test_who_does_not_know_the_format_stops(command, python, dense, text, tmp_pa
 
 
 @pytest.fixture
-def run(text, monkeypatch, fresh_accelerate):
-    def run(folder, **changed):
-        options = {
-            "dataset": text, "output_dir": folder, "calibration_tokens": 1024, "block_size": 32, "max_steps": 4,
-            "guided_ratio": 0.5, "per_device_train_batch_size": 2, "save_steps": 1, "save_total_limit": 9,
-            "eval_steps": 0, "eval_ratio": 0, **changed,
-        }  # fmt: skip
-        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-        finetune.main()
-
-    return run
+def run(text, short_finetune):
+    return partial(short_finetune, text)
 
 
 @pytest.mark.parametrize(("start", "options"), [

@@ -1,8 +1,7 @@
 """A run is resumed from the factors and guides in its checkpoint; its dense model is not converted again."""
 
 import shutil
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -13,22 +12,10 @@ from tests.conftest import DEMO_MODEL
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, fresh_accelerate):
+def run(tmp_path, short_finetune):
     text = tmp_path / "plays.txt"
     text.write_text("Enter HAMLET. To be, or not to be, that is the question.\n" * 120)
-
-    def run(folder: Path, **changed: object) -> None:
-        options = {
-            "dataset": text, "output_dir": folder, "calibration_tokens": 1024, "block_size": 32, "max_steps": 4,
-            "guided_ratio": 0.5, "per_device_train_batch_size": 2, "save_steps": 1, "save_total_limit": 9,
-            "eval_steps": 0, "eval_ratio": 0, **changed,
-        }  # fmt: skip
-        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-        finetune.main()
-
-    return run
+    return partial(short_finetune, text)
 
 
 @pytest.mark.parametrize("start", ["dense", "compact"])
