@@ -29,7 +29,7 @@ from lowrank_ft.evaluation.divergence import divergence
 _CHECKS = 4
 _PATIENCE = 2
 _RATES = [1e-3 / 3**i for i in reversed(range(7))]
-_LEAST_SEARCHED = 900  # tokens of the gradient that the rate is found by: of fewer it is noise, and the rate too low
+_LEAST_SEARCHED = 4_000  # tokens of the gradient that the rate is found by: of fewer it is noise, and the rate too low
 _JUDGES = 4  # of the batches that are trained on, where none is held out
 _POSITIONS_AT_ONCE = {"cpu": 512}  # logits of a large vocabulary are by far the largest tensors of a step
 _POSITIONS_ELSEWHERE = 2_048

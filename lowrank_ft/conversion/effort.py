@@ -31,3 +31,6 @@ EFFORTS = {
     "default": Effort("activation", 65_536, 32_768, 0.25, 0, 1.0),
     "best": Effort("anchored", 262_144, 65_536, 0.25, 1, 1.0),
 }
+
+ENCODER_TOKENS = 4
+"""Times as many where an encoder of text is distilled: it has no vocabulary to predict, so a token costs it little."""

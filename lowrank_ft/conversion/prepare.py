@@ -23,7 +23,7 @@ from lowrank_ft.conversion.batches import (
 )
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch
-from lowrank_ft.conversion.effort import EFFORTS
+from lowrank_ft.conversion.effort import EFFORTS, ENCODER_TOKENS
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.data.sources import read_rows
@@ -94,7 +94,10 @@ def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared
     """
     effort = EFFORTS[options.effort]
     name = options.calibration_data or SELF
-    tokens = effort.tokens if options.calibration_tokens is None else options.calibration_tokens
+    distill = effort.distill_epochs if options.distill_epochs is None else options.distill_epochs
+    tokens = options.calibration_tokens
+    if tokens is None:
+        tokens = effort.tokens * (ENCODER_TOKENS if distill and _encodes_text(model) else 1)
     length = options.calibration_block_size
     share = effort.own_share if options.own_share is None else options.own_share
     own = tokens if name == SELF else round(share * tokens) if writes_text(model.config) else 0
@@ -106,7 +109,6 @@ def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared
         column, seed = options.calibration_column, options.seed
         given = read_batches(model, rows, name, preprocessor, tokens - own, length, column, seed)
     refine = effort.refine_epochs if options.refine_epochs is None else options.refine_epochs
-    distill = effort.distill_epochs if options.distill_epochs is None else options.distill_epochs
     settings = {
         "source": Path(name).name if Path(name).is_absolute() else name,
         "fit_tokens": effort.fit_tokens,
@@ -116,6 +118,10 @@ def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared
         "seed": options.seed,
     }
     return Prepared(given, own, length, settings, _tokenizer(source) if own else None)
+
+
+def _encodes_text(model: Any) -> bool:
+    return model.main_input_name == "input_ids" and not getattr(model, "can_generate", lambda: False)()
 
 
 def _hold_out(batches: list[Batch], least: int = 1) -> tuple[list[Batch], list[Batch]]:
