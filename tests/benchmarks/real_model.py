@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/benchmarks/real_model.py --model SMOLLM2 --work DIR
 
 The model is SmolLM2-135M-Instruct (``shared/tools/smollm2.py`` writes it). The yardstick is whitened SVD at uniform
-ranks, stored as U V (``common.py``), on the same calibration text. Each conversion of ours is the command, run in a
+ranks, stored as U V (``common.py``), on the same calibration text, as are MoDeGPT and AA-SVD (``peers.py``). Each conversion of ours is the command, run in a
 process of its own, so that its seconds, its CPU seconds and its peak memory are its own. Everything made is kept in
 DIR, every row is saved as it comes, and a run that is broken off goes on: rows that the output holds are not measured
 again. ``--rows`` takes a part of them.
@@ -26,20 +26,21 @@ from lowrank_ft.evaluation.lm_eval import load_tasks, run_tasks
 from lowrank_ft.evaluation.perplexity import agreement
 from lowrank_ft.evaluation.prompts import PROMPTS
 from lowrank_ft.evaluation.talk import talk
-from tests.benchmarks import common
+from tests.benchmarks import common, peers
 from tests.benchmarks.measured import measured
 
 YARDSTICK = "whitened SVD (yardstick)"
+AA_SVD, MODEGPT = "AA-SVD", "MoDeGPT"  # by formula, in peers.py
 SHARES = {0.9: 0.12, 0.8: 0.15, 0.6: 0.25}
 """Of the yardstick's excess, mean of the first two texts: what we had set out to reach with the default."""
-_YARDSTICK_TOKENS = 16_384
+_PEERS_TOKENS = 16_384
 _ARC = Path(__file__).parent / "tasks" / "arc_easy.yaml"
 
 
 def rows_of(ratios: list[float]) -> list[tuple[str, float]]:
     rows = [("dense", 1.0)]
     for ratio in ratios:
-        rows += [(name, ratio) for name in (YARDSTICK, "ours, fast", "ours", "ours, best")]
+        rows += [(name, ratio) for name in (YARDSTICK, MODEGPT, AA_SVD, "ours, fast", "ours", "ours, best")]
     return rows
 
 
@@ -47,14 +48,18 @@ def made(name: str, ratio: float, options: argparse.Namespace, tokenizer: Any) -
     """The model of a row, and what it cost."""
     if name == "dense":
         return common.load(options.model, "cpu"), {}
-    if name == YARDSTICK:
-        model = common.load(options.model, "cpu")
+    if name in (YARDSTICK, AA_SVD, MODEGPT):
+        model, counted = common.load(options.model, "cpu"), {}
         rows = read_rows(options.calibration)
-        batches = read_batches(model, rows, options.calibration, tokenizer, _YARDSTICK_TOKENS)
+        batches = read_batches(model, rows, options.calibration, tokenizer, _PEERS_TOKENS)
         start, used = time.monotonic(), time.process_time()
-        common.whitened_svd(model, common.uniform_plan(model, ratio), batches)
+        if name == MODEGPT:
+            counted = {"parameters": peers.modegpt(model, ratio, batches)}
+        else:
+            method = common.whitened_svd if name == YARDSTICK else peers.aa_svd
+            method(model, common.uniform_plan(model, ratio), batches)
         cost = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - used}
-        return model, {k: round(v, 1) for k, v in cost.items()}
+        return model, {**counted, **{k: round(v, 1) for k, v in cost.items()}}
     folder = options.work / f"{name.replace(', ', '-')}-{ratio}"
     effort = name.partition(", ")[2] or "default"
     command = [sys.executable, "-m", "lowrank_ft_cli.main", "convert", options.model, "--param-ratio", str(ratio),
@@ -205,7 +210,7 @@ def main() -> None:
             continue
         model, cost = made(name, ratio, options, tokenizer)
         model = dense if name == "dense" else model
-        form = "factors" if name == YARDSTICK else "pivoted"
+        form = "factors" if name in (YARDSTICK, AA_SVD) else "pivoted"
         report["rows"].append({
             "row": name, "param_ratio": ratio, "parameters": common.stored_parameters(model, form), **cost,
             **evaluate(model, dense, tokenizer, blocks, options),

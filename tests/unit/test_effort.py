@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.conversion import Calibration, ConversionRecord
@@ -161,9 +163,9 @@ def test_the_rate_is_the_one_whose_step_helps_most():
     assert all(m.grad is None for m in trainer.masters)
 
 
-@pytest.mark.parametrize(("length", "gathered"), [(480, 1), (96, 5), (24, 8)])
+@pytest.mark.parametrize(("length", "gathered"), [(2048, 1), (480, 5), (24, 8)])
 def test_the_rate_is_found_by_many_tokens(length, gathered, monkeypatch):
-    """Small batches are gathered to 900 tokens; where all are fewer, all count."""
+    """Small batches are gathered to 4,000 tokens; where all are fewer, all count."""
     module = importlib.import_module("lowrank_ft.conversion.distill")
     model, dense = converted()
     seen, add = [], module._add_gradient
@@ -241,6 +243,20 @@ def test_the_model_writes_its_share(tmp_path):
     assert prepare(dataclasses.replace(options, own_share=0.0), source, model).own_tokens == 0
     fast = prepare(dataclasses.replace(options, own_share=None, effort="fast"), source, model)
     assert (fast.own_tokens, fast.settings["distill_epochs"]) == (0, 0)
+
+
+def test_encoders_of_text_are_distilled_on_more(tmp_path, monkeypatch):
+    module, asked = importlib.import_module("lowrank_ft.conversion.prepare"), []
+    monkeypatch.setattr(module, "read_batches", lambda *args: asked.append(args[4]) or batches())
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    encoder = BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8))
+    options = CalibrationOptions(calibration_data=str(text), own_share=0.0)
+    source = SimpleNamespace(load_preprocessor=lambda model: None)
+    for changed in ({}, {"effort": "fast"}, {"distill_epochs": 0.0}, {"calibration_tokens": 5000}):
+        for model in (encoder, tiny_llama()):
+            prepare(dataclasses.replace(options, **changed), source, model)
+    assert asked == [262_144, 65_536, 16_384, 16_384, 65_536, 65_536, 5000, 5000]
 
 
 @pytest.mark.parametrize(("options", "message"), [
