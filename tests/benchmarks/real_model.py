@@ -3,10 +3,10 @@
     PYTHONPATH=. python tests/benchmarks/real_model.py --model SMOLLM2 --work DIR
 
 The model is SmolLM2-135M-Instruct (``shared/tools/smollm2.py`` writes it). The yardstick is whitened SVD at uniform
-ranks, stored as U V (``common.py``), on the same calibration text, as are MoDeGPT and AA-SVD (``peers.py``). Each conversion of ours is the command, run in a
-process of its own, so that its seconds, its CPU seconds and its peak memory are its own. Everything made is kept in
-DIR, every row is saved as it comes, and a run that is broken off goes on: rows that the output holds are not measured
-again. ``--rows`` takes a part of them.
+ranks, stored as U V (``common.py``), on the same calibration text, as are MoDeGPT and AA-SVD (``peers.py``). Each
+conversion of ours is the command, run in a process of its own, so that its seconds, its CPU seconds and its peak memory
+are its own. Everything made is kept in DIR, every row is saved as it comes, and a run that is broken off goes on: rows
+that the output holds are not measured again. ``--rows`` takes a part of them.
 """
 
 import argparse
