@@ -8,7 +8,8 @@ rate of a grid, judged on chats that are not trained on; the peers that train th
 the second best rate. Each then runs in full, and is measured on chats of the test set (perplexity of the replies) and
 on general text, for what it forgot. A run that is broken off goes on where it was.
 
-The conversions that ours starts from are made by the command, on general text, and kept in DIR.
+The conversions that ours starts from are made by the command, on general text, and kept in DIR. "Fitted to the chats" is
+``finetune`` from the dense model instead: a fit to the chats, without training, and then the run.
 """
 
 import argparse
@@ -48,6 +49,7 @@ def chat_methods() -> dict[str, dict[str, Any]]:
     }
     for ratio, guide in ((0.9, "residual"), (0.6, "residual")):
         table[f"ours {ratio}"] = {"kind": "ours", "ratio": ratio, "guide": guide, "rate_of": ours}
+    table["ours 0.8, fitted to the chats"] = {"kind": "direct", "ratio": 0.8, "guide": "residual", "rate_of": ours}
     table["ours 0.8, distilled on general text"] = {
         "kind": "ours", "ratio": 0.8, "guide": "none", "distill": 0.5, "rate_of": ours,
     }  # fmt: skip
