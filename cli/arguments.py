@@ -67,7 +67,8 @@ def add_text(parser: argparse.ArgumentParser, help: str, batches_of: str = "bloc
     parser.add_argument("--data-config", help="configuration of a dataset on the Hub")
     parser.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
     parser.add_argument("--block-size", type=int, help="tokens per sequence (default: 1024, or the limit of the model)")
-    parser.add_argument("--batch-size", type=int, default=8, help=f"{batches_of} per forward pass (default: 8)")
+    limit = "default: 8; of a text on a CPU, at most 2048 tokens at once"
+    parser.add_argument("--batch-size", type=int, default=8, help=f"{batches_of} per forward pass ({limit})")
 
 
 def add_output(parser: argparse.ArgumentParser, suffix: str) -> None:

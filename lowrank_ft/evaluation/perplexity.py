@@ -20,6 +20,9 @@ from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError, DataError
 from lowrank_ft.nn.modes import evaluating, without_cache
 
+_CPU_TOKENS = 2_048
+"""At once on a CPU, at most: more are no faster there, and their logits take gigabytes."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -156,7 +159,7 @@ def evaluate_blocks(
     total, tokens = 0.0, 0
     start = time.perf_counter()
     with evaluating(model):
-        for batch, wanted in _batches(blocks, labels, batch_size, "evaluate" if progress else None):
+        for batch, wanted in _batches(blocks, labels, batch_size, device, "evaluate" if progress else None):
             wanted = wanted.to(device)
             total += summed_loss(model(input_ids=batch.to(device), **without_cache(model)).logits, wanted).item()
             tokens += predicted_tokens(wanted)
@@ -184,7 +187,7 @@ def agreement(
     device, other = next(model.parameters()).device, next(baseline.parameters()).device
     kl, same, tokens = 0.0, 0, 0
     with evaluating(model), evaluating(baseline):
-        for batch, wanted in _batches(blocks, labels, batch_size, "agreement" if progress else None):
+        for batch, wanted in _batches(blocks, labels, batch_size, device, "agreement" if progress else None):
             logits = model(input_ids=batch.to(device), **without_cache(model)).logits
             reference = baseline(input_ids=batch.to(other)).logits.to(device)
             if logits.shape[-1] != reference.shape[-1]:
@@ -208,9 +211,11 @@ def _require_two(ids: Tensor) -> None:
 
 
 def _batches(
-    blocks: Tensor, labels: Tensor | None, batch_size: int, title: str | None
+    blocks: Tensor, labels: Tensor | None, batch_size: int, device: torch.device, title: str | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and labels, ``(batch, block_size)`` each; a progress bar if there is a title."""
     labels = blocks if labels is None else labels
+    if device.type == "cpu":
+        batch_size = min(batch_size, max(1, _CPU_TOKENS // blocks.shape[1]))
     pairs = list(zip(blocks.split(batch_size), labels.split(batch_size), strict=True))
     yield from progress_bar(pairs, desc=title, unit="batch", progress=bool(title))

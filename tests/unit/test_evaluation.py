@@ -42,6 +42,22 @@ def test_strided_loss_is_that_of_a_loop_over_tokens(tokens, stride):
         assert found.loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)  # summed_loss is float32
 
 
+def test_a_cpu_gets_few_tokens_at_once(monkeypatch):
+    """Logits of 8 x 1,024 tokens of a large vocabulary take gigabytes."""
+    model, blocks = tiny_llama(), to_blocks(text(70), 10)
+    whole = evaluate_blocks(model, blocks, 4)
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr("lowrank_ft.evaluation.perplexity._CPU_TOKENS", 25)
+    found = evaluate_blocks(model, blocks, 4)
+    assert sizes == [2, 2, 2, 1]
+    assert found.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert agreement(model, model, blocks, 4).top1 == 1
+    monkeypatch.setattr("lowrank_ft.evaluation.perplexity._CPU_TOKENS", 5)
+    evaluate_blocks(model, blocks, 4)
+    assert sizes[-1] == 1
+
+
 @pytest.mark.parametrize("stride", [1, 3, 7])
 def test_every_token_but_the_first_counts_once(stride):
     ids = torch.arange(100, 140)
