@@ -413,7 +413,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for row in report["rows"]:
         name = row["method"]
         if name.startswith("ours"):
-            key = "ours, " + name.split(", ")[1]
+            key = ", ".join(["ours", *name.split(", ")[1:]])
         else:
             key = name.rpartition(", ")[0] if name.rpartition(", ")[2].startswith("0.") else name
         lines.setdefault(key, []).append(row)
@@ -422,7 +422,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         rows.sort(key=lambda r: r["parameters"])
         x, y = [r["parameters"] / 1e6 for r in rows], [r["test_perplexity"] for r in rows]
         axis.plot(x, y, "o-" if len(rows) > 1 else "D", color=colors[i % 20], ms=6, lw=1.4, label=key)
-    axis.set(xlabel="parameters of the final model (millions)", ylabel="held-out perplexity", yscale="log")
+    axis.set(xlabel="parameters of the final model (millions)", ylabel="perplexity on what was learned", yscale="log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_title(f"{report['model']} fine-tuned on {report['data']}, {report['tokens']:,} tokens")

@@ -30,7 +30,7 @@ from lowrank_ft.nn.modes import evaluating
 from lowrank_ft.training.data import load_data
 from lowrank_ft.training.options import DataArguments
 from tests.benchmarks import common
-from tests.benchmarks.finetune import Bench, means, measure_all
+from tests.benchmarks.finetune import Bench, draw, means, measure_all
 
 RATIOS = (0.9, 0.8, 0.6)
 _PILOT_CHATS = 48
@@ -165,6 +165,7 @@ def main() -> None:
     report = measure_all(options, ChatBench)
     report["rows"] = means(report["rows"])
     show(report)
+    draw(report, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
