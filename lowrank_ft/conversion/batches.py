@@ -21,7 +21,7 @@ from torch import Tensor
 from lowrank_ft.conversion.calibration import Calibration, positions
 from lowrank_ft.conversion.chains import Batch
 from lowrank_ft.conversion.processes import ONE, Processes
-from lowrank_ft.conversion.sampling import own_turns, sample_blocks
+from lowrank_ft.conversion.sampling import generates, own_turns, sample_blocks
 from lowrank_ft.data.drawn import CHAT_COLUMNS, draw_chats, draw_texts, holds_chats
 from lowrank_ft.data.encoding import check_vocabulary, text_ends, token_ids, with_begin, without_begin
 from lowrank_ft.data.examples import Example, TokenizedData, collate
@@ -108,15 +108,15 @@ def read_batches(
     if model.main_input_name == "pixel_values":
         require_column(name, ["image"], rows.column_names, "an image model needs images")
         return _images(rows, preprocessor, tokens, name, generator)
-    generates = getattr(model, "can_generate", lambda: False)()
-    column = _column(rows, name, column, chats=generates)
+    writes = generates(model)
+    column = _column(rows, name, column, chats=writes)
     length = calibration_length(model, block_size)
     least = max(LEAST_TOKENS, length)
     if tokens < least:
         raise DataError(f"{tokens} calibration tokens are too few; the least is {least}")
     ids: np.ndarray | None = None
     if holds_chats(rows, column):
-        if not generates:
+        if not writes:
             raise DataError(
                 f"column {column!r} of {name} holds chats, and a {type(model).__name__} reads plain text; name a column "
                 "of text with --calibration-column"
@@ -124,7 +124,7 @@ def read_batches(
         ids = draw_chats(rows, column, name, preprocessor, tokens + length, generator)
     else:
         texts = draw_texts(rows, column, name, _CHARACTERS_PER_TOKEN * tokens, generator)
-        ids = token_ids(texts, preprocessor) if generates else None
+        ids = token_ids(texts, preprocessor) if writes else None
     if ids is not None:
         begin, _ = text_ends(preprocessor)
         blocks = _blocks(ids, tokens, length, name, generator, begin)

@@ -26,6 +26,7 @@ from lowrank_ft.conversion.chains import Batch
 from lowrank_ft.conversion.effort import EFFORTS, ENCODER_TOKENS
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.processes import ONE, Processes
+from lowrank_ft.conversion.sampling import generates
 from lowrank_ft.data.sources import read_rows
 from lowrank_ft.errors import CheckpointError
 
@@ -121,7 +122,7 @@ def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared
 
 
 def _encodes_text(model: Any) -> bool:
-    return model.main_input_name == "input_ids" and not getattr(model, "can_generate", lambda: False)()
+    return model.main_input_name == "input_ids" and not generates(model)
 
 
 def _hold_out(batches: list[Batch], least: int = 1) -> tuple[list[Batch], list[Batch]]:

@@ -28,6 +28,11 @@ _USER_SHARE = 4  # a user's turn takes at most this part of the block, so that t
 
 
 @torch.no_grad()
+def generates(model: Any) -> bool:
+    """Whether transformers can generate with it; an encoder, or a model of another kind, cannot."""
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
 def sample_blocks(
     model: Any,
     blocks: int,
@@ -49,7 +54,7 @@ def sample_blocks(
     Raises:
         DataError: the model cannot generate.
     """
-    if not getattr(model, "can_generate", lambda: False)() or getattr(model.config, "is_encoder_decoder", False):
+    if not generates(model) or getattr(model.config, "is_encoder_decoder", False):
         raise DataError(
             f"a {type(model).__name__} cannot write its own calibration text; give --calibration-data FILE, "
             "or --method svd, which needs none"
