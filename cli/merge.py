@@ -20,8 +20,9 @@ def run(options: argparse.Namespace) -> None:
     from lowrank_ft_cli.options import dtype_of, output_dir_of, shard_size, source_of
 
     import lowrank_ft
+    from lowrank_ft.checkpoints.architecture import is_compact
     from lowrank_ft.checkpoints.atomic import check_output_dir
-    from lowrank_ft.checkpoints.source import check_finite, is_compact, load_model
+    from lowrank_ft.checkpoints.models import check_finite, load_model
     from lowrank_ft.errors import CheckpointError
     from lowrank_ft.export import save_dense
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lowrank_ft_cli.arguments import count
 
-from lowrank_ft.checkpoints.source import writes_text
+from lowrank_ft.checkpoints.architecture import writes_text
 from lowrank_ft.console import human_count, print_table
 from lowrank_ft.costs.accounting import Accounting
 from lowrank_ft.costs.flops import TrainingCost

@@ -22,9 +22,11 @@ from lowrank_ft_cli.run_plan import print_plan, print_remainder, refuse_compact
 from lowrank_ft_cli.run_stream import check_streams, convert_by_block, must_stream
 from transformers import PreTrainedModel
 
+from lowrank_ft.checkpoints.architecture import skeleton, writes_text
 from lowrank_ft.checkpoints.atomic import check_output_dir
+from lowrank_ft.checkpoints.models import check_finite, check_runs, load_model
 from lowrank_ft.checkpoints.push import push
-from lowrank_ft.checkpoints.source import Source, check_finite, check_runs, load_model, skeleton, writes_text
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import shown_command, silent_unless
 from lowrank_ft.conversion import Calibration, ConversionRecord
 from lowrank_ft.conversion.convert import allocate, convert, default_allocation, spectrum_of

@@ -16,16 +16,10 @@ from lowrank_ft_cli.options import calibration_options, device_of, dtype_of, dty
 from lowrank_ft_cli.preset import print_training_cost, sequence_length_of
 from torch import nn
 
-from lowrank_ft.checkpoints.source import (
-    Source,
-    TensorInfo,
-    check_fits,
-    is_compact,
-    load_model,
-    refuse_quantized,
-    skeleton,
-    writes_text,
-)
+from lowrank_ft.checkpoints.architecture import check_fits, is_compact, refuse_quantized, skeleton, writes_text
+from lowrank_ft.checkpoints.files import TensorInfo
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import human_bytes, human_count, print_table
 from lowrank_ft.conversion.convert import allocate, spectrum_of
 from lowrank_ft.conversion.effort import EFFORTS

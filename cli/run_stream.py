@@ -15,8 +15,10 @@ from lowrank_ft_cli.options import dtypes_of, shard_size
 from lowrank_ft_cli.run_plan import print_plan, print_remainder
 
 from lowrank_ft import __version__
+from lowrank_ft.checkpoints.architecture import skeleton
+from lowrank_ft.checkpoints.files import safetensors_files
 from lowrank_ft.checkpoints.on_disk import OnDisk, open_on_disk
-from lowrank_ft.checkpoints.source import Source, safetensors_files, skeleton
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.checkpoints.unfinished import Unfinished, fingerprint, open_unfinished
 from lowrank_ft.console import human_bytes, shown_command
 from lowrank_ft.conversion import Calibration, ConversionRecord

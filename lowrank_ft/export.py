@@ -20,8 +20,9 @@ from lowrank_ft.checkpoints.assemble import assemble
 from lowrank_ft.checkpoints.atomic import whole_folder
 from lowrank_ft.checkpoints.companions import copy_companions
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, RANK_MAP_FILE, describe_in_config
+from lowrank_ft.checkpoints.models import check_finite, check_written
 from lowrank_ft.checkpoints.plugin import AUTO_MAP, PLUGIN_FILE, plugin_source
-from lowrank_ft.checkpoints.source import Source, check_finite, check_written
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.costs.flops import compare
 from lowrank_ft.errors import CheckpointError, first_line
 from lowrank_ft.nn import lowrank_layers

@@ -17,15 +17,9 @@ from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
-from lowrank_ft.checkpoints.source import (
-    Source,
-    check_causal_lm,
-    check_finite,
-    is_compact,
-    is_hub_id,
-    load_model,
-    refuse_quantized,
-)
+from lowrank_ft.checkpoints.architecture import check_causal_lm, is_compact, refuse_quantized
+from lowrank_ft.checkpoints.models import check_finite, load_model
+from lowrank_ft.checkpoints.source import Source, is_hub_id
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.batches import training_calibration

@@ -11,7 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_ft.checkpoints.source import INDEX_FILE
+from lowrank_ft.checkpoints.files import INDEX_FILE
 
 _LARGEST = "500MB"  # of the files of the rest, each of which is in memory once
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank_ft.checkpoints.source import RUN_FILE
+from lowrank_ft.checkpoints.files import RUN_FILE
 
 # What tokenizers, processors and generation configs write by their own save_pretrained, and licences. Nothing else of a
 # source folder is taken along: it may hold anything.

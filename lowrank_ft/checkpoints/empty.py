@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lowrank_ft.checkpoints.architecture import is_compact
 from lowrank_ft.checkpoints.loader import LowRankQuantizationConfig, LowRankQuantizer
-from lowrank_ft.checkpoints.source import is_compact
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.nn import stored_form
 

@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_ft.checkpoints.architecture import is_compact, model_class
+from lowrank_ft.checkpoints.files import safetensors_files
 from lowrank_ft.checkpoints.format import quantization_config
-from lowrank_ft.checkpoints.source import Source, check_finite, is_compact, model_class, safetensors_files
+from lowrank_ft.checkpoints.models import check_finite
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import CheckpointError, ConfigError
 
 

@@ -11,8 +11,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lowrank_ft.checkpoints import sharded as tensor_files
+from lowrank_ft.checkpoints.architecture import is_compact, model_class
 from lowrank_ft.checkpoints.configs import in_one_line
-from lowrank_ft.checkpoints.source import RUN_FILE, Source, check_finite, is_compact, load_model, model_class
+from lowrank_ft.checkpoints.files import RUN_FILE
+from lowrank_ft.checkpoints.models import check_finite, load_model
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, first_line
 from lowrank_ft.nn.unfolded import folded_state
 from lowrank_ft.reading import kind_of, read_object

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lowrank_ft.checkpoints.source import check_finite
+from lowrank_ft.checkpoints.models import check_finite
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, MissingPackageError, first_line
 
 

@@ -19,15 +19,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from lowrank_ft.checkpoints.source import (
-    Source,
-    check_finite,
-    check_fits,
-    load_model,
-    model_class,
-    remember_origin,
-    safetensors_files,
-)
+from lowrank_ft.checkpoints.architecture import check_fits, model_class
+from lowrank_ft.checkpoints.files import safetensors_files
+from lowrank_ft.checkpoints.models import check_finite, load_model, remember_origin
+from lowrank_ft.checkpoints.source import Source
 
 _Place = tuple[Any, str]
 

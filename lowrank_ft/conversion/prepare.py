@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_ft.checkpoints.source import Source, writes_text
+from lowrank_ft.checkpoints.architecture import writes_text
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.conversion.batches import (
     LEAST_TOKENS,
     SELF,

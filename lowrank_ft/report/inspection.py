@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank_ft.checkpoints.source import Source, check_fits, is_compact, load_model, skeleton
+from lowrank_ft.checkpoints.architecture import check_fits, is_compact, skeleton
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import progress_bar
 from lowrank_ft.conversion.experts import fold_records
 from lowrank_ft.conversion.record import (

@@ -12,7 +12,8 @@ import yaml
 from lowrank_ft_cli.main import main
 from transformers import AutoModelForCausalLM
 
-from lowrank_ft.checkpoints.source import Source, load_model
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from tests.conftest import DEMO_MODEL, ROOT
 
 harness = pytest.mark.skipif(

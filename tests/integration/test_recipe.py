@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_ft
-from lowrank_ft.checkpoints.source import Source, load_model
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.data.examples import pack
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import guided_layers, lowrank_layers

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 
 import lowrank_ft
-from lowrank_ft.checkpoints.source import Source, load_model
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from recipes import finetune
 from tests.conftest import DEMO_MODEL
 

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import lowrank_ft
-from lowrank_ft.checkpoints.source import Source, load_model
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.export import save_compact, save_dense
 from lowrank_ft.nn.forms import stored_as
 from tests.conftest import tiny_gpt2, tiny_llama

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lowrank_ft
-from lowrank_ft.checkpoints.source import Source, load_model
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.export import save_compact, save_dense
 from tests.conftest import tiny_llama

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lowrank_ft.checkpoints.source import Source, load_model
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.evaluation.answers import Answers, check_cache_dir, facts_of, key_of
 from tests.conftest import DEMO_MODEL, tiny_llama

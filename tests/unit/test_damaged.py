@@ -10,9 +10,11 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
+from lowrank_ft.checkpoints.architecture import check_fits, skeleton
 from lowrank_ft.checkpoints.atomic import check_output_dir
 from lowrank_ft.checkpoints.from_training import load_adapter
-from lowrank_ft.checkpoints.source import Source, check_fits, load_model, skeleton
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.errors import CheckpointError, NonFiniteError, OutputError, TrainingStateError
 from lowrank_ft.integrations.peft import LowRankConfig
 from lowrank_ft.training.resume import STATE_FILE, read_state

@@ -6,8 +6,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lowrank_ft.checkpoints.architecture import skeleton
+from lowrank_ft.checkpoints.files import INDEX_FILE, safetensors_files
 from lowrank_ft.checkpoints.from_training import _adapter_scale, _dtype, load_adapter
-from lowrank_ft.checkpoints.source import INDEX_FILE, Source, load_model, safetensors_files, skeleton
+from lowrank_ft.checkpoints.models import load_model
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.conversion.record import read_conversion
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError, PlanError
 from lowrank_ft.factorization.plan import Plan, make_plan
