@@ -20,6 +20,7 @@ from lowrank_ft.data.examples import IGNORED, TokenizedData
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.evaluation.divergence import divergence
 from lowrank_ft.nn.modes import without_cache
+from lowrank_ft.training import fsdp
 from lowrank_ft.training.options import TrainArguments
 
 
@@ -68,8 +69,10 @@ def terms_of_loss(args: TrainArguments, train_data: TokenizedData, distill_data:
 class Teacher:
     """The dense model as a fixed function of a batch. It stays out of DDP, the optimizer and every checkpoint.
 
+    Under FSDP2 it is sharded as the student is, and all processes have to ask for logits together.
+
     Args:
-        model: put into evaluation mode, frozen and moved to the device, in place.
+        model: put into evaluation mode, frozen, and moved to the device or sharded over the devices, in place.
         student: what learns from it.
 
     Raises:
@@ -83,7 +86,15 @@ class Teacher:
         if not {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in student.parameters()):
             raise ConfigError("the teacher shares parameters with the model that is trained; give a copy of it")
         # Autocast keeps a converted copy of every weight that could get a gradient; a frozen one is not kept.
-        self.model = model.eval().requires_grad_(False).to(accelerator.device)
+        self.model = model.eval().requires_grad_(False)
+        few = torch.cat([p.flatten()[:16].float().cpu() for p in model.parameters()])
+        self.fingerprint = f"crc32 {zlib.crc32(few.numpy().tobytes()):08x}"
+        """Changes with the weights, of which it reads a few each; tells a resumed run that its teacher is another."""
+        self._sharded = fsdp.uses_fsdp(accelerator)
+        if self._sharded:
+            fsdp.shard_frozen(model, accelerator)
+        else:
+            model.to(accelerator.device)
         self._autocast = accelerator.autocast
         self._options = without_cache(model)
 
@@ -91,12 +102,12 @@ class Teacher:
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """``(batch, length, vocabulary)``, computed in the precision that the student is trained in."""
         with self._autocast():
-            return self.model(**batch, **self._options).logits
-
-    def fingerprint(self) -> str:
-        """Changes with the weights, of which it reads a few each; tells a resumed run that its teacher is another."""
-        few = torch.cat([p.flatten()[:16].float().cpu() for p in self.model.parameters()])
-        return f"crc32 {zlib.crc32(few.numpy().tobytes()):08x}"
+            logits: Tensor = self.model(**batch, **self._options).logits
+        if (
+            self._sharded
+        ):  # what stands outside the blocks, such as embeddings, waits for a backward pass that does not come
+            fsdp.reshard(self.model)
+        return logits
 
 
 def make_teacher(

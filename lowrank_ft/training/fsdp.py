@@ -6,6 +6,7 @@ and let go afterwards. What is special here:
 - **Every guide is a unit of its own.** Inside a larger unit a guide that was deleted from the model would still be
   gathered, with the rest of its unit, at every step to the end of the run.
 - **The drop forgets the guides' units.** The root keeps a list of all units, and would keep the shards alive.
+- **The teacher** of distillation is sharded likewise, but it has no gradients and is no part of what accelerate prepares.
 - **On the CPU** accelerate ignores the FSDP configuration and trains with DDP. Here it shards there, too, which is how
   this code is tested without GPUs.
 - **The result** is gathered tensor by tensor on the main process, into a copy of the model made before the sharding:
@@ -27,7 +28,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed import checkpoint
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lowrank_ft.checkpoints.sharded import is_sharded
 from lowrank_ft.errors import ConfigError, OutputError
@@ -133,6 +134,24 @@ def block_classes(model: nn.Module, accelerator: Accelerator) -> set[str]:
             "fsdp_transformer_layer_cls_to_wrap"
         )
     return blocks
+
+
+def shard_frozen(model: nn.Module, accelerator: Accelerator) -> None:
+    """Shard a model that is read and not trained, block by block, in place; each process keeps its part on its device.
+
+    The model may be another than the one that is trained, so its blocks are what transformers knows of it, or of the
+    configured classes those that it has. A model of neither is one unit, gathered whole in each forward pass.
+    """
+    plugin: Any = accelerator.state.fsdp_plugin
+    names = set(getattr(model, "_no_split_modules", None) or plugin.transformer_cls_names_to_wrap or ())
+    mesh = accelerator.torch_device_mesh
+    where: dict[str, Any] = {"mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]} if mesh else {}
+    if plugin.cpu_offload:
+        where["offload_policy"] = plugin.cpu_offload
+    for module in list(model.modules()):
+        if type(module).__name__ in names and module is not model:
+            fully_shard(module, reshard_after_forward=True, **where)
+    fully_shard(model, reshard_after_forward=True, **where)
 
 
 def choose_units(model: nn.Module, accelerator: Accelerator, blocks: set[str]) -> None:

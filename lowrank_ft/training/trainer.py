@@ -67,7 +67,7 @@ class Trainer:
         eval_data: and second; None for no evaluation.
         accelerator: made by :func:`make_accelerator` if not given.
         on_step_end: called with the number of completed steps, after evaluation and checkpoint.
-        teacher: the dense model, for ``distill_weight`` above 0; frozen and moved to the device, in place.
+        teacher: the dense model, for ``distill_weight`` above 0; frozen, moved to the device or sharded, in place.
         distill_data: text on which the model is held to the teacher; None for the training data.
         facts: further settings, JSON values by name, that a resumed run must share with the run that it resumes.
 
@@ -293,7 +293,7 @@ class Trainer:
             "guided_steps": self.guided_steps,
             "global_batch": self.global_batch,
             **data_to_match(self.train_data, self.eval_data, self.distill_data),
-            "teacher": None if self._teacher is None else self._teacher.fingerprint(),
+            "teacher": None if self._teacher is None else self._teacher.fingerprint,
             "guides": self._guide_kinds,
             "mixed_precision": str(self.accelerator.mixed_precision),
             "dtype": self._dtype,

@@ -46,9 +46,10 @@ class WatchedTrainer(Trainer):
 
 
 def train(folder: Path, guide: str, world: int, options: dict) -> None:
-    options, tie = dict(options), options.get("tie", False)
-    options.pop("tie", None)
+    options = dict(options)
+    tie = options.pop("tie", False)
     model = tiny_llama(tie_word_embeddings=tie)
+    teacher = tiny_llama(tie_word_embeddings=tie) if options.get("distill_weight") else None
     convert(model, rank=8, guide=guide)
     guide_bytes = sum(layer.guide.weight.numel() * 4 for _, layer in guided_layers(model))
     ids = np.random.default_rng(0).integers(3, 97, 60 * 16).astype(np.int32)
@@ -65,6 +66,7 @@ def train(folder: Path, guide: str, world: int, options: dict) -> None:
             "live": live_bytes() if world > 1 and step in (GUIDED - 1, GUIDED + 2) else None,
             "parameters": sum(_local(p).numel() * 4 for p in own),
             "optimizer": sum(_local(v).numel() * 4 for v in state.values()),
+            "teacher": None if teacher is None else _held(teacher),
             "sharded": sum(isinstance(p, DTensor) for p in own),
             "of": len(own),
         })  # fmt: skip
@@ -76,7 +78,7 @@ def train(folder: Path, guide: str, world: int, options: dict) -> None:
     })  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer_module.plot_run = lambda *_: False  # a picture takes longer than the training
-    trainer = WatchedTrainer(model, args, data, held_out, on_step_end=look)
+    trainer = WatchedTrainer(model, args, data, held_out, on_step_end=look, teacher=teacher)
     accelerator = trainer.accelerator
     facts = {
         "world": accelerator.num_processes,
@@ -96,6 +98,12 @@ def train(folder: Path, guide: str, world: int, options: dict) -> None:
     if rank == 0:
         assert result.lm_head.weight is result.model.embed_tokens.weight or not tie
         save_file(unique_tensors(result.state_dict()), folder / "final.safetensors")
+
+
+def _held(model: torch.nn.Module) -> list[int]:
+    """Numbers that this process holds of a model, and that there are."""
+    own = list(model.parameters())
+    return [sum(_local(p).numel() for p in own), sum(p.numel() for p in own)]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
