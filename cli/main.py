@@ -30,12 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     elif unknown:
         parser.commands[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     formatwarning = warnings.formatwarning
-    if launch:
-        return launch_command(arguments, launch)
     _quieten(options)
     signal.signal(signal.SIGTERM, _interrupt)  # so that half-written output is cleaned up
     try:
-        code = int(COMMANDS[options.command].run(options) or 0)
+        code = launch_command(arguments, launch) if launch else int(COMMANDS[options.command].run(options) or 0)
         sys.stdout.flush()  # a reader that is gone is found out here, and not at exit
         return code
     except KeyboardInterrupt as stop:

@@ -4,8 +4,8 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+import psutil
 import torch
-from accelerate.utils import get_max_memory
 
 from lowrank_ft.console import human_bytes, print_table
 from lowrank_ft.costs.memory import MODES, Architecture, Settings, estimate
@@ -33,10 +33,11 @@ def memory_of(plan: Plan, options: argparse.Namespace, model: Any) -> dict[str, 
 
 
 def free_bytes(device: str) -> int:
-    """Memory that nobody uses: of a GPU, or where ``device`` is no GPU, of the machine."""
-    free = get_max_memory()
-    index = torch.device(device).index or 0
-    return int(free["cpu"] if torch.device(device).type in ("cpu", "mps") else free.get(index, free["cpu"]))
+    """Memory that nobody uses: of a GPU, or where ``device`` has none of its own, of the machine."""
+    here = torch.device(device)
+    if here.type == "cuda":
+        return int(torch.cuda.mem_get_info(here)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def print_memory(memory: dict[str, Any]) -> None:

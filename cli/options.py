@@ -71,6 +71,10 @@ def promise_of(options: argparse.Namespace) -> Promise | None:
             amount = float(typed.removesuffix("%")) / (100 if typed.endswith("%") else 1)
         except ValueError:
             amount = math.nan
+        if amount > 1 and not typed.endswith("%"):
+            raise ConfigError(
+                f"--max-loss is {typed}, which lets perplexity rise by {amount:.0%}; for {typed} % write {typed}%"
+            )
     if not 0 < amount < math.inf:
         raise ConfigError(
             f"{name} is {typed}; it must be a number above 0, such as {'5%' if name == '--max-loss' else 0.1}"
@@ -129,8 +133,8 @@ def dtypes_of(options: argparse.Namespace, config: Any, device: str) -> tuple[to
     if isinstance(chosen, torch.dtype):
         return chosen, torch.float32 if device == "cpu" else chosen
     stored = getattr(config, "dtype", None)
-    if device == "cpu" and isinstance(stored, torch.dtype):
-        return stored, torch.float32
+    if isinstance(stored, torch.dtype):
+        return stored, torch.float32 if device == "cpu" else stored
     return None, chosen
 
 

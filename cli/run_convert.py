@@ -57,6 +57,7 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
         check_streams(options, calibrated)
     plan = planned_size(options, sizes, source) if promise is None else None
     with joined(device) as processes, silent_unless(processes.main):
+        device = device if processes.count == 1 else processes.device  # each of several has a GPU of its own
         if options.stream or processes.agreed(must_stream(options, source, calibrated, config, device)):
             convert_by_block(options, source, sizes, calibrated, plan, config, device, processes)
         else:

@@ -1,7 +1,8 @@
 """Fine-tune a low-rank model while its dense weight is phased out, and export the result.
 
+    lowrank-ft finetune --model compact --dataset train.jsonl --output-dir finetuned
+    lowrank-ft finetune --config run.yaml --learning-rate 1e-4 -- --multi_gpu --num_processes 8
     accelerate launch recipes/finetune.py --config recipes/configs/finetune.yaml
-    accelerate launch recipes/finetune.py --config recipes/configs/finetune.yaml --learning-rate 1e-4
 
 The model is a compact checkpoint (from ``lowrank-ft convert``), or a dense one with ``--rank`` or ``--param-ratio``.
 What is left in ``output_dir`` at the end is a compact checkpoint that ``AutoModelForCausalLM`` loads.
@@ -41,6 +42,7 @@ from lowrank_ft.training import (
     make_accelerator,
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
+from lowrank_ft.training.fsdp import uses_fsdp
 from lowrank_ft.training.preparation import prepare_folder, writes_explained
 from lowrank_ft.training.progress import outline
 
@@ -70,9 +72,11 @@ def main() -> None:
     check_embeddings(config.get_text_config().vocab_size, train_data, eval_data, distill_data)
 
     # 2. The model: factors, and the guide beside them; and the dense model, if there is something to distil from it.
-    #    All processes do this at the same time: those that waited for a long conversion would time out.
+    #    All processes do this at the same time: those that waited for a long conversion would time out. What FSDP2
+    #    is going to shard may be too large for one device.
     distill = train_args.distill_weight > 0
-    model, base_model, teacher = prepare_model(model_args, source, train_data, distill, checkpoint)
+    device = "cpu" if uses_fsdp(accelerator) else str(accelerator.device)
+    model, base_model, teacher = prepare_model(model_args, source, train_data, distill, checkpoint, device)
 
     guide = next((layer.kind for _, layer in guided_layers(model)), "none")
 
@@ -118,11 +122,13 @@ def prepare_model(
     train_data: TokenizedData,
     distill: bool = False,
     checkpoint: Path | None = None,
+    device: str = "cpu",
 ) -> tuple[PreTrainedModel, str, PreTrainedModel | None]:
     """The model with its guides in the dtype of training, the name of the dense model that it came from, the teacher.
 
     The teacher, None unless there is distillation, is a whole dense model of its own, in the same dtype. A run that
     goes on from a ``checkpoint`` finds factors and guides there: here they get their shapes, and nothing is computed.
+    What is computed, such as factors of a dense model, is on ``device``.
     """
     dtype = getattr(torch, args.dtype)
     sizes = (args.rank, args.param_ratio)
@@ -134,14 +140,16 @@ def prepare_model(
     if not compact and all(s is None for s in sizes):
         raise ConfigError(f"{source.name} is dense; say how small it should become with --rank or --param-ratio")
 
-    model = load_model(source, dtype)
+    model = load_model(source, dtype, device)
     check_finite(model, source.name)
     origin: Any = getattr(model.config, "quantization_config", None)  # unpivot writes this entry anew, as a dictionary
     lowrank_ft.unpivot(model)
     if not compact:
         teacher = None
         if distill:
-            teacher = load_dense(args, args.guide_model, None, distill) if args.guide_model else copy.deepcopy(model)
+            teacher = (
+                load_dense(args, args.guide_model, None, distill, device) if args.guide_model else copy.deepcopy(model)
+            )
         sizes_and_targets: dict[str, Any] = dict(
             rank=as_rank(args.rank),
             param_ratio=args.param_ratio,
@@ -185,7 +193,7 @@ def prepare_model(
     if checkpoint is not None and guide is not None and not distill:
         shape_guides(model, guide, args.guide_bits)
         return model, base_model, None
-    dense = load_dense(args, base_model, None if args.guide_model else origin.base_revision, distill)
+    dense = load_dense(args, base_model, None if args.guide_model else origin.base_revision, distill, device)
     if guide is not None:
         lowrank_ft.attach_guides(model, dense, guide, args.guide_bits)
     else:  # a teacher may be any model of the same vocabulary, and then it is not where the factors came from
@@ -208,14 +216,14 @@ def calibration_of(args: ModelArguments, train_data: TokenizedData) -> Calibrati
     return training_calibration(train_data, args.calibration_tokens)
 
 
-def load_dense(args: ModelArguments, name: str, revision: str | None, teaches: bool) -> PreTrainedModel:
+def load_dense(args: ModelArguments, name: str, revision: str | None, teaches: bool, device: str) -> PreTrainedModel:
     """The dense model of the guide, and of distillation where it ``teaches``: a guide needs no head, a teacher does."""
     # A checkpoint may name any repository as its origin; code from there runs only if the user named it.
     source = Source(name, revision, args.trust_remote_code and args.guide_model is not None)
     try:
         if teaches:
             check_causal_lm(source.load_config(), source)
-        return load_model(source, getattr(torch, args.dtype))
+        return load_model(source, getattr(torch, args.dtype), device)
     except CheckpointError as error:
         withheld = args.trust_remote_code and not source.trust_remote_code
         if withheld and PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("auto_map"):

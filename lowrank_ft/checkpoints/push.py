@@ -1,11 +1,13 @@
 """Push a finished folder to the Hub."""
 
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub import errors as hub_errors
 
 from lowrank_ft.checkpoints.companions import companions
@@ -115,8 +117,7 @@ def _stage(folder: Path, staged: Path, repo_id: str) -> None:
     local = _strip_adapter(folder, staged) if "adapter_config.json" in names else None
     if "README.md" in names:
         card = (folder / "README.md").read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
-        lines = [line for line in card.splitlines(keepends=True) if local is None or local not in line]
-        (staged / "README.md").write_text("".join(lines), encoding="utf-8")
+        (staged / "README.md").write_text(card if local is None else _without_local(card, local), encoding="utf-8")
     if "config.json" in names:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         entry = config.get("quantization_config")
@@ -127,6 +128,18 @@ def _stage(folder: Path, staged: Path, repo_id: str) -> None:
         record = _public_record((folder / CONVERSION_FILE).read_text(encoding="utf-8"))
         if record is not None:
             (staged / CONVERSION_FILE).write_text(record, encoding="utf-8")
+
+
+def _without_local(card: str, local: str) -> str:
+    """The card of an adapter whose base model is a folder here: not in its header, and without the path in its text."""
+    found = ModelCard(card, ignore_metadata_errors=True)
+    header: Any = found.data
+    if header.base_model == local:
+        header.base_model = None
+    header.tags = [t for t in header.tags or () if not t.endswith(f":{local}")] or None
+    if len(Path(local).parts) > 1:  # a single word may mean anything
+        found.text = re.sub(rf"(?<![\w.-]){re.escape(local)}(?![\w-])", lambda _: Path(local).name, found.text)
+    return str(found) if card.startswith("---") else found.text
 
 
 def _strip_adapter(folder: Path, staged: Path) -> str | None:

@@ -30,8 +30,6 @@ from lowrank_ft.errors import ConfigError, DataError
 
 SELF = "self"
 CALIBRATION_TOKENS = 262_144
-OWN_TOKENS = 65_536
-"""Of text that the model writes itself, which takes it much longer than reading."""
 BLOCK_SIZE = 512
 LEAST_TOKENS = 1_024
 _BATCH_TOKENS = 1_024

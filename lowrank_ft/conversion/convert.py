@@ -215,7 +215,8 @@ def _fit(
     progress: bool,
 ) -> None:
     with evaluating(model):  # dropout would be noise in what the factors are fitted to
-        dense = _copy_for_distillation(model, plan) if calibration.distill_epochs > 0 else None
+        alone = calibration.processes.count == 1  # others would wait for one that leaves a stage out
+        dense = _copy_for_distillation(model, plan, alone) if calibration.distill_epochs > 0 else None
         convert_blocks(model, plan.ranks, calibration, method, record, progress)
         if dense is None:
             return
@@ -230,6 +231,8 @@ def _fit(
                 calibration.seed, calibration.judging, vectors, progress, calibration.processes,
             )  # fmt: skip
         except torch.OutOfMemoryError:
+            if not alone:
+                raise
             warnings.warn(_NO_MEMORY, stacklevel=3)
             for parameter, value in fitted:
                 parameter.data.copy_(value)
@@ -238,13 +241,15 @@ def _fit(
         record.add_distillation(*losses)
 
 
-def _copy_for_distillation(model: nn.Module, plan: Plan) -> nn.Module | None:
+def _copy_for_distillation(model: nn.Module, plan: Plan, alone: bool) -> nn.Module | None:
     """The dense model once more; what the conversion does not touch, such as embeddings, is shared."""
     factored = {f"{name}.weight" for name in plan.ranks}
     shared = {id(p): p for n, p in model.named_parameters() if p.dim() > 1 and n not in factored}
     try:
         return copy.deepcopy(model, shared)
     except torch.OutOfMemoryError:
+        if not alone:
+            raise
         warnings.warn(_NO_MEMORY, stacklevel=4)
         return None
 

@@ -124,6 +124,7 @@ def search_rate(trainer: FactorTrainer, best: Best, loss: Callable[[], float]) -
             break
         found, lowest = rate, now
     best.restore()
+    trainer.write()
     trainer.optimizer.zero_grad()
     return found
 

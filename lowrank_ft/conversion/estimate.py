@@ -119,9 +119,10 @@ def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
     activations = int(speed.activation_bytes * _TOKENS)
     moments = min(2**30, sum(8 * p.shape[1] ** 2 * p.copies for p in plan.linears))
     first = weights + logits + activations + (moments if work.loss else 0)
+    solver = 7 * 8 * max((p.shape[1] ** 2 for p in plan.linears if p.rank is not None), default=0)
     if not work.distilled:
-        return max(first, weights + streams)
-    kept = weights + dense * size  # the dense twin
+        return max(first, weights + streams + solver)
+    kept = weights + dense * size + solver  # the dense twin, too
     # Beside the factors: gradients, two states of AdamW, the best state so far; and a copy of 16-bit factors.
     training = (
         weights + factors * size + factors * 4 * (4 if size == 4 else 5)
@@ -227,19 +228,25 @@ def _matrix(model: nn.Module, p: LinearPlan) -> Tensor:
 
 
 def _factorize(weight: Tensor, rank: int) -> float:
-    eye = torch.eye(weight.shape[1], dtype=torch.float64 if weight.device.type != "mps" else torch.float32)
-    return _seconds(lambda: Regression(eye.to(weight.device), None, 0.01)(weight, rank), again=False)
+    moments = torch.eye(weight.shape[1], device=weight.device)
+    return _seconds(lambda: Regression(moments, None, 0.01)(weight, rank), again=False)
 
 
 def _seconds(work: Callable[[], Any], again: bool = True) -> float:
     """Of one run; the first one warms up, unless there is only one."""
     if again:
         work()
+    _wait_for_device()
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _wait_for_device()
     return time.perf_counter() - start
+
+
+def _wait_for_device() -> None:
+    """An accelerator is still at work when its calls return."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def work_of(calibration: Calibration, written: int, allocation: str, method: str) -> Work:

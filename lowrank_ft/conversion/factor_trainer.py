@@ -89,7 +89,7 @@ class FactorTrainer:
         nn.utils.clip_grad_norm_(self.masters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._write()
+        self.write()
         self.done += 1
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class FactorTrainer:
             master.copy_(value)
             if master.grad is not None:
                 master.sub_(rate * master.grad.sign())
-        self._write()
+        self.write()
 
     def finish(self) -> None:
         """Split every product evenly again, so that whatever trains next starts from balanced factors."""
@@ -107,10 +107,11 @@ class FactorTrainer:
         for left, right in zip(self.masters[0:count:2], self.masters[1:count:2], strict=True):
             for master, factor in zip((left, right), balance(Factors(left, right)), strict=True):
                 master.copy_(factor)
-        self._write()
+        self.write()
 
     @torch.no_grad()
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Put the masters into the parameters of 16 bits that they stand for."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter.dtype != master.dtype:
                 parameter.copy_(master)
@@ -134,6 +135,6 @@ class Best:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to it. The masters of 16-bit parameters are written to these by the trainer's next step or finish."""
+        """Go back to it. The masters of 16-bit parameters are written to these by :meth:`FactorTrainer.write`."""
         for kept, parameter in zip(self.kept, self.parameters, strict=True):
             parameter.copy_(kept)

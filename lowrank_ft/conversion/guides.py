@@ -47,7 +47,9 @@ def attach_guides(model: nn.Module, dense_model: nn.Module, guide: str, guide_bi
 
 
 def _attach(model: nn.Module, dense_model: nn.Module, guide: str, guide_bits: int | None) -> None:
-    weights = {name: _matching_dense_weight(dense_model, name, layer) for name, layer in lowrank_layers(model)}
+    modules = dict(dense_model.named_modules())
+    prefix = getattr(dense_model, "base_model_prefix", "")
+    weights = {name: _matching_dense_weight(modules, prefix, name, layer) for name, layer in lowrank_layers(model)}
     _require_kinship(model, weights)
     for name, layer in list(lowrank_layers(model)):
         weight = weights[name]
@@ -74,9 +76,7 @@ def _require_kinship(model: nn.Module, weights: dict[str, Tensor]) -> None:
         )
 
 
-def _matching_dense_weight(dense_model: nn.Module, name: str, layer: LowRankLinear) -> Tensor:
-    modules = dict(dense_model.named_modules())
-    prefix = getattr(dense_model, "base_model_prefix", "")
+def _matching_dense_weight(modules: dict[str, nn.Module], prefix: str, name: str, layer: LowRankLinear) -> Tensor:
     for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
         module = modules.get(candidate)
         if module is not None and is_linear(module):

@@ -96,6 +96,7 @@ def convert_within(
         say(
             f"{promise.shown}: param ratio {ratio:.2f} should lose {factor * expected:.4f} nats per token of {promise.most:.4f}"
         )
+        model = None  # one that broke the promise is gone before the next is made
         model, record = copy.deepcopy(dense), ConversionRecord()
         convert(model, plan, method=method, calibration=calibration, record=record, progress=progress)
         with evaluating(model), evaluating(dense):
@@ -113,13 +114,14 @@ def convert_within(
         if found > promise.most:
             above = ratio + _STEP
             continue
-        kept = Kept(model, plan, record, found)
+        kept = Kept(model.to("cpu"), plan, record, found)  # the next one needs the device
         if found > _ROOM * promise.most:
             break
     if kept is None:
         raise PlanError(
             f"no size keeps {promise.shown} ({promise.most:.4f} nats per token){last}; allow more, or try --effort best"
         )
+    kept.model.to(next(dense.parameters()).device)
     return kept
 
 

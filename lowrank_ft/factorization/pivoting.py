@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowrank_ft.errors import require_choice
 from lowrank_ft.factorization.ranks import Shape
-from lowrank_ft.factorization.solvers import Factors, balance, working_dtype
+from lowrank_ft.factorization.solvers import Factors, balance, exact
 
 SIDES = ("output", "input")
 BOUND = 1.05
@@ -69,14 +69,14 @@ def pivot(factors: Factors, side: str | None = None) -> Pivoted:
     """The same product in its pivoted form, float32.
 
     Args:
-        factors: ``U (out, r)`` and ``V (r, in)``, of any float dtype on any device; computed in float64 where there is
-            one. The product may have a rank below r.
+        factors: ``U (out, r)`` and ``V (r, in)``, of any float dtype on any device; computed in float64. The product may
+            have a rank below r.
         side: one of ``SIDES``, longer than r; by default that of :func:`pivot_side`.
 
     Raises:
         ConfigError: no such side, or it has no more than r entries.
     """
-    left, right = (f.detach().to(working_dtype(f.device)) for f in factors)
+    left, right = map(exact, factors)
     shape, rank = (left.shape[0], right.shape[1]), left.shape[1]
     side = side or pivot_side(shape, rank) or "output"
     possible = tuple(s for s, length in zip(SIDES, shape, strict=True) if length > rank)
@@ -103,8 +103,9 @@ def whole(pivoted: Pivoted) -> Factors:
 
 def unpivot(pivoted: Pivoted) -> Factors:
     """The same product as balanced factors, as they are trained; float32."""
-    work = working_dtype(pivoted.U.device)
-    return balance(whole(pivoted._replace(U=pivoted.U.to(work), V=pivoted.V.to(work))))
+    left, right = exact(pivoted.U), exact(pivoted.V)
+    plain = whole(Pivoted(left, right, pivoted.order.to(left.device), pivoted.side))
+    return Factors(*(f.to(pivoted.U.device) for f in balance(plain)))
 
 
 def rounded(pivoted: Pivoted, dtype: torch.dtype) -> Pivoted:
@@ -112,21 +113,21 @@ def rounded(pivoted: Pivoted, dtype: torch.dtype) -> Pivoted:
 
     With ``U V = [I; C] V'``: each column of V' is rounded entry by entry, and the entries that follow make up for the
     error as it shows in ``[I; C] V'``. Then C is fitted to the rows that are there now, and rounded the same way (Frantar
-    et al. 2023, arXiv 2210.17323, with other curvatures). Computed in float64 where there is one.
+    et al. 2023, arXiv 2210.17323, with other curvatures). Computed in float64.
     """
-    work = working_dtype(pivoted.U.device)
     output = pivoted.side == "output"
     coefficients, rows = (pivoted.U, pivoted.V) if output else (pivoted.V.T, pivoted.U.T)
-    coefficients, rows = coefficients.to(work), rows.to(work)
+    coefficients, rows = exact(coefficients), exact(rows)
     others = coefficients @ rows
-    eye = torch.eye(len(rows), dtype=work, device=rows.device)
+    eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     rows = _rounded(rows.T, eye + coefficients.T @ coefficients, dtype).T
     moments = rows @ rows.T
     damped = moments + 1e-8 * moments.diagonal().mean().clamp_min(1e-30) * eye
     coefficients = torch.linalg.solve(damped, rows @ others.T + (damped - moments) @ coefficients.T).T
     coefficients = _rounded(coefficients, damped, dtype)
     parts = (coefficients, rows) if output else (rows.T, coefficients.T)
-    return pivoted._replace(U=parts[0].to(dtype).contiguous(), V=parts[1].to(dtype).contiguous())
+    left, right = (p.to(device=pivoted.U.device, dtype=dtype).contiguous() for p in parts)
+    return pivoted._replace(U=left, V=right)
 
 
 def _rounded(matrix: Tensor, curvature: Tensor, dtype: torch.dtype) -> Tensor:

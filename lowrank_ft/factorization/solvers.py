@@ -92,9 +92,8 @@ class Regression:
         power = moments.diagonal().mean()
         if not power > 0:
             return
-        eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-        self._whiten = _inverse_root(moments + damping * power * eye)
-        self._mixed = (mixed + damping * power * eye) @ self._whiten
+        self._whiten = _inverse_root(_plus_diagonal(moments, damping * power))
+        self._mixed = _plus_diagonal(mixed, damping * power) @ self._whiten
 
     def __call__(self, weight: Tensor, rank: int, name: str = "weight") -> Factors:
         """Factors of ``weight (out, in)`` of a ``rank`` from 1 to ``min(out, in)``.
@@ -106,10 +105,11 @@ class Regression:
         rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
         if self._whiten is None:
             return truncated_svd(weight, rank, name)
-        target = _working_copy(weight, name) @ self._mixed.to(weight.device)
+        matrix = _working_copy(weight, name)
+        target = matrix @ self._mixed.to(matrix.device)
         # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
         basis, projection = leading_part(target, rank)
-        right = projection @ self._whiten.T.to(weight.device)
+        right = projection @ self._whiten.T.to(matrix.device)
         return balance(Factors(_result(basis, weight), _result(right, weight)))
 
 
@@ -151,7 +151,8 @@ def balance(factors: Factors) -> Factors:
     root = s.sqrt()
     balanced_left = q_left @ (core_left * root)
     balanced_right = (root[:, None] * core_right) @ q_right.T
-    return Factors(balanced_left.to(dtype).contiguous(), balanced_right.to(dtype).contiguous())
+    left, right = (m.to(device=factors.U.device, dtype=dtype) for m in (balanced_left, balanced_right))
+    return Factors(left.contiguous(), right.contiguous())
 
 
 def singular_values(weight: Tensor, name: str = "weight") -> Tensor:
@@ -188,9 +189,20 @@ def retained_energy(values: Tensor, rank: int) -> float:
     return squares[:rank].sum().item() / total if total > 0 else 1.0
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """In float64, for a decomposition: where it is, or on the CPU where the device has no float64."""
+    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device).double()
+
+
 def working_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
+    """Of sums and products: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _plus_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
+    result = matrix.clone()
+    result.diagonal().add_(value)
+    return result
 
 
 def _inverse_root(moments: Tensor) -> Tensor:
@@ -211,7 +223,7 @@ def _working_copy(weight: Tensor, name: str) -> Tensor:
             f"{name} {tuple(weight.shape)} holds {count} NaN or infinite values; "
             "repair or re-download the checkpoint, or exclude that module"
         )
-    return weight.detach().to(working_dtype(weight.device))
+    return exact(weight)
 
 
 def _result(factor: Tensor, like: Tensor) -> Tensor:

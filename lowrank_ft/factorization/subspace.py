@@ -28,7 +28,7 @@ def leading_part(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     The columns of ``Q`` are orthonormal, and are the leading left singular vectors, largest first.
 
     Args:
-        matrix: ``M``, finite, float64 (float32 on MPS), which both results are, too.
+        matrix: ``M``, finite, float64, which both results are, too.
     """
     small = min(matrix.shape)
     if small >= _LARGE and rank < small and matrix.dtype == torch.float64:

@@ -1,5 +1,7 @@
 """Read the options of a run: a YAML file, and command-line flags that override it."""
 
+import argparse
+import copy
 import difflib
 import sys
 from collections.abc import Sequence
@@ -53,7 +55,10 @@ def parse_groups(
     Raises:
         ConfigError: the file cannot be read, holds an unknown option, or a value is out of range.
     """
-    parser = _Parser(list(groups), description=description, allow_abbrev=False)
+    parser = _Parser(list(groups), description=description, allow_abbrev=False, formatter_class=_Help)
+    parser.usage = (
+        f"lowrank-ft {Path(sys.argv[0]).stem} [--config FILE.yaml] [--OPTION VALUE ...] [-- options of accelerate]"
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="options, one `name: value` a line; flags override it")
     arguments = list(sys.argv[1:] if argv is None else argv)
     config, _ = _config_parser().parse_known_args(arguments)
@@ -95,14 +100,26 @@ def as_rank(value: float | str | None) -> int | float | None:
         raise ConfigError(f"rank {value!r} is no number; give a whole number or a fraction of full rank") from None
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Options with hyphens, as on every other command, though underscores are read, too; and defaults where there are any."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = list(dict.fromkeys(s.replace("_", "-") for s in action.option_strings))
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.dest.startswith("no_") or action.option_strings[0].startswith("--no_"):
+            return f"turn off {action.option_strings[-1].removeprefix('--no-').replace('_', '-')}"
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
 
 
-def _config_parser() -> Any:
-    import argparse
-
+def _config_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     return parser

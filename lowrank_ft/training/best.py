@@ -30,16 +30,19 @@ class Best:
             return
         self.loss, self.step = loss, step
         if self.keep and step < self.max_steps:
-            resume.write_best(self.output_dir, model, accelerator, sharded)
+            resume.write_best(self.output_dir, model, accelerator, sharded, step)
 
     def load(self, model: Any, accelerator: Accelerator) -> None:
         """Put the weights into the model, which has no guides any more. All processes call this."""
         accelerator.wait_for_everyone()
         if self.step is None or self.step == self.max_steps:
             return
-        if not resume.read_best(self.output_dir, model):
+        if not resume.read_best(self.output_dir, model, self.step):
             folder = self.output_dir / resume.FOLDER
-            warnings.warn(f"{folder}/best is missing; the weights of the last step are kept instead", stacklevel=3)
+            warnings.warn(
+                f"{folder}/best does not hold the weights of step {self.step}; those of the last step are kept instead",
+                stacklevel=3,
+            )
             self.loss = self.step = None
         elif self.step == 0 and accelerator.is_main_process:
             warnings.warn(

@@ -24,7 +24,8 @@ def load_data(args: DataArguments, tokenizer: Any) -> tuple[TokenizedData, Token
     """
     train = _tokenized(args, args.dataset, args.dataset_config, args.dataset_split, tokenizer)
     if args.eval_dataset:
-        return train, _tokenized(args, args.eval_dataset, args.dataset_config, args.eval_split, tokenizer, "held_out")
+        config = args.eval_config or (args.dataset_config if args.eval_dataset == args.dataset else None)
+        return train, _tokenized(args, args.eval_dataset, config, args.eval_split, tokenizer, "held_out")
     if args.eval_ratio > 0 and _has_held_out(args.dataset):
         return train, _tokenized(args, args.dataset, None, "", tokenizer, "held_out")
     held_out = round(len(train) * args.eval_ratio)

@@ -22,6 +22,7 @@ from lowrank_ft.data.examples import IGNORED, TokenizedData, collate
 from lowrank_ft.errors import TrainingStateError
 from lowrank_ft.evaluation.perplexity import Evaluation, predicted_tokens, summed_loss
 from lowrank_ft.nn import compact_view, end_guidance, guided_layers, set_alpha, set_gates
+from lowrank_ft.nn.modes import without_cache
 from lowrank_ft.schedule import alpha_at
 from lowrank_ft.training import fsdp
 
@@ -128,7 +129,7 @@ def evaluate_compact(model: nn.Module, data: TokenizedData, batch_size: int, acc
     with torch.no_grad(), compact_view(model), accelerator.autocast():
         for batch in _batches(data, batch_size, accelerator.process_index, accelerator.num_processes):
             labels = batch.pop("labels").to(accelerator.device)
-            logits = call(**send_to_device(batch, accelerator.device)).logits
+            logits = call(**send_to_device(batch, accelerator.device), **without_cache(model)).logits
             total += torch.tensor([summed_loss(logits, labels).item(), predicted_tokens(labels)])
     if fsdp.uses_fsdp(accelerator):
         fsdp.reshard(model)

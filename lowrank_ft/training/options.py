@@ -99,6 +99,10 @@ class DataArguments:
     dataset_config: str | None = option(None, "configuration of a dataset on the Hub")
     dataset_split: str = option("train", "split of the dataset on the Hub")
     eval_dataset: str | None = option(None, "like dataset; default: the last eval_ratio of the training data")
+    eval_config: str | None = option(
+        None,
+        "configuration of eval_dataset, if that is on the Hub; default: dataset_config where it is the same dataset",
+    )
     eval_split: str = option("validation", "split of eval_dataset, if that is on the Hub")
     eval_ratio: float = option(
         0.1, "share held out for evaluation, if there is neither an eval_dataset nor a held-out part; 0: none"
@@ -133,7 +137,7 @@ class TrainArguments:
     output_dir: str = option("out/finetuned", "folder for the compact checkpoint and the records of the run")
     overwrite_output_dir: bool = option(False, "replace the files of an earlier run, or other files, in output_dir")
     resume_from_checkpoint: str | None = option(
-        None, "auto (the newest checkpoint in output_dir), or the path of a checkpoint"
+        None, "auto (the newest checkpoint in output_dir; without a run there, start one), or the path of a checkpoint"
     )
     resume_with_changes: bool = option(
         False, "resume although settings differ from those of the checkpoint; the differences are shown"

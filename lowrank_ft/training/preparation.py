@@ -36,7 +36,9 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
     """
     folder = Path(args.output_dir)
     check_writable(folder)
-    if args.resume_from_checkpoint:
+    # A job that is started again and again has one command line: the first time there is nothing to resume.
+    first = resume.is_auto(args.resume_from_checkpoint) and not (folder.is_dir() and any(folder.iterdir()))
+    if args.resume_from_checkpoint and not first:
         return resume.resolve_checkpoint(folder, args.resume_from_checkpoint)
     home = folder.resolve()
     if source is not None and (source.resolve() == home or source.resolve().is_relative_to(home / resume.FOLDER)):

@@ -35,6 +35,7 @@ from lowrank_ft.training.optimizers import restore_state, saved_state
 
 FOLDER = "checkpoints"
 BEST = "best"
+BEST_FILE = "best.json"
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -98,13 +99,18 @@ def remove_all(output_dir: Path) -> None:
             shutil.rmtree(path)
 
 
+def is_auto(wanted: object) -> bool:
+    """Whether this means the newest checkpoint; transformers' users say ``true``."""
+    return str(wanted).lower() in ("auto", "true")
+
+
 def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
-    """The checkpoint that ``--resume-from-checkpoint`` means: ``auto`` is the newest of the run.
+    """The checkpoint that ``--resume-from-checkpoint`` means: ``auto``, or ``true``, is the newest of the run.
 
     Raises:
         TrainingStateError: there is none, or the path is not a checkpoint.
     """
-    if wanted == "auto":
+    if is_auto(wanted):
         found = find_checkpoints(output_dir)
         if not found:
             raise TrainingStateError(
@@ -131,13 +137,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of :func:`optimizer_tensors`; everything must find its place."""
-    left = dict(tensors)
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        states.setdefault(name, {})[kind] = tensor
     for name, parameter in model.named_parameters():
-        keys = [k for k in left if k.partition(".")[2] == name]
-        if keys:
-            restore_state(optimizer, parameter, {k.partition(".")[0]: left.pop(k) for k in keys})
-    if left:
-        raise TrainingStateError(f"the checkpoint has optimizer state for {next(iter(left))}, which the model lacks")
+        if name in states:
+            restore_state(optimizer, parameter, states.pop(name))
+    if states:
+        raise TrainingStateError(f"the checkpoint has optimizer state for {next(iter(states))}, which the model lacks")
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
@@ -219,7 +227,7 @@ def save(
     accelerator.wait_for_everyone()
 
 
-def write_best(output_dir: Path, model: nn.Module, accelerator: Any, sharded: bool) -> None:
+def write_best(output_dir: Path, model: nn.Module, accelerator: Any, sharded: bool, step: int) -> None:
     """The compact weights of the best evaluation so far, in place of the former ones. All processes call this."""
     folder = output_dir / FOLDER / BEST
     draft = folder / ".draft"
@@ -235,18 +243,24 @@ def write_best(output_dir: Path, model: nn.Module, accelerator: Any, sharded: bo
     elif accelerator.is_main_process:
         tensor_files.write_whole(tensors, draft, "model")
     if accelerator.is_main_process:
+        (folder / BEST_FILE).unlink(missing_ok=True)  # what is there now is of no step until it is whole
         for path in draft.iterdir():
             if (target := folder / path.name).is_dir():
                 shutil.rmtree(target)
             os.replace(path, target)
         draft.rmdir()
         tensor_files.remove(folder, "model", whole=sharded)  # left by a run that was sharded otherwise
+        (folder / BEST_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
 
 
-def read_best(output_dir: Path, model: nn.Module) -> bool:
-    """Load them into the model, which has no guides any more; False where there are none. All processes call this."""
+def read_best(output_dir: Path, model: nn.Module, step: int) -> bool:
+    """Load those of ``step`` into the model, which has no guides any more; False where there are none.
+
+    There are others where the run was resumed from a checkpoint in another folder, or where one that was killed after its
+    last checkpoint had come to better ones. All processes call this.
+    """
     folder = output_dir / FOLDER / BEST
-    if not tensor_files.exists(folder, "model"):  # resumed from a checkpoint in another folder
+    if not (folder / BEST_FILE).is_file() or read_object(folder / BEST_FILE, TrainingStateError).get("step") != step:
         return False
     load_tensors(model, tensor_files.read(folder, "model", model.state_dict(keep_vars=True).get), folder)
     return True

@@ -102,14 +102,11 @@ def children_of(process):
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="finds the processes in /proc")
-def test_one_process_dies_and_the_next_run_goes_on(cli, tmp_path, flags):
-    flags = ["convert", str(DEMO_MODEL), *map(str, flags), "--stream", "--refine-epochs", "1"]
-    cli(*flags, "--output-dir", tmp_path / "whole")
-    out = ["--output-dir", str(tmp_path / "out")]
+def begun(tmp_path, command):
+    """Two processes that have converted a block."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TEST_RUN": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "lowrank_ft_cli.main", *flags, *out, *TWO],
+        [sys.executable, "-m", "lowrank_ft_cli.main", *command, *TWO],
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
@@ -118,6 +115,18 @@ def test_one_process_dies_and_the_next_run_goes_on(cli, tmp_path, flags):
     until = time.monotonic() + 300
     while not part.exists() and time.monotonic() < until and process.poll() is None:
         time.sleep(0.002)
+    return process
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="finds the processes in /proc")
+
+
+@needs_proc
+def test_one_process_dies_and_the_next_run_goes_on(cli, tmp_path, flags):
+    flags = ["convert", str(DEMO_MODEL), *map(str, flags), "--stream", "--refine-epochs", "1"]
+    cli(*flags, "--output-dir", tmp_path / "whole")
+    out = ["--output-dir", str(tmp_path / "out")]
+    process = begun(tmp_path, [*flags, *out])
     os.kill(children_of(tmp_path)["1"], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -127,3 +136,16 @@ def test_one_process_dies_and_the_next_run_goes_on(cli, tmp_path, flags):
     done = cli(*flags, *out)  # and one process is enough for it
     assert "note: going on after " in done.stderr
     assert ((logits(tmp_path / "out") - logits(tmp_path / "whole")).norm() / logits(tmp_path / "whole").norm()) < 1e-4
+
+
+@needs_proc
+def test_stopping_the_command_stops_its_processes(tmp_path, flags):
+    """What Slurm, a container or ``timeout`` sends reaches the launcher alone."""
+    command = ["convert", str(DEMO_MODEL), *map(str, flags), "--stream", "--refine-epochs", "50"]
+    process = begun(tmp_path, [*command, "--output-dir", str(tmp_path / "out")])
+    assert len(children_of(tmp_path)) == 2
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: interrupted; the same command goes on if it had --stream" in errors
+    assert not children_of(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import (
@@ -108,6 +109,22 @@ def test_a_pushed_adapter_does_not_name_the_local_base(source, tmp_path):
         files = hub.files("me/adapter")
     assert_clean(files, tmp_path / "home")
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+
+
+def test_the_card_of_a_pushed_adapter_keeps_the_words_that_are_no_paths(source, tmp_path):
+    (tmp_path / "model").symlink_to(source)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(source), LowRankConfig(r=8))
+    model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "model"}))
+    header = "---\nbase_model: model\nlicense: mit\ntags:\n- base_model:adapter:model\n- lora\n---\n"
+    (tmp_path / "adapter" / "README.md").write_text(f"{header}\n# Help\n\nThis model answers questions.\n")
+    with FakeHub() as hub:
+        env = hub.environment(tmp_path / "hf", token=TOKEN)
+        run("push", "adapter", "--repo-id", "me/adapter", home=tmp_path / "home", cwd=tmp_path, **env)
+        card = ModelCard(hub.files("me/adapter")["README.md"].decode())
+    assert card.data.to_dict() == {"license": "mit", "tags": ["lora"]}
+    assert card.text.strip() == "# Help\n\nThis model answers questions."
 
 
 def test_links_out_of_a_checkpoint_are_not_followed(source, tmp_path):

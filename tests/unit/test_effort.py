@@ -163,6 +163,19 @@ def test_the_rate_is_the_one_whose_step_helps_most():
     assert all(m.grad is None for m in trainer.masters)
 
 
+def test_after_the_search_16_bit_parameters_are_what_they_were():
+    from lowrank_ft.conversion.distill import search_rate
+
+    model, _ = converted()
+    trainer = FactorTrainer(model.bfloat16(), 1, 0.0)
+    start = [p.detach().clone() for p in trainer.parameters]
+    for master in trainer.masters:
+        master.grad = torch.ones_like(master)
+    losses = iter([3.0, 2.0, 1.0, 4.0])
+    search_rate(trainer, Best(trainer.masters, 1.0), lambda: next(losses))
+    assert all(torch.equal(p, s) for p, s in zip(trainer.parameters, start, strict=True))
+
+
 @pytest.mark.parametrize(("length", "gathered"), [(2048, 1), (480, 5), (24, 8)])
 def test_the_rate_is_found_by_many_tokens(length, gathered, monkeypatch):
     """Small batches are gathered to 4,000 tokens; where all are fewer, all count."""

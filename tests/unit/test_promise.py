@@ -116,6 +116,7 @@ def test_the_loss_is_read_as_a_rise_of_perplexity(typed, most):
 @pytest.mark.parametrize(("given", "message"), [
     ({"max_loss": "much"}, "--max-loss is much; it must be a number above 0, such as 5%"),
     ({"max_loss": "-5%"}, "--max-loss is -5%; it must be a number above 0, such as 5%"),
+    ({"max_loss": "5"}, "--max-loss is 5, which lets perplexity rise by 500%; for 5 % write 5%"),
     ({"max_kl": 0.0}, "--max-kl is 0.0; it must be a number above 0, such as 0.1"),
     ({"max_kl": math.nan}, "--max-kl is nan"),
     ({"max_loss": "5%", "rank": 8}, "--max-loss finds the size; leave --rank out"),
