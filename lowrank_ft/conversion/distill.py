@@ -28,7 +28,9 @@ from lowrank_ft.evaluation.divergence import divergence
 
 _CHECKS = 4
 _PATIENCE = 2
-_RATES = [1e-3 / 3**i for i in reversed(range(7))]
+_FACTOR = 3
+_RATES = [1e-3 / _FACTOR**i for i in reversed(range(7))]
+_LONG = 300  # steps; the search looks at one, and a run of many bears the next rate (measured on an encoder, 702 steps)
 _LEAST_SEARCHED = 4_000  # tokens of the gradient that the rate is found by: of fewer it is noise, and the rate too low
 _JUDGES = 4  # of the batches that are trained on, where none is held out
 _POSITIONS_AT_ONCE = {"cpu": 512}  # logits of a large vocabulary are by far the largest tensors of a step
@@ -87,7 +89,8 @@ def distill(
             if processes.total(found) >= _LEAST_SEARCHED:
                 break
         trainer.add_up()
-        trainer.learning_rate = search_rate(trainer, best, judged)
+        rate = search_rate(trainer, best, judged)
+        trainer.learning_rate = min(_RATES[-1], _FACTOR * rate) if steps >= _LONG else rate
     misses = 0
     bar = progress_bar(range(1, steps + 1), desc="distill", unit="step", progress=progress)
     for step in bar:

@@ -189,6 +189,17 @@ def test_the_rate_is_found_by_many_tokens(length, gathered, monkeypatch):
     assert len({id(batch) for batch in seen[:gathered]}) == gathered
 
 
+@pytest.mark.parametrize(("epochs", "rate"), [(75, 3e-4), (74, 1e-4)])
+def test_a_long_run_bears_the_next_rate(epochs, rate, monkeypatch):
+    module = importlib.import_module("lowrank_ft.conversion.distill")
+    model, dense = converted()
+    monkeypatch.setattr(module, "search_rate", lambda *_: 1e-4)
+    seen = []
+    monkeypatch.setattr(FactorTrainer, "step", lambda trainer: seen.append(trainer.learning_rate))
+    distill(model, dense, batches(count=4, length=8), epochs)
+    assert seen[0] == pytest.approx(rate)
+
+
 def test_a_loss_that_is_no_number_ends_distillation():
     model, dense = converted()
     next(p for n, p in dense.named_parameters() if "lm_head" in n or "embed" in n).data.fill_(float("nan"))
