@@ -36,9 +36,9 @@ PASS_ON = ("finetune", "pretrain")
 _DESCRIPTION = """\
 Fine-tune a Hugging Face model into a smaller one.
 
-  lowrank-ft plan    MODEL --param-ratio 0.6                        ranks and sizes
+  lowrank-ft plan    MODEL --param-ratio 0.8                        ranks and sizes
   lowrank-ft plan    --preset wei2024-s-r63                         cost of a training from scratch
-  lowrank-ft convert MODEL --param-ratio 0.6 --output-dir compact   make a compact checkpoint
+  lowrank-ft convert MODEL --param-ratio 0.8 --output-dir compact   make a compact checkpoint
   lowrank-ft finetune --model compact --dataset text.jsonl --output-dir tuned
   lowrank-ft eval    tuned --data held-out.txt --baseline MODEL     perplexity, size, speed
   lowrank-ft report  tuned --baseline MODEL                         one HTML page about the model

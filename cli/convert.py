@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_calibration(parser)
     parser.add_argument(
         "--stream", action="store_true",
-        help="read, convert and write one block after the other, for models that are larger than memory; broken off, the "
-        "same command goes on after the last finished block",
+        help="read, convert and write one block after the other, each into a file of its own, for models that are larger than "
+        "memory; after an interruption the same command resumes after the last finished block",
     )  # fmt: skip
     add_output(parser, "lowrank")
     add_dtype(parser)

@@ -12,7 +12,7 @@ HELP = "write a compact checkpoint from a training checkpoint, a PEFT adapter or
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
-        help="a run's checkpoints/step-N folder, a folder with adapter_config.json, or a compact checkpoint",
+        help="a run's checkpoints/step-N folder, a folder with adapter_config.json, or a compact checkpoint, also one on the Hub",
     )
     parser.add_argument(
         "--form", choices=("pivoted", "factors"), default="pivoted",
@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the checkpoint is of another tool, whose factors have these names: svd-llm, ab, or patterns of U, of V and of the "
         "linear, such as '*.B,*.A,*'",
     )  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit of a compact checkpoint on the Hub")
+    parser.add_argument("--token", help="Hub token (default: the stored one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the checkpoint")
     add_output(parser, "compact")
     add_dtype(parser)
@@ -36,15 +38,17 @@ def run(options: argparse.Namespace) -> None:
     from lowrank_ft.checkpoints.foreign import factor_names, load_foreign
     from lowrank_ft.checkpoints.from_training import load_adapter, load_compact, load_training_checkpoint
     from lowrank_ft.checkpoints.push import push
+    from lowrank_ft.checkpoints.source import Source
     from lowrank_ft.console import human_bytes, shown_command
     from lowrank_ft.errors import CheckpointNotFoundError
     from lowrank_ft.export import save_compact
 
-    folder = Path(options.checkpoint)
+    source = Source(options.checkpoint, options.revision, options.trust_remote_code, options.token)
     options.output_dir = output_dir_of(options, options.checkpoint)
     shard_size(options)
-    check_output_dir(options.output_dir, options.overwrite, keep=folder)
+    check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     repo_id = hub_target(options)
+    folder = source.download()
     base_model: str | None = None
     companions = folder
     if options.factor_names is not None:
@@ -73,4 +77,4 @@ def run(options: argparse.Namespace) -> None:
         print(f"weights   {human_bytes(before)} -> {human_bytes(after)} ({after / before - 1:+.1%})", file=sys.stderr)
     print(Path(options.output_dir))
     if repo_id is not None:
-        print(push(options.output_dir, repo_id, private=options.private))
+        print(push(options.output_dir, repo_id, private=options.private, token=options.token))

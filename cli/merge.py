@@ -10,7 +10,9 @@ HELP = "multiply U V back into dense weights, for software that reads only those
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "MODEL may be a GGUF file, too: its weights are written as plain numbers"
+    parser.epilog = (
+        "MODEL may be a GGUF file, too: its weights are written as numbers, in float32 unless --dtype says otherwise"
+    )
     add_model(parser)
     add_output(parser, "merged")
     add_dtype(parser)

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lowrank_ft_cli.calibration import read_calibration
 from lowrank_ft_cli.memory import memory_of, print_memory
-from lowrank_ft_cli.options import calibration_options, device_of, dtype_of, dtypes_of, size_options, source_of
+from lowrank_ft_cli.options import calibration_options, device_of, dtypes_of, size_options, source_of
 from lowrank_ft_cli.preset import print_training_cost, sequence_length_of
 from torch import nn
 
@@ -49,12 +49,14 @@ def show_plan(options: argparse.Namespace) -> None:
     tensors = {} if length is not None and has_no_weights(source) else source.tensors()
     allocation = calibrated.allocation or "uniform"
     if allocation != "uniform" or options.energy is not None:
-        model = load_model(source, dtype_of(options), device_of(options))
+        device = device_of(options)
+        model = load_model(source, dtypes_of(options, config, device)[1], device)
         plan = make_plan(model, **vars(sizes), spectrum=spectrum_of(model))
         if allocation != "uniform":
-            plan = allocate(
-                model, plan, allocation, read_calibration(prepare(calibrated, source, model), model), progress=True
-            )
+            # Nothing is fitted: as many tokens as convert takes for the fit would not change the ranks.
+            few = replace(calibrated, calibration_tokens=calibrated.calibration_tokens or EFFORTS["fast"].tokens)
+            data = read_calibration(prepare(few, source, model), model)
+            plan = allocate(model, plan, allocation, data, progress=True)
     else:
         model = skeleton(config, source.name, source.trust_remote_code)
         check_fits(model, tensors, source.name)

@@ -211,7 +211,7 @@ class Source:
         try:
             metadata = self._remote(lambda: api.get_safetensors_metadata(self.name, revision=self.revision))
         except hub_errors.NotASafetensorsRepoError:
-            files = api.list_repo_files(self.name, revision=self.revision)
+            files = self._remote(lambda: api.list_repo_files(self.name, revision=self.revision))
             raise no_safetensors(self.name, files) from None
         except _HubUnreachableError as error:
             return Source(str(self._cached_folder(error))).tensors()

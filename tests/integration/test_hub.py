@@ -160,6 +160,17 @@ for name, auto in (("llama", AutoModelForCausalLM), ("nomic", AutoModel)):
         assert len(hub.files(f"me/{name}")["model.safetensors"]) == len(local)
 
 
+def test_a_checkpoint_on_the_hub_changes_its_form(hub, command, tmp_path):
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=8)
+    save_compact(model, tmp_path / "compact")
+    command("push", tmp_path / "compact", "--repo-id", "me/x")
+    command("export", "me/x", "--form", "factors", "--output-dir", tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["quantization_config"]["format_version"] == 1
+    failed = command("export", "me/nothing", "--output-dir", tmp_path / "none", check=False)
+    assert "me/nothing is neither a folder here nor a model on the Hub" in failed.stderr
+
+
 @pytest.mark.parametrize("extra", ["", ", trust_remote_code=True"], ids=["package", "plugin"])
 def test_a_compact_model_in_the_cache_needs_no_hub(hub, online, command, tmp_path, extra):
     model = tiny_llama()
