@@ -172,7 +172,8 @@ def training_calibration(data: TokenizedData, tokens: int, seed: int = 0) -> Cal
     Raises:
         DataError: as :func:`training_batches`.
     """
-    return Calibration(training_batches(data, tokens, seed), "training data", refine_epochs=0, distill_epochs=0)
+    batches = training_batches(data, tokens, seed)
+    return Calibration(batches, "training data", fit_tokens=tokens, refine_epochs=0, distill_epochs=0)
 
 
 def _inputs(examples: list[Example]) -> Batch:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.chains import Batch
+from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration data and settings.
+    """Calibration data and settings; the defaults are those of ``--effort default``.
 
     Attributes:
         batches: arguments of the model's forward: ``input_ids (batch, length)`` and, with padding, ``attention_mask``,
@@ -37,10 +38,10 @@ class Calibration:
     batches: Sequence[Batch]
     source: str = "given batches"
     held_out: Sequence[Batch] = ()
-    fit_tokens: int = 65_536
+    fit_tokens: int = EFFORTS["default"].fit_tokens
     damping: float = 0.01
-    refine_epochs: int = 1
-    distill_epochs: float = 1.0
+    refine_epochs: int = EFFORTS["default"].refine_epochs
+    distill_epochs: float = EFFORTS["default"].distill_epochs
     refine_learning_rate: float = 1e-3
     distill_learning_rate: float | None = None
     train_vectors: bool = True
@@ -91,8 +92,8 @@ class Calibration:
 
 
 def default_method(calibration: Calibration | None) -> str:
-    """``anchored`` with calibration data, and ``svd`` without."""
-    return "svd" if calibration is None else "anchored"
+    """That of ``--effort default`` with calibration data, and ``svd`` without."""
+    return "svd" if calibration is None else EFFORTS["default"].method
 
 
 def first_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:

@@ -80,7 +80,7 @@ def convert(
             guides stay unfolded, a guided layer for each expert, until they are saved.
         guide_bits: 4 to store a ``residual`` guide in 4 bits; None for the dtype of the model. 4 needs bitsandbytes, on
             the model's device and on the one that it is trained on.
-        method: how the factors are found, one of ``METHODS``; by default ``anchored`` with calibration data and
+        method: how the factors are found, one of ``METHODS``; by default ``activation`` with calibration data and
             ``svd`` without.
         calibration: data and settings for everything but ``svd`` alone: fitting, refinement, distillation.
         allocation: how ranks share the budget of a plan that is made here, one of ``ALLOCATIONS``; by default ``loss``

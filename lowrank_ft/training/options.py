@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lowrank_ft.conversion import METHODS
+from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.errors import ConfigError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.options import SizeOptions
@@ -45,7 +46,7 @@ class ModelArguments:
     rank_pattern: dict | str | None = option(None, "ranks of linears that differ, as in PEFT: {q_proj: 64}")
     target_modules: list[str] | None = shared(SizeOptions, "target_modules")
     exclude_modules: list[str] | None = shared(SizeOptions, "exclude_modules")
-    method: str = option("anchored", f"how factors of a dense model are found: {', '.join(METHODS)}")
+    method: str = option(EFFORTS["default"].method, f"how factors of a dense model are found: {', '.join(METHODS)}")
     allocation: str | None = option(
         None,
         f"how the parameters are distributed over the linears: {', '.join(ALLOCATIONS)}; default: loss with param_ratio, else "

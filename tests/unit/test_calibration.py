@@ -564,7 +564,7 @@ def test_the_record_holds_what_the_naive_computation_gives():
     assert record.blocks[0].error_before == pytest.approx(sum(errors) / 3, rel=1e-3)
     calibration = bare(batches, source="some text")
     data = record.to_dict(
-        plan, command="c", base_model="m", method=None, allocation=None, calibration=calibration, seconds=1.23
+        plan, command="c", base_model="m", method="anchored", allocation=None, calibration=calibration, seconds=1.23
     )
     assert data["method"] == "anchored"
     assert data["calibration"] == {"source": "some text", "tokens": 3 * 4 * 24}
