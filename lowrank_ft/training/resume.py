@@ -260,7 +260,9 @@ def read_best(output_dir: Path, model: nn.Module, step: int) -> bool:
     last checkpoint had come to better ones. All processes call this.
     """
     folder = output_dir / FOLDER / BEST
-    if not (folder / BEST_FILE).is_file() or read_object(folder / BEST_FILE, TrainingStateError).get("step") != step:
+    if not tensor_files.exists(folder, "model") or not (folder / BEST_FILE).is_file():
+        return False
+    if read_object(folder / BEST_FILE, TrainingStateError).get("step") != step:
         return False
     load_tensors(model, tensor_files.read(folder, "model", model.state_dict(keep_vars=True).get), folder)
     return True

@@ -377,8 +377,8 @@ def test_a_run_of_other_settings_is_not_resumed(tmp_path, data):
     Trainer(guided(), arguments(tmp_path, save_steps=2), data).train()
     with pytest.raises(TrainingStateError, match=r"learning_rate 0\.003 -> 0\.1"):
         Trainer(guided(), arguments(tmp_path, learning_rate=0.1, resume_from_checkpoint="auto"), data).train()
-    (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "none" / "run").mkdir(parents=True)
+    (tmp_path / "none" / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(TrainingStateError, match="no checkpoint to resume from"):
         Trainer(guided(), arguments(tmp_path / "none", resume_from_checkpoint="auto"), data).train()
 
@@ -401,7 +401,7 @@ def test_the_best_weights_of_a_killed_run_are_not_taken_for_those_of_the_resumed
         save_steps=2, eval_steps=1, max_steps=4, load_best_model_at_end=True, learning_rate=0.5, max_grad_norm=0.0
     )
     Trainer(guided(), arguments(tmp_path, **options), *data.split(4)).train()
-    best = tmp_path / "checkpoints" / "best" / "best.json"
+    best = tmp_path / "run" / "checkpoints" / "best" / "best.json"
     best.write_text(best.read_text().replace('"step": 0', '"step": 3'))
     again = Trainer(guided(), arguments(tmp_path, **options, resume_from_checkpoint="auto"), *data.split(4))
     with pytest.warns(UserWarning, match="best does not hold the weights of step 0; those of the last step are kept"):
@@ -508,7 +508,7 @@ def test_a_missing_best_file_is_a_warning_and_not_the_end(tmp_path, data):
     def lose(step, trainer):
         (tmp_path / "run" / "checkpoints" / "best" / "model.safetensors").unlink(missing_ok=True)
 
-    with pytest.warns(UserWarning, match="the weights of the last step are kept"):
+    with pytest.warns(UserWarning, match="best does not hold the weights of step .; those of the last step are kept"):
         Trainer(guided(), args, train, held_out, on_step_end=lose).train()
 
 
