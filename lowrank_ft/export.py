@@ -35,7 +35,7 @@ def save_compact(
     model: PreTrainedModel,
     output_dir: str | Path,
     *,
-    companions_from: Path | None = None,
+    companions_from: str | Path | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
@@ -75,7 +75,7 @@ def save_compact(
     check_finite(model)
     with _written_as(model, form, dtype, base_model), whole_folder(output_dir, overwrite, keep_existing) as folder:
         _save(model, folder, max_shard_size)
-        _complete(model, folder, companions_from, base_model, results, command, conversion, from_scratch)
+        _complete(model, folder, _path(companions_from), base_model, results, command, conversion, from_scratch)
 
 
 def save_parts(
@@ -85,7 +85,7 @@ def save_parts(
     read: Callable[[str], Tensor],
     *,
     dtype: torch.dtype | None = None,
-    companions_from: Path | None = None,
+    companions_from: str | Path | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
     command: str | None = None,
@@ -110,7 +110,7 @@ def save_parts(
     with whole_folder(output_dir, overwrite) as folder:
         _save(model, folder, "5GB", {})
         assemble(model, folder, parts, read)
-        _complete(model, folder, companions_from, base_model, None, command, conversion)
+        _complete(model, folder, _path(companions_from), base_model, None, command, conversion)
 
 
 def _complete(
@@ -165,7 +165,7 @@ def save_dense(
     model: PreTrainedModel,
     output_dir: str | Path,
     *,
-    companions_from: Path | None = None,
+    companions_from: str | Path | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     results: Mapping[str, object] | None = None,
@@ -186,10 +186,14 @@ def save_dense(
     with whole_folder(output_dir, overwrite, keep_existing) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         check_written(folder, model)
-        copy_companions(companions_from, folder)
-        _warn_of_tokenizer(folder, companions_from)
+        copy_companions(_path(companions_from), folder)
+        _warn_of_tokenizer(folder, _path(companions_from))
         if command is not None:
             (folder / "README.md").write_text(dense_card(model, results or {}, command), encoding="utf-8")
+
+
+def _path(folder: str | Path | None) -> Path | None:
+    return None if folder is None else Path(folder)
 
 
 def _warn_of_tokenizer(folder: Path, origin: Path | None) -> None:

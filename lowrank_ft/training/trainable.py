@@ -20,6 +20,7 @@ from lowrank_ft.errors import ConfigError, require_choice
 from lowrank_ft.nn import factored_stacks, guided_layers, lowrank_layers, stored_form, unfold_experts
 
 TRAINABLE = ("all", "factors", "lora", "leading")
+ADAPTED = ("lora", "leading")
 LEAVES = ("U", "V")
 
 

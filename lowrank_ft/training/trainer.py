@@ -51,7 +51,7 @@ from lowrank_ft.training.progress import Progress
 from lowrank_ft.training.resume import TrainerState
 from lowrank_ft.training.same_run import check_same_run, data_to_match, options_to_match
 from lowrank_ft.training.step import OptimizerStep
-from lowrank_ft.training.trainable import merge_adapters, restrict_training
+from lowrank_ft.training.trainable import ADAPTED, merge_adapters, restrict_training
 
 StepCallback = Callable[[int, "Trainer"], None]
 
@@ -202,7 +202,8 @@ class Trainer:
             self._bare = fsdp.gather_into(self._skeleton, self._bare, keep=self.accelerator.is_main_process)
         if self.args.gradient_checkpointing:
             self._bare.gradient_checkpointing_disable()
-        merge_adapters(self._bare)
+        if self.args.trainable in ADAPTED:  # those that came with the model stay the caller's
+            merge_adapters(self._bare)
         self._bare.eval()
         # DDP's reducer must be gone, on all processes, before the process group is.
         self.accelerator.wait_for_everyone()

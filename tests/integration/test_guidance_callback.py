@@ -450,8 +450,16 @@ def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
     (tmp_path / "train.txt").write_text("Enter HAMLET. To be, or not to be, that is the question.\n" * 40)
     page = (ROOT / "docs" / "how-to" / "trainer-and-trl.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
-    small = {"path/to/tiny-llama": str(DEMO_MODEL), "max_steps=1000": "max_steps=8", "save_steps=100": "save_steps=4"}
+    assert len(blocks) == 6
+    compact = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    lowrank_ft.convert(compact, param_ratio=0.8)
+    lowrank_ft.save_compact(compact, "compact", companions_from=str(DEMO_MODEL))
+    small = {
+        "path/to/tiny-llama": str(DEMO_MODEL),
+        "path/to/model": str(DEMO_MODEL),
+        "max_steps=1000": "max_steps=8",
+        "save_steps=100": "save_steps=4",
+    }
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks:
         if "from trl" in block and not importlib.util.find_spec("trl"):

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, save
 from torch import nn
 
@@ -204,6 +205,19 @@ def test_leading_directions_are_those_of_the_product():
     assert merge_adapters(model) == 2 * 14
     torch.testing.assert_close(layer.U.weight, u, rtol=1e-4, atol=1e-5)
     assert not hasattr(model, "peft_config")
+
+
+def test_adapters_that_the_caller_brought_stay_his(tmp_path):
+    model = tiny_llama()
+    convert(model, rank=8)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["U", "V"]))
+    data = pack(np.arange(3, 83, dtype=np.int32), 8)
+    args = TrainArguments(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2)
+    trained = Trainer(model, args, data).train()
+    adapters = [p for n, p in trained.named_parameters() if "lora_B" in n]
+    assert len(adapters) == 2 * 14
+    assert all(p.abs().sum() > 0 for p in adapters)
+    assert trained is model
 
 
 def test_lora_gets_the_scale_that_was_asked_for():
