@@ -41,14 +41,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: interrupted; {str(stop) or 'nothing was left behind'}", file=sys.stderr)
         return 1
     except Exception as error:
-        from lowrank_ft.console import printable, reader_is_gone  # it is imported by now, or quick to
+        from lowrank_ft.console import one_line, reader_is_gone  # it is imported by now, or quick to
 
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             return 1
         if options.debug:
             raise
         if (process := _process_of(error)) is not None:
-            print(f"error: {process}{printable(_one_line(error))}", file=sys.stderr)
+            print(f"error: {process}{one_line(error, '--debug')}", file=sys.stderr)
         return 1
     finally:
         warnings.formatwarning = formatwarning
@@ -84,15 +84,6 @@ def _process_of(error: Exception) -> str | None:
     torch = sys.modules.get("torch")
     together = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
     return f"process {rank}: " if together or not isinstance(error, LowRankError) else None
-
-
-def _one_line(error: Exception) -> str:
-    from lowrank_ft.errors import LowRankError
-
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, LowRankError):
-        return " ".join(lines)
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'} (--debug shows the traceback)"
 
 
 if __name__ == "__main__":

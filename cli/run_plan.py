@@ -16,7 +16,7 @@ from lowrank_ft_cli.options import calibration_options, device_of, dtypes_of, si
 from lowrank_ft_cli.preset import print_training_cost, sequence_length_of
 from torch import nn
 
-from lowrank_ft.checkpoints.architecture import check_fits, is_compact, refuse_quantized, skeleton, writes_text
+from lowrank_ft.checkpoints.architecture import check_headers, is_compact, refuse_quantized, skeleton, writes_text
 from lowrank_ft.checkpoints.files import TensorInfo
 from lowrank_ft.checkpoints.models import load_model
 from lowrank_ft.checkpoints.source import Source
@@ -29,7 +29,7 @@ from lowrank_ft.costs.flops import training_cost
 from lowrank_ft.errors import CheckpointError
 from lowrank_ft.factorization.plan import LinearPlan, Plan, make_plan, shape_text
 from lowrank_ft.factorization.remainder import dense_remainder, notes
-from lowrank_ft.factorization.targets import kind_of
+from lowrank_ft.factorization.targets import place_of
 from lowrank_ft.report.plots import check_picture_path, require_plotting, save_rank_map
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I64": 8, "I32": 4}
@@ -59,7 +59,7 @@ def show_plan(options: argparse.Namespace) -> None:
             plan = allocate(model, plan, allocation, data, progress=True)
     else:
         model = skeleton(config, source.name, source.trust_remote_code)
-        check_fits(model, tensors, source.name)
+        check_headers(model, tensors, source.name)
         plan = make_plan(model, **vars(sizes))
     cost = None if length is None else training_cost(model, plan, options.tokens, length)
     memory = memory_of(plan, options, model) if options.memory else None
@@ -142,7 +142,7 @@ def print_plan(plan: Plan, to_stderr: bool = False) -> None:
     """One row for all linears of a kind (same place in every block), then the totals."""
     kinds: dict[str, list[LinearPlan]] = defaultdict(list)
     for p in plan.linears:
-        kinds[kind_of(p.name)].append(p)
+        kinds[place_of(p.name)].append(p)
     rows = []
     for kind, members in kinds.items():
         ranks = [p.rank for p in members if p.rank is not None]

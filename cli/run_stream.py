@@ -24,7 +24,7 @@ from lowrank_ft.console import human_bytes, shown_command
 from lowrank_ft.conversion import Calibration, ConversionRecord
 from lowrank_ft.conversion.batches import SELF
 from lowrank_ft.conversion.block_sensitivity import squared_spectra_on_disk
-from lowrank_ft.conversion.convert import check_fits, default_allocation, spectrum_of, spend
+from lowrank_ft.conversion.convert import check_plan, default_allocation, spectrum_of, spend
 from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.estimate import streamed_bytes
 from lowrank_ft.conversion.options import CalibrationOptions
@@ -146,7 +146,7 @@ def _run(
 ) -> tuple[str, str, Plan]:
     """Allocate ranks and convert; the method, the allocation and the plan that it came to."""
     disk, unfinished = streaming.disk, streaming.unfinished
-    check_fits(plan, disk.model)
+    check_plan(plan, disk.model)
     method = calibrated.method or EFFORTS[calibrated.effort].method
     allocation = options.allocation or default_allocation(options.param_ratio, calibration is not None)
     allocation = "by plan" if options.plan else allocation

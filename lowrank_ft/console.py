@@ -52,11 +52,11 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def one_line(error: BaseException) -> str:
-    """An error for people: ours are sentences; of any other, its type and the first line."""
+def one_line(error: BaseException, debug: str = "LOWRANK_FT_DEBUG=1") -> str:
+    """An error for people: ours are sentences; of any other, its type and the first line, and what shows the rest."""
     if isinstance(error, LowRankError):
         return printable(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {printable(first_line(error))} (LOWRANK_FT_DEBUG=1 shows the traceback)"
+    return f"{type(error).__name__}: {printable(first_line(error))} ({debug} shows the traceback)"
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def skeleton(config: Any, name: str, trust_remote_code: bool = False) -> PreTrai
         raise CheckpointError(message) from error
 
 
-def check_fits(model: torch.nn.Module, tensors: dict[str, TensorInfo], where: str) -> None:
+def check_headers(model: torch.nn.Module, tensors: dict[str, TensorInfo], where: str) -> None:
     """Compare a model that was built from its config with the headers of the weights, where their names are the same.
 
     A field that the config lacks has a default, so a model can be built that the weights do not belong to.

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from lowrank_ft.checkpoints.architecture import check_fits, model_class
+from lowrank_ft.checkpoints.architecture import check_headers, model_class
 from lowrank_ft.checkpoints.files import safetensors_files
 from lowrank_ft.checkpoints.models import check_finite, load_model, remember_origin
 from lowrank_ft.checkpoints.source import Source
@@ -141,7 +141,7 @@ def _dispatched(source: Source, dtype: str | torch.dtype) -> PreTrainedModel | N
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if not tensors.keys() <= own.keys() or own.keys() - tensors.keys() - tied.keys() or own.keys() - parameters:
         return None
-    check_fits(model, headers, source.name)
+    check_headers(model, headers, source.name)
     index = {
         name: {"safetensors_file": tensors[stored], "weight_name": stored, "dtype": str(own[name].dtype).removeprefix("torch.")}
         for name in own

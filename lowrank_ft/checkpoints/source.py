@@ -6,6 +6,7 @@ Safetensors only. Remote code only where the caller says so.
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,7 @@ class Source:
             CheckpointNotFoundError: no such folder or repository.
             CheckpointError: a file is missing, truncated or corrupt, or there are only pickles.
         """
-        if self.folder is None:
-            return self._remote_tensors()
-        return read_headers(self.folder)
+        return self._headers_on_hub if self.folder is None else read_headers(self.folder)
 
     def download(self) -> Path:
         """The local folder; a Hub model is downloaded first (safetensors, configs and tokenizer; no pickles).
@@ -95,8 +94,10 @@ class Source:
         Raises:
             CheckpointNotFoundError, CheckpointError: as :meth:`tensors`.
         """
-        if self.folder is not None:
-            return self.folder
+        return self._downloaded if self.folder is None else self.folder
+
+    @cached_property
+    def _downloaded(self) -> Path:
         self.tensors()  # refuses pickle-only repositories before gigabytes move
         patterns = [*_DATA_FILES, *(["*.py"] if self.trust_remote_code else [])]
 
@@ -206,7 +207,8 @@ class Source:
             self._remote(lambda: hf_hub_download(self.name, "config.json", revision=self.revision, token=self.token))
         )
 
-    def _remote_tensors(self) -> dict[str, TensorInfo]:
+    @cached_property
+    def _headers_on_hub(self) -> dict[str, TensorInfo]:
         api = HfApi(token=self.token)
         try:
             metadata = self._remote(lambda: api.get_safetensors_metadata(self.name, revision=self.revision))

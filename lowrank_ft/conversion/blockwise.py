@@ -29,7 +29,7 @@ from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.conversion.refine import refine_block, squares
 from lowrank_ft.conversion.stubs import capture_of_first
 from lowrank_ft.factorization.solvers import Factors, Regression, truncated_svd
-from lowrank_ft.nn.replace import dense_weight, factorized, swap
+from lowrank_ft.nn.replace import dense_weight, factorized
 
 METHODS = ("svd", "activation", "anchored")
 
@@ -310,7 +310,7 @@ def _replaced(
 ) -> Iterator[str]:
     """The names, one by one, each once the factors that ``work`` gives are in the place of its linear."""
     for name, factors in processes.deal(names, work):
-        swap(model, name, factorized(model.get_submodule(name), Factors(*factors)))
+        model.set_submodule(name, factorized(model.get_submodule(name), Factors(*factors)))
         yield name
 
 

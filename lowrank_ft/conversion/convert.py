@@ -41,7 +41,7 @@ from lowrank_ft.factorization.targets import (
 )
 from lowrank_ft.nn import GuidedLowRankLinear, check_guide_bits, fold_experts, stored_form, unfold_experts
 from lowrank_ft.nn.modes import evaluating
-from lowrank_ft.nn.replace import dense_weight, swap
+from lowrank_ft.nn.replace import dense_weight
 
 _NO_MEMORY = (
     "end-to-end distillation does not fit into the device's memory; the factors are what block refinement makes them "
@@ -127,7 +127,7 @@ def convert(
         raise PlanError("a plan already says which linears get which rank; give the plan or the options, not both")
     elif allocation is not None:
         raise PlanError("a plan already says which linears get which rank; leave the allocation out")
-    check_fits(plan, model)
+    check_plan(plan, model)
     unfold_experts(model, stacks_of(plan))
     each = one_by_one(plan)
     for name in each.ranks:
@@ -146,7 +146,7 @@ def convert(
         weight = weights.pop(
             name
         )  # the guide is a tensor of its own: with it, one linear is in memory twice and not all
-        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide), guide_bits))
+        model.set_submodule(name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide), guide_bits))
     _freeze_again(model, frozen)
     if guide is None:
         fold_experts(model)
@@ -270,7 +270,7 @@ def spectrum_of(model: nn.Module) -> Callable[[LinearSpec], Tensor]:
     return spectrum
 
 
-def check_fits(plan: Plan, model: nn.Module) -> None:
+def check_plan(plan: Plan, model: nn.Module) -> None:
     """Raise a PlanError unless every linear of the plan is in the model, dense, and of the planned shape."""
     modules = dict(model.named_modules())
     stacks = {s.name: s for s in find_linears(model) if s.experts}

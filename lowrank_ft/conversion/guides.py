@@ -14,7 +14,7 @@ from lowrank_ft.nn import (
     unfold_experts,
 )
 from lowrank_ft.nn.forms import require_float_factors
-from lowrank_ft.nn.replace import dense_weight, swap
+from lowrank_ft.nn.replace import dense_weight
 
 MIN_COSINE = 0.1  # between factors and the weights that they were made from, mean over the linears
 
@@ -53,7 +53,7 @@ def _attach(model: nn.Module, dense_model: nn.Module, guide: str, guide_bits: in
     _require_kinship(model, weights)
     for name, layer in list(lowrank_layers(model)):
         weight = weights[name]
-        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, weight, guide, guide_bits))
+        model.set_submodule(name, GuidedLowRankLinear.from_lowrank(layer, weight, guide, guide_bits))
 
 
 def _require_kinship(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from lowrank_ft.errors import TrainingStateError
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.factorization.targets import find_linears, is_linear
 from lowrank_ft.nn import GuidedLowRankLinear, fold_experts, lowrank_layers, unfold_experts
-from lowrank_ft.nn.replace import dense_weight, factorized, swap
+from lowrank_ft.nn.replace import dense_weight, factorized
 from lowrank_ft.reading import kind_of, read_object
 
 
@@ -39,7 +39,7 @@ def shape_factors(model: nn.Module, checkpoint: Path) -> None:
                 "resume with the same --model"
             )
         zeros = dense_weight(dense).new_zeros
-        swap(model, name, factorized(dense, Factors(zeros(rows, rank), zeros(rank, columns))))
+        model.set_submodule(name, factorized(dense, Factors(zeros(rows, rank), zeros(rank, columns))))
     fold_experts(model)
     describe_in_config(model)
 
@@ -56,4 +56,4 @@ def shape_guides(model: nn.Module, guide: str, guide_bits: int | None = None) ->
     unfold_experts(model)
     for name, layer in list(lowrank_layers(model)):
         zeros = torch.zeros(layer.out_features, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
-        swap(model, name, GuidedLowRankLinear.from_lowrank(layer, zeros, guide, guide_bits))
+        model.set_submodule(name, GuidedLowRankLinear.from_lowrank(layer, zeros, guide, guide_bits))

@@ -33,7 +33,7 @@ from lowrank_ft.conversion.stubs import Returns, returns_of, stubs
 from lowrank_ft.errors import TargetError
 from lowrank_ft.factorization.plan import LinearPlan, Plan
 from lowrank_ft.nn import LowRankLinear, stored_form, unfold_experts
-from lowrank_ft.nn.forms import pivoted, store, swap
+from lowrank_ft.nn.forms import pivoted, store
 from lowrank_ft.nn.modes import evaluating
 
 
@@ -150,7 +150,7 @@ class Streaming:
             return
         module: Any = model.get_submodule(unit)
         if isinstance(module, LowRankLinear):  # a linear that is in no block
-            swap(model, unit, pivoted(module, self.dtype))
+            model.set_submodule(unit, pivoted(module, self.dtype))
         else:
             store(module, "pivoted", self.dtype, {})
         module = model.get_submodule(unit)

@@ -21,7 +21,7 @@ from lowrank_ft.costs.accounting import FLOPS_PER_MULTIPLY_ADD, FORWARD_AND_BACK
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.factorization.plan import LinearPlan, Plan, count_parameters
 from lowrank_ft.factorization.ranks import dense_parameters
-from lowrank_ft.factorization.targets import find_linears, is_ffn_linear, is_linear, kind_of, projections
+from lowrank_ft.factorization.targets import find_linears, is_ffn_linear, is_linear, place_of, projections
 from lowrank_ft.nn import GuidedLowRankLinear, UnfoldedExperts, factored_stacks, lowrank_layers
 
 
@@ -131,8 +131,8 @@ def compare(model: nn.Module) -> Comparison:
         for p in layer.guide.parameters()
     )
     parameters = count_parameters(model) - guides
-    kinds = {kind_of(name) for name in layers}
-    plans |= {s.name: LinearPlan(s.name, s.shape, None, "dense", s.experts) for s in dense if kind_of(s.name) in kinds}
+    kinds = {place_of(name) for name in layers}
+    plans |= {s.name: LinearPlan(s.name, s.shape, None, "dense", s.experts) for s in dense if place_of(s.name) in kinds}
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     # A stack is no module; it comes where its experts are.
     place = {name: order.get(name, order.get(name.rpartition(".")[0], 0)) for name in plans}

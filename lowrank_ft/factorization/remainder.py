@@ -15,7 +15,7 @@ from lowrank_ft.factorization.targets import (
     block_index,
     is_linear,
     is_read_by_owner,
-    kind_of,
+    place_of,
     projections,
     stack_specs,
     tied_partners,
@@ -57,7 +57,7 @@ def dense_parts(model: nn.Module, plan: Plan) -> list[DensePart]:
             continue
         why = entry.note if entry is not None else ends.get(id(parameter))
         why = why or _reason(model, modules[name.rpartition(".")[0]], name)
-        key = (kind_of(name), why)
+        key = (place_of(name), why)
         known = parts.get(key, DensePart(*key, 0, 0))
         parts[key] = replace(known, parameters=known.parameters + parameter.numel(), layers=known.layers + 1)
     return list(parts.values())
@@ -102,7 +102,7 @@ def _line(what: str, count: int, plan: Plan, why: str) -> str:
 def _inner(model: nn.Module, plan: Plan) -> list[DensePart]:
     """Without what is at the two ends of the model."""
     ends = _end(model, "get_output_embeddings", HEAD) | _end(model, "get_input_embeddings", EMBEDDING)
-    outer = {kind_of(name) for name, p in model.named_parameters() if id(p) in ends}
+    outer = {place_of(name) for name, p in model.named_parameters() if id(p) in ends}
     return [part for part in dense_parts(model, plan) if part.kind not in outer]
 
 

@@ -113,7 +113,7 @@ def find_linears(model: nn.Module, counts: Callable[[nn.Module], bool] = is_line
     return found
 
 
-def kind_of(name: str) -> str:
+def place_of(name: str) -> str:
     """The same for all linears in the same place of their blocks: ``layers.3.mlp.up_proj`` is ``layers.*.mlp.up_proj``."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 

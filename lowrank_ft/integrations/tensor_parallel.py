@@ -25,7 +25,7 @@ from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from lowrank_ft.errors import ConfigError
-from lowrank_ft.nn.forms import plain, swap
+from lowrank_ft.nn.forms import plain
 from lowrank_ft.nn.guided import guided_layers
 from lowrank_ft.nn.lowrank_linear import LowRankLinear
 
@@ -92,7 +92,7 @@ def tensor_parallel_plan(
             if expression.fullmatch(name):
                 plan[name] = _style(name, module, role, size)
                 if isinstance(module, LowRankLinear) and module.pivot == _SPLIT_SIDE[role]:
-                    swap(model, name, plain(module))
+                    model.set_submodule(name, plain(module))
     return plan
 
 

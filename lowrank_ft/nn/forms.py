@@ -72,7 +72,7 @@ def stored_as(model: nn.Module, form: str, dtype: torch.dtype | None = None) -> 
         yield
     finally:
         for name, module in before.items():
-            swap(model, name, module)
+            model.set_submodule(name, module)
 
 
 def store(model: nn.Module, form: str, dtype: torch.dtype | None, before: dict[str, nn.Module]) -> None:
@@ -81,10 +81,10 @@ def store(model: nn.Module, form: str, dtype: torch.dtype | None, before: dict[s
     for name, module in list(model.named_modules()):
         if isinstance(module, FactoredExperts | UnfoldedExperts):
             before[name] = module
-            swap(model, name, _experts_as(module, form, dtype))
+            model.set_submodule(name, _experts_as(module, form, dtype))
     for name, layer in list(lowrank_layers(model)):
         before[name] = layer
-        swap(model, name, pivoted(layer, dtype) if form == "pivoted" else plain(layer, dtype))
+        model.set_submodule(name, pivoted(layer, dtype) if form == "pivoted" else plain(layer, dtype))
 
 
 def _experts_as(experts: FactoredExperts | UnfoldedExperts, form: str, dtype: torch.dtype | None) -> nn.Module:
@@ -110,11 +110,11 @@ def unpivot_layers(model: nn.Module) -> int:
     """
     found = [(name, layer) for name, layer in lowrank_layers(model) if layer.pivot is not None]
     for name, layer in found:
-        swap(model, name, plain(layer))
+        model.set_submodule(name, plain(layer))
     stacks = [(name, stack) for name, stack in factored_stacks(model) if stack.pivot is not None]
     for name in dict.fromkeys(name.rpartition(".")[0] for name, _ in stacks):
         experts: Any = model.get_submodule(name)
-        swap(model, name, _experts_as(experts, "factors", None))
+        model.set_submodule(name, _experts_as(experts, "factors", None))
     return len(found) + len(stacks)
 
 
@@ -152,9 +152,3 @@ def _deployed(layer: LowRankLinear, parts: Factors | Pivoted, dtype: torch.dtype
         new.order = parts.order
     new.bias, new.weight = layer.bias, layer.weight
     return new.train(layer.training)
-
-
-def swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` where ``name`` is."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

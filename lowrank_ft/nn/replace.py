@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.factorization.targets import is_transposed
 from lowrank_ft.nn.factored_experts import FactoredExperts
-from lowrank_ft.nn.forms import layer_factors, swap
+from lowrank_ft.nn.forms import layer_factors
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 from lowrank_ft.nn.unfolded import UnfoldedExperts, fold, unfold
 
@@ -38,7 +38,7 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(module, FactoredExperts | UnfoldedExperts):  # one after the other, for a stack is large
             experts = unfold(module) if isinstance(module, FactoredExperts) else module
             _merge_layers(experts)
-            swap(model, name, fold(experts))
+            model.set_submodule(name, fold(experts))
     _merge_layers(model)
     config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
@@ -48,7 +48,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _merge_layers(module: nn.Module) -> None:
     for name, layer in list(lowrank_layers(module)):
-        swap(module, name, merged(layer))
+        module.set_submodule(name, merged(layer))
 
 
 def merged(layer: LowRankLinear) -> nn.Module:

@@ -100,14 +100,14 @@ def unfold_experts(model: nn.Module, names: Iterable[str] = ()) -> None:
         owner, _, leaf = name.rpartition(".")
         chosen.setdefault(owner, []).append(leaf)
     for owner, leaves in chosen.items():
-        _swap(model, owner, unfold(model.get_submodule(owner), leaves))
+        model.set_submodule(owner, unfold(model.get_submodule(owner), leaves))
 
 
 def fold_experts(model: nn.Module) -> None:
     """Fold all unfolded experts of ``model``, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, UnfoldedExperts):
-            _swap(model, name, fold(module))
+            model.set_submodule(name, fold(module))
 
 
 def folded_state(tensors: Mapping[str, Tensor], ranks: Iterable[str]) -> dict[str, Tensor]:
@@ -168,8 +168,3 @@ def _fill(stack: StackedFactors, layers: Sequence[LowRankLinear]) -> None:
 
 def _stacked(members: Sequence[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.stack([m.detach() for m in members]), members[0].requires_grad)
-
-
-def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -20,7 +20,6 @@ from lowrank_ft.factorization.plan import Plan, make_plan
 from lowrank_ft.factorization.solvers import working_dtype
 from lowrank_ft.factorization.targets import Patterns, block_index, ffn_linears, select_targets
 from lowrank_ft.nn import GuidedLowRankLinear, LowRankLinear, lowrank_layers, unfold_experts
-from lowrank_ft.nn.replace import swap
 
 FROM_SCRATCH_GUIDES = ("dense",)
 """Only one that trains: from scratch there is no trained weight that a fixed guide could hold."""
@@ -90,7 +89,7 @@ def initialize_lowrank(
     if guide is not None:
         unfold_experts(model)
         for name, layer in list(lowrank_layers(model)):
-            swap(model, name, guided_by_product(layer, guide))
+            model.set_submodule(name, guided_by_product(layer, guide))
     return plan
 
 

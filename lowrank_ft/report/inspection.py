@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank_ft.checkpoints.architecture import check_fits, is_compact, skeleton
+from lowrank_ft.checkpoints.architecture import check_headers, is_compact, skeleton
 from lowrank_ft.checkpoints.models import load_model
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import progress_bar
@@ -30,7 +30,7 @@ from lowrank_ft.nn import (
     lowrank_layers,
     unfold_experts,
 )
-from lowrank_ft.nn.replace import dense_weight, swap
+from lowrank_ft.nn.replace import dense_weight
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     entry = entry if isinstance(entry, Mapping) else entry.to_dict()
     model = skeleton(config, source.name, source.trust_remote_code)
     _factorize_skeleton(model, entry.get("ranks"), entry.get("pivots") or {}, f"{source.name}/config.json")
-    check_fits(model, tensors, source.name)
+    check_headers(model, tensors, source.name)
     base_model, revision = entry.get("base_model"), entry.get("base_revision")
     conversion = read_conversion(source.folder)
     if not base_model and conversion is not None:
@@ -110,12 +110,14 @@ def _factorize_skeleton(model: Any, ranks: Any, pivots: Any, where: str) -> None
                 stacks.setdefault(owner, {})[leaf] = (rank, side)
                 StackedFactors(1, *targets[found].shape, rank, side, "meta")  # refuses what does not fit
             else:
-                swap(model, found, LowRankLinear.like(model.get_submodule(found), rank, device="meta", pivot=side))
+                model.set_submodule(
+                    found, LowRankLinear.like(model.get_submodule(found), rank, device="meta", pivot=side)
+                )
         except ValueError as error:
             raise CheckpointError(f"{where}: {name}: {error}") from None
     for owner, parts in stacks.items():
         chosen, sides = {n: rank for n, (rank, _) in parts.items()}, {n: side for n, (_, side) in parts.items()}
-        swap(model, owner, FactoredExperts.like(model.get_submodule(owner), chosen, sides, device="meta"))
+        model.set_submodule(owner, FactoredExperts.like(model.get_submodule(owner), chosen, sides, device="meta"))
 
 
 def _name_here(name: str, model: Any, targets: Mapping[str, Any]) -> str | None:

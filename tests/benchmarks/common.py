@@ -1,4 +1,4 @@
-"""What the benchmarks share: model, texts, the yardstick, and where results go."""
+"""What the benchmarks share: model, texts, the baseline, and where results go."""
 
 import argparse
 import concurrent.futures
@@ -22,7 +22,7 @@ from lowrank_ft.evaluation.perplexity import evaluate_blocks, to_blocks
 from lowrank_ft.factorization.plan import Plan, count_parameters, make_plan
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.factorization.targets import select_targets
-from lowrank_ft.nn.forms import stored_as, swap
+from lowrank_ft.nn.forms import stored_as
 from lowrank_ft.nn.replace import factorized
 
 SHARED = Path(os.environ.get("LOWRANK_FT_SHARED", Path(__file__).parents[3] / "shared"))
@@ -91,7 +91,7 @@ def whitened_svd(model: nn.Module, plan: Plan, batches: list[dict[str, Tensor]])
         left, values, right = torch.linalg.svd(linear.weight.double() @ root, full_matrices=False)
         scale = values[:rank].sqrt()
         factors = Factors(left[:, :rank] * scale, (scale[:, None] * right[:rank]) @ torch.linalg.inv(root))
-        swap(model, name, factorized(linear, factors))
+        model.set_submodule(name, factorized(linear, factors))
 
 
 def cholesky(moments: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 An embedding is the normalized mean of the last hidden states. For the same sentences in both models: their cosine, its mean
 and its lowest value; and Spearman's correlation of the cosines of all pairs of sentences, for rankings and clusters are made
-of those. The yardstick is whitened SVD at uniform ranks, stored as U V (SVD-LLM's formula, in ``common.py``), on the text of
+of those. The baseline is whitened SVD at uniform ranks, stored as U V (SVD-LLM's formula, in ``common.py``), on the text of
 the ``default`` row. The other rows are commands with no further flag. Rows that the output file holds are not measured again.
 """
 
@@ -32,7 +32,7 @@ from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.export import save_compact
 from tests.benchmarks import common
 
-YARDSTICK = "whitened SVD (yardstick)"
+BASELINE = "whitened SVD (baseline)"
 DEFAULT = "lowrank-ft convert"
 _LENGTHS = range(40, 301)  # characters of a sentence
 
@@ -71,8 +71,8 @@ def compare(dense: Tensor, found: Tensor) -> dict[str, float]:
     }
 
 
-def rungs(options: argparse.Namespace, ratio: float) -> dict[str, Callable[[Path], None]]:
-    """Name to what writes that rung's checkpoint into a folder."""
+def methods(options: argparse.Namespace, ratio: float) -> dict[str, Callable[[Path], None]]:
+    """Name to what writes that method's checkpoint into a folder."""
 
     def command(*flags: str) -> Callable[[Path], None]:
         line = ["convert", options.model, "--param-ratio", str(ratio), *flags, "--output-dir"]
@@ -96,7 +96,7 @@ def rungs(options: argparse.Namespace, ratio: float) -> dict[str, Callable[[Path
     text = ("--calibration-data", options.calibration)
     return {
         "plain SVD": plain,
-        YARDSTICK: whitened,
+        BASELINE: whitened,
         f"{DEFAULT}, no text": command(),
         f"{DEFAULT} --effort fast": command("--effort", "fast", *text),
         DEFAULT: command(*text),
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", default=[str(data / "heldout.txt"), str(data / "wikitext2-test.txt")])
     parser.add_argument("--sentences", type=int, default=300, help="of each text")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.9, 0.8, 0.6])
-    parser.add_argument("--only", nargs="+", metavar="RUNG", help="rungs to run, by their names (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="methods to run, by their names (default: all)")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "encoders.json")
     options = parser.parse_args()
 
@@ -130,9 +130,9 @@ def main() -> None:
         earlier = json.loads(options.output.read_text(encoding="utf-8"))
         if all(earlier.get(k) == report[k] for k in ("calibration", "sentences", "dense")):
             report["rows"] = earlier["rows"]
-    have = {(r["param_ratio"], r["rung"]) for r in report["rows"]}
+    have = {(r["param_ratio"], r["method"]) for r in report["rows"]}
     for ratio in options.ratios:
-        for name, write in rungs(options, ratio).items():
+        for name, write in methods(options, ratio).items():
             if (options.only and name not in options.only) or (ratio, name) in have:
                 continue
             with tempfile.TemporaryDirectory() as folder:
@@ -143,12 +143,12 @@ def main() -> None:
                 size = (Path(folder) / "m" / "model.safetensors").stat().st_size
             found = {n: compare(wanted[n], embed(model, tokenizer, t)) for n, t in texts.items()}
             report["rows"].append(
-                {"param_ratio": ratio, "rung": name, "seconds": seconds, "bytes": size, "texts": found}
+                {"param_ratio": ratio, "method": name, "seconds": seconds, "bytes": size, "texts": found}
             )
             print(ratio, name, seconds, found, file=sys.stderr, flush=True)
             common.write_json(options.output, report)
-    order = list(rungs(options, 1.0))
-    report["rows"].sort(key=lambda r: (-r["param_ratio"], order.index(r["rung"])))
+    order = list(methods(options, 1.0))
+    report["rows"].sort(key=lambda r: (-r["param_ratio"], order.index(r["method"])))
     common.write_json(options.output, report)
     show(report)
 
@@ -157,11 +157,11 @@ def show(report: dict[str, Any]) -> None:
     texts = list(report["sentences"])
     shown = ("mean_cosine", "worst_cosine", "spearman")
     rows = [
-        (r["rung"], str(r["param_ratio"]), f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.0f}",
+        (r["method"], str(r["param_ratio"]), f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.0f}",
          *(f"{r['texts'][t][k]:.4f}" for t in texts for k in shown))
         for r in report["rows"]
     ]  # fmt: skip
-    columns = ("rung", "ratio", "MB", "seconds", *(f"{t}: {k.replace('_', ' ')}" for t in texts for k in shown))
+    columns = ("method", "ratio", "MB", "seconds", *(f"{t}: {k.replace('_', ' ')}" for t in texts for k in shown))
     print_table(columns, rows, title=f"Embeddings beside the dense encoder's ({report['dense']['bytes'] / 1e6:.1f} MB)")
 
 

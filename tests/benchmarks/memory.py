@@ -27,7 +27,6 @@ from lowrank_ft.conversion.convert import convert
 from lowrank_ft.costs.memory import MODES, Architecture, Mode, Settings, estimate
 from lowrank_ft.data.examples import pack
 from lowrank_ft.factorization.plan import Plan, make_plan
-from lowrank_ft.nn.replace import swap
 from lowrank_ft.training import TrainArguments, Trainer
 from lowrank_ft.training.resume import optimizer_tensors
 from tests.benchmarks import common
@@ -88,7 +87,7 @@ def _quantize(model: nn.Module, plan: Plan) -> None:
         packed.weight = Params4bit(
             dense.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=False, module=packed
         ).to(device)  # fmt: skip
-        swap(model, p.name, packed)
+        model.set_submodule(p.name, packed)
 
 
 def measure(model: Any, mode: Mode, settings: Settings, device: str) -> int:

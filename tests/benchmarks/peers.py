@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lowrank_ft.conversion.chains import Call, capture
 from lowrank_ft.factorization.plan import Plan, count_parameters
 from lowrank_ft.factorization.solvers import Factors, balance
-from lowrank_ft.nn.forms import swap
 from lowrank_ft.nn.replace import factorized
 from tests.benchmarks.common import cholesky
 
@@ -144,7 +143,7 @@ def _in_turn(
             for child in group:
                 linear, rank = block.get_submodule(child), plan.ranks[f"{name}.{child}"]
                 factors = fit(linear.weight.double(), rank, moments, cross)
-                swap(model, f"{name}.{child}", factorized(linear, factors))
+                model.set_submodule(f"{name}.{child}", factorized(linear, factors))
         dense = [call(twin, x) for call, x in zip(calls, dense, strict=True)]
         if refine is not None:
             refine(block, calls, hidden, dense)

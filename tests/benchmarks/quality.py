@@ -1,10 +1,10 @@
-"""Zero-shot quality of a converted model, rung by rung, beside the yardstick that people use today.
+"""Zero-shot quality of a converted model, method by method, beside the baseline that people use today.
 
     PYTHONPATH=. python tests/benchmarks/quality.py --output tests/benchmarks/results/quality.json
 
-The yardstick is whitened SVD at uniform ranks, stored as U V (SVD-LLM's formula, in ``common.py``), on the same
-calibration text; AA-SVD and MPIFA (``peers.py``) are as their authors describe them. All other rungs are pivoted, and so
-have larger ranks at the same size. The last rungs are what ``lowrank-ft convert --calibration-data FILE`` does at each
+The baseline is whitened SVD at uniform ranks, stored as U V (SVD-LLM's formula, in ``common.py``), on the same
+calibration text; AA-SVD and MPIFA (``peers.py``) are as their authors describe them. All other methods are pivoted, and so
+have larger ranks at the same size. The last methods are what ``lowrank-ft convert --calibration-data FILE`` does at each
 ``--effort``, and without the option (on text that the model writes), run as commands. Excess is ``ln(ppl) - ln(ppl of the
 dense model)``. A run that is broken off goes on where it was: rows that the output file holds are not measured again.
 """
@@ -32,10 +32,10 @@ from tests.benchmarks import common, peers
 
 FIT_TOKENS = 65_536
 TARGETS = {0.8: 0.06, 0.6: 0.14, 0.4: 0.17}
-YARDSTICK = "whitened SVD (yardstick)"
+BASELINE = "whitened SVD (baseline)"
 PIVOTED = "whitened SVD, pivoted"
 AA_SVD, MPIFA = "AA-SVD", "MPIFA"  # by formula, in peers.py
-PLAIN_FORM = ("plain SVD", YARDSTICK, AA_SVD)  # stored as U V
+PLAIN_FORM = ("plain SVD", BASELINE, AA_SVD)  # stored as U V
 DEFAULT = "lowrank-ft convert"
 TRAINED = "anchored, loss allocation, refined, distilled"  # once over all of the text, at 1e-3
 COMMANDS = {
@@ -46,8 +46,8 @@ COMMANDS = {
 }
 
 
-def rungs(options: argparse.Namespace, ratio: float, batches: list[Any]) -> dict[str, Callable[[Any], Any]]:
-    """Name to what turns a dense model into that rung's, in the order of the ladder."""
+def methods(options: argparse.Namespace, ratio: float, batches: list[Any]) -> dict[str, Callable[[Any], Any]]:
+    """Name to what turns a dense model into that method's, in the order of the ladder."""
 
     def ours(**settings: Any) -> Callable[[Any], Any]:
         data = {"fit_tokens": CALIBRATION_TOKENS, "distill_learning_rate": 1e-3}
@@ -59,7 +59,7 @@ def rungs(options: argparse.Namespace, ratio: float, batches: list[Any]) -> dict
 
     return {
         "plain SVD": lambda m: convert(m, common.uniform_plan(m, ratio)),
-        YARDSTICK: lambda m: common.whitened_svd(m, common.uniform_plan(m, ratio), batches),
+        BASELINE: lambda m: common.whitened_svd(m, common.uniform_plan(m, ratio), batches),
         PIVOTED: lambda m: common.whitened_svd(m, make_plan(m, param_ratio=ratio), batches),
         # These fit to as many tokens as ours does.
         AA_SVD: lambda m: peers.aa_svd(m, common.uniform_plan(m, ratio), list(first_batches(batches, FIT_TOKENS))),
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--held-out", nargs="+", default=[str(data / "heldout.txt"), str(data / "wikitext2-test.txt")])
     parser.add_argument("--eval-blocks", type=int, default=400, help="evenly spaced blocks of each text; 0: all")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(TARGETS))
-    parser.add_argument("--only", nargs="+", metavar="RUNG", help="rungs to run, by their names (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="methods to run, by their names (default: all)")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "quality.json")
     options = parser.parse_args()
 
@@ -117,9 +117,9 @@ def main() -> None:
         same = ("model", "calibration", "block_size", "eval_tokens")  # the last digits of the dense perplexity vary
         if all(earlier.get(k) == report[k] for k in same):
             report |= {k: earlier[k] for k in ("dense", "rows")}
-    have = {(r["param_ratio"], r["rung"]) for r in report["rows"]}
+    have = {(r["param_ratio"], r["method"]) for r in report["rows"]}
     for ratio in options.ratios:
-        for name, build in rungs(options, ratio, batches).items():
+        for name, build in methods(options, ratio, batches).items():
             if (options.only and name not in options.only) or (ratio, name) in have:
                 continue
             start = time.monotonic()
@@ -131,15 +131,15 @@ def main() -> None:
             seconds = time.monotonic() - start
             found = {n: common.perplexity(model, b) for n, b in texts.items()}
             report["rows"].append({
-                "param_ratio": ratio, "rung": name, "seconds": round(seconds, 1),
+                "param_ratio": ratio, "method": name, "seconds": round(seconds, 1),
                 "parameters": common.stored_parameters(model, "factors" if name in PLAIN_FORM else "pivoted"),
                 "perplexity": found, "excess": {n: common.excess(p, report["dense"]["perplexity"][n]) for n, p in found.items()},
             })  # fmt: skip
             compare(report)
             common.write_json(options.output, report)
             print(ratio, name, f"{seconds:.0f} s", {n: round(p, 2) for n, p in found.items()}, file=sys.stderr)
-    order = list(rungs(options, 1.0, batches))
-    report["rows"].sort(key=lambda r: (-r["param_ratio"], order.index(r["rung"])))
+    order = list(methods(options, 1.0, batches))
+    report["rows"].sort(key=lambda r: (-r["param_ratio"], order.index(r["method"])))
     common.write_json(options.output, report)
     show(report)
     draw(report, options.output.with_suffix(".png"))
@@ -152,12 +152,12 @@ def held_out_blocks(name: str, tokenizer: Any, options: argparse.Namespace) -> t
 
 
 def compare(report: dict[str, Any]) -> None:
-    """Put each row's excess over that of the yardstick at the same ratio into the report."""
-    yardsticks = {r["param_ratio"]: r["excess"] for r in report["rows"] if r["rung"] == YARDSTICK}
+    """Put each row's excess over that of the baseline at the same ratio into the report."""
+    baselines = {r["param_ratio"]: r["excess"] for r in report["rows"] if r["method"] == BASELINE}
     for row in report["rows"]:
-        if row["param_ratio"] in yardsticks:
-            theirs = yardsticks[row["param_ratio"]]
-            row["of_yardstick"] = {n: e / theirs[n] for n, e in row["excess"].items()}
+        if row["param_ratio"] in baselines:
+            theirs = baselines[row["param_ratio"]]
+            row["of_baseline"] = {n: e / theirs[n] for n, e in row["excess"].items()}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -165,24 +165,24 @@ def show(report: dict[str, Any]) -> None:
     rows = [("dense", "", f"{report['dense']['parameters']:,}", *(f"{report['dense']['perplexity'][t]:.1f}" for t in texts),
              *("" for _ in texts), "")]  # fmt: skip
     for r in report["rows"]:
-        shares = [f"{r['of_yardstick'][t]:.2f}" if "of_yardstick" in r else "" for t in texts]
+        shares = [f"{r['of_baseline'][t]:.2f}" if "of_baseline" in r else "" for t in texts]
         perplexities = [f"{r['perplexity'][t]:.1f}" for t in texts]
         seconds = f"{r['seconds']:.0f}"
-        rows.append((r["rung"], f"{r['param_ratio']}", f"{r['parameters']:,}", *perplexities, *shares, seconds))
-    columns = ("rung", "ratio", "parameters", *texts, *(f"of yardstick, {t}" for t in texts), "seconds")
-    print_table(columns, rows, title=f"{report['model']}: perplexity, and excess as a share of the yardstick's")
+        rows.append((r["method"], f"{r['param_ratio']}", f"{r['parameters']:,}", *perplexities, *shares, seconds))
+    columns = ("method", "ratio", "parameters", *texts, *(f"of baseline, {t}" for t in texts), "seconds")
+    print_table(columns, rows, title=f"{report['model']}: perplexity, and excess as a share of the baseline's")
     for r in report["rows"]:
         target = TARGETS.get(r["param_ratio"])
-        if target is None or "of_yardstick" not in r:
+        if target is None or "of_baseline" not in r:
             continue
-        for text, share in r["of_yardstick"].items():
-            if r["rung"] == DEFAULT:
+        for text, share in r["of_baseline"].items():
+            if r["method"] == DEFAULT:
                 verdict = "met" if share <= target else "MISSED"
-                print(f"{verdict}: ratio {r['param_ratio']}, {text}: {share:.3f} of the yardstick, wanted {target}")
+                print(f"{verdict}: ratio {r['param_ratio']}, {text}: {share:.3f} of the baseline, wanted {target}")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Excess by size, one line for each rung."""
+    """Excess by size, one line for each method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,11 +190,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     texts = list(report["dense"]["perplexity"])
     figure, axes = plt.subplots(1, len(texts), figsize=(5.6 * len(texts), 4.6), layout="constrained", squeeze=False)
-    names = list(dict.fromkeys(r["rung"] for r in report["rows"]))
+    names = list(dict.fromkeys(r["method"] for r in report["rows"]))
     for axis, text in zip(axes[0], texts, strict=True):
         for i, name in enumerate(names):
-            rows = sorted((r["parameters"], r["perplexity"][text]) for r in report["rows"] if r["rung"] == name)
-            style = dict(color="black", ls="--") if name == YARDSTICK else dict(color=plt.cm.viridis(i / len(names)))
+            rows = sorted((r["parameters"], r["perplexity"][text]) for r in report["rows"] if r["method"] == name)
+            style = dict(color="black", ls="--") if name == BASELINE else dict(color=plt.cm.viridis(i / len(names)))
             axis.plot([p / 1e6 for p, _ in rows], [q for _, q in rows], marker="o", ms=4, lw=1.5, label=name, **style)
         base = report["dense"]
         axis.plot([base["parameters"] / 1e6], [base["perplexity"][text]], "k*", ms=11, label="dense")

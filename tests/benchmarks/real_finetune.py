@@ -68,7 +68,7 @@ class ChatBench(Bench):
     """GSM8K as chats."""
 
     grid = _DENSE
-    calibration_tokens = 16_384  # as many as the yardstick of real_model.py has
+    calibration_tokens = 16_384  # as many as the baseline of real_model.py has
     methods = staticmethod(chat_methods)
 
     def __init__(self, options: argparse.Namespace) -> None:

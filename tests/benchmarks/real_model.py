@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/benchmarks/real_model.py --model SMOLLM2 --work DIR
 
-The model is SmolLM2-135M-Instruct (``shared/tools/smollm2.py`` writes it). The yardstick is whitened SVD at uniform
+The model is SmolLM2-135M-Instruct (``shared/tools/smollm2.py`` writes it). The baseline is whitened SVD at uniform
 ranks, stored as U V (``common.py``), on the same calibration text, as are MoDeGPT and AA-SVD (``peers.py``). Each
 conversion of ours is the command, run in a process of its own, so that its seconds, its CPU seconds and its peak memory
 are its own. Everything made is kept in DIR, every row is saved as it comes, and a run that is broken off goes on: rows
@@ -29,10 +29,10 @@ from lowrank_ft.evaluation.talk import talk
 from tests.benchmarks import common, peers
 from tests.benchmarks.measured import measured
 
-YARDSTICK = "whitened SVD (yardstick)"
+BASELINE = "whitened SVD (baseline)"
 AA_SVD, MODEGPT = "AA-SVD", "MoDeGPT"  # by formula, in peers.py
 SHARES = {0.9: 0.12, 0.8: 0.15, 0.6: 0.25}
-"""Of the yardstick's excess, mean of the first two texts: what we had set out to reach with the default."""
+"""Of the baseline's excess, mean of the first two texts: what we had set out to reach with the default."""
 _PEERS_TOKENS = 16_384
 _ARC = Path(__file__).parent / "tasks" / "arc_easy.yaml"
 
@@ -40,7 +40,7 @@ _ARC = Path(__file__).parent / "tasks" / "arc_easy.yaml"
 def rows_of(ratios: list[float]) -> list[tuple[str, float]]:
     rows = [("dense", 1.0)]
     for ratio in ratios:
-        rows += [(name, ratio) for name in (YARDSTICK, MODEGPT, AA_SVD, "ours, fast", "ours", "ours, best")]
+        rows += [(name, ratio) for name in (BASELINE, MODEGPT, AA_SVD, "ours, fast", "ours", "ours, best")]
     return rows
 
 
@@ -48,7 +48,7 @@ def made(name: str, ratio: float, options: argparse.Namespace, tokenizer: Any) -
     """The model of a row, and what it cost."""
     if name == "dense":
         return common.load(options.model, "cpu"), {}
-    if name in (YARDSTICK, AA_SVD, MODEGPT):
+    if name in (BASELINE, AA_SVD, MODEGPT):
         model, counted = common.load(options.model, "cpu"), {}
         rows = read_rows(options.calibration)
         batches = read_batches(model, rows, options.calibration, tokenizer, _PEERS_TOKENS)
@@ -56,7 +56,7 @@ def made(name: str, ratio: float, options: argparse.Namespace, tokenizer: Any) -
         if name == MODEGPT:
             counted = {"parameters": peers.modegpt(model, ratio, batches)}
         else:
-            method = common.whitened_svd if name == YARDSTICK else peers.aa_svd
+            method = common.whitened_svd if name == BASELINE else peers.aa_svd
             method(model, common.uniform_plan(model, ratio), batches)
         cost = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - used}
         return model, {**counted, **{k: round(v, 1) for k, v in cost.items()}}
@@ -109,13 +109,13 @@ def generation_speed(model: Any, batch: int, tokens: int = 32) -> float:
 
 
 def compare(report: dict[str, Any]) -> None:
-    """Excess over the dense model, as a share of the yardstick's at the same ratio, mean of the first two texts."""
+    """Excess over the dense model, as a share of the baseline's at the same ratio, mean of the first two texts."""
     base = next((r["perplexity"] for r in report["rows"] if r["row"] == "dense"), None)
     if base is None:
         return
     for r in report["rows"]:
         r["excess"] = {n: common.excess(p, base[n]) for n, p in r["perplexity"].items()}
-    theirs = {r["param_ratio"]: r["excess"] for r in report["rows"] if r["row"] == YARDSTICK}
+    theirs = {r["param_ratio"]: r["excess"] for r in report["rows"] if r["row"] == BASELINE}
     for r in report["rows"]:
         if r["param_ratio"] in theirs and r["row"] != "dense":
             both = list(report["texts"])[:2]
@@ -160,7 +160,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for axis, text in zip(axes, report["texts"], strict=True):
         for name in names:
             rows = sorted((r["parameters"] / 1e6, r["perplexity"][text]) for r in report["rows"] if r["row"] == name)
-            axis.plot(*zip(*rows, strict=True), marker="o", ms=4, label=name, ls="--" if name == YARDSTICK else "-")
+            axis.plot(*zip(*rows, strict=True), marker="o", ms=4, label=name, ls="--" if name == BASELINE else "-")
         for r in report["rows"]:
             if r["row"] == "dense":
                 axis.plot(r["parameters"] / 1e6, r["perplexity"][text], "k*", ms=11, label="dense")
@@ -210,7 +210,7 @@ def main() -> None:
             continue
         model, cost = made(name, ratio, options, tokenizer)
         model = dense if name == "dense" else model
-        form = "factors" if name in (YARDSTICK, AA_SVD) else "pivoted"
+        form = "factors" if name in (BASELINE, AA_SVD) else "pivoted"
         report["rows"].append({
             "row": name, "param_ratio": ratio, "parameters": common.stored_parameters(model, form), **cost,
             **evaluate(model, dense, tokenizer, blocks, options),

@@ -28,7 +28,6 @@ from lowrank_ft.console import print_table
 from lowrank_ft.factorization.pivoting import pivot_side
 from lowrank_ft.factorization.plan import make_plan
 from lowrank_ft.factorization.ranks import rank_at
-from lowrank_ft.nn.forms import swap
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
 from tests.benchmarks import common
 
@@ -120,7 +119,7 @@ def random_llama(ratio: float | None) -> Any:
             with torch.device("meta"):
                 layer = LowRankLinear(entry.shape[1], entry.shape[0], entry.rank or 1, bias=False,
                                       pivot=pivot_side(entry.shape, entry.rank or 1))  # fmt: skip
-            swap(model, entry.name, layer)
+            model.set_submodule(entry.name, layer)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)

@@ -24,7 +24,7 @@ from lowrank_ft.console import print_table
 from lowrank_ft.factorization.plan import count_parameters
 from lowrank_ft.factorization.solvers import Factors
 from lowrank_ft.factorization.targets import block_index, ffn_linears
-from lowrank_ft.nn.replace import factorized, swap
+from lowrank_ft.nn.replace import factorized
 from lowrank_ft.pretraining.presets import Preset, preset
 from tests.benchmarks import common
 
@@ -49,7 +49,7 @@ def build(made: Preset, options: argparse.Namespace) -> Any:
             if block_index(model, spec.name) != 0:
                 rows, columns = spec.shape
                 factors = Factors(torch.randn(rows, made.rank) * 0.02, torch.randn(made.rank, columns) * 0.02)
-                swap(model, spec.name, factorized(model.get_submodule(spec.name), factors))
+                model.set_submodule(spec.name, factorized(model.get_submodule(spec.name), factors))
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model.to(options.device)
 

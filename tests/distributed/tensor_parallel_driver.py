@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.integrations.tensor_parallel import tensor_parallel_plan
 from lowrank_ft.nn import lowrank_layers
-from lowrank_ft.nn.forms import pivoted, swap
+from lowrank_ft.nn.forms import pivoted
 from tests.conftest import tiny_llama
 from tests.distributed.watching import SentBytes
 
@@ -29,7 +29,7 @@ def main(output: Path, form: str) -> None:
         torch.nn.init.normal_(layer.bias)
     if form == "pivoted":
         for name, layer in list(lowrank_layers(whole)):
-            swap(whole, name, pivoted(layer))
+            whole.set_submodule(name, pivoted(layer))
     split = copy.deepcopy(whole)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parallelize_module(split, mesh, tensor_parallel_plan(split, mesh.size()))

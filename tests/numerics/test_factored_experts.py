@@ -14,7 +14,7 @@ from lowrank_ft.factorization.solvers import Factors, truncated_svd
 from lowrank_ft.factorization.targets import find_linears
 from lowrank_ft.nn import FactoredExperts, LowRankLinear, UnfoldedExperts, fold_experts, unfold_experts
 from lowrank_ft.nn.forms import layer_factors, stored_as, unpivot_layers
-from lowrank_ft.nn.replace import dense_weight, factorized, merge, swap
+from lowrank_ft.nn.replace import dense_weight, factorized, merge
 
 HIDDEN, WIDTH, EXPERTS, RANK = 16, 24, 4, 5
 
@@ -52,7 +52,7 @@ def factored(kind, form="factors", leave=()):
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             found = truncated_svd(dense_weight(module), RANK)
-            swap(model, name, factorized(module, Factors(found.U.double(), found.V.double())))
+            model.set_submodule(name, factorized(module, Factors(found.U.double(), found.V.double())))
     fold_experts(model)
     with stored_as(model, form):
         experts = model.experts

@@ -56,7 +56,7 @@ def main() -> None:
 def figures() -> str:
     """The tables of the page."""
     now, before = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, BEFORE))
-    rows = ["| | cases | usable result | one sentence | wrong | wrong before mending |", "|---|---|---|---|---|---|"]
+    rows = ["| | cases | usable result | one sentence | wrong | wrong before the fixes |", "|---|---|---|---|---|---|"]
     for part, name in NAMES.items():
         if part in now:
             good = [now[part]["verdicts"].get(verdict, 0) for verdict in GOOD]

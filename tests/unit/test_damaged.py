@@ -10,7 +10,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lowrank_ft.checkpoints.architecture import check_fits, skeleton
+from lowrank_ft.checkpoints.architecture import check_headers, skeleton
 from lowrank_ft.checkpoints.atomic import check_output_dir
 from lowrank_ft.checkpoints.from_training import load_adapter
 from lowrank_ft.checkpoints.models import load_model
@@ -78,7 +78,7 @@ def t5():
 def test_whole_checkpoints_fit(tmp_path, make):
     make().save_pretrained(tmp_path)
     source = Source(str(tmp_path))
-    check_fits(skeleton(source.load_config(), "x"), source.tensors(), "x")
+    check_headers(skeleton(source.load_config(), "x"), source.tensors(), "x")
 
 
 def test_weights_that_are_no_numbers_are_named_with_their_file(dense, given, command, tmp_path):

@@ -19,7 +19,7 @@ from lowrank_ft.integrations.peft.layer import LowRankAdapterLinear, LowRankLaye
 from lowrank_ft.integrations.peft.quantized import dequantized, is_quantized
 from lowrank_ft.nn import stored_form
 from lowrank_ft.nn.forms import pivoted
-from lowrank_ft.nn.replace import factorized, swap
+from lowrank_ft.nn.replace import factorized
 
 
 class LowRankModel(BaseTuner):
@@ -211,7 +211,7 @@ def _leave_quantization(model: nn.Module) -> None:
     left = [(name, module) for name, module in model.named_modules() if is_quantized(module)]
     dtype = _plain_dtype(model)
     for name, module in left:
-        swap(model, name, dequantized(module, dtype))
+        model.set_submodule(name, dequantized(module, dtype))
     if left:
         warnings.warn(
             f"{len(left)} quantized linears that the adapter left alone, the first being {left[0][0]}, are {dtype} now; "

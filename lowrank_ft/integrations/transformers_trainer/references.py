@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import GuidedLowRankLinear, guided_layers, lowrank_layers
-from lowrank_ft.nn.forms import layer_factors, swap
+from lowrank_ft.nn.forms import layer_factors
 from lowrank_ft.training import fsdp
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for it
@@ -50,7 +50,7 @@ def give_reference_guides(trainer: Any, model: nn.Module) -> None:
             "given them; pass ref_model=, the dense model, which is what the policy computes at its first step"
         )
     for name, layer in guided.items():
-        swap(reference, name, _fixed(layer).train(bare[name].training))
+        reference.set_submodule(name, _fixed(layer).train(bare[name].training))
 
 
 def _fixed(layer: GuidedLowRankLinear) -> nn.Module:
