@@ -18,6 +18,14 @@ from lowrank_ft.training.options import DataArguments, ModelArguments, TrainArgu
 from lowrank_ft.training.values import checked
 
 _FINETUNE: tuple[Any, ...] = (ModelArguments, DataArguments, TrainArguments)
+_ELSEWHERE = {
+    "model_name_or_path": "--model", "train_file": "--dataset", "dataset_name": "--dataset",
+    "validation_file": "--eval-dataset", "max_length": "--block-size", "max_seq_length": "--block-size",
+    "bf16": "--mixed-precision bf16", "fp16": "--mixed-precision fp16", "torch_dtype": "--dtype",
+    "eval_strategy": "--eval-steps", "save_strategy": "--save-steps", "warmup_steps": "--warmup-ratio",
+    "push_to_hub": "lowrank-ft push, after the run", "hub_model_id": "lowrank-ft push --repo-id, after the run",
+}  # fmt: skip
+"""Names of transformers' and TRL's options to what does the same here."""
 _MAPPINGS = {"rank_pattern": "{q_proj: 64, .*mlp.*: 128}", "config_overrides": "{num_hidden_layers: 4}"}
 
 
@@ -131,6 +139,8 @@ def _hints(groups: Sequence[Any]) -> dict[str, Any]:
 
 
 def _hint(name: str, groups: Sequence[Any]) -> str:
+    if (ours := _ELSEWHERE.get(name.replace("-", "_"))) is not None:
+        return f"here it is {ours}"
     near = difflib.get_close_matches(name, option_names(*groups), n=3, cutoff=0.5)
     return f"did you mean {', '.join(near)}?" if near else "see --help for all of them"
 
