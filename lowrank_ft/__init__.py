@@ -25,6 +25,7 @@ from lowrank_ft.pretraining.configs import preset_config
 from lowrank_ft.pretraining.initialize import initialize_lowrank
 
 if TYPE_CHECKING:
+    from lowrank_ft.conversion.prepare import load_calibration
     from lowrank_ft.integrations.peft import LowRankConfig
     from lowrank_ft.integrations.transformers_trainer.callback import GuidanceCallback, phase_out
 
@@ -46,6 +47,7 @@ __all__ = [
     "convert",
     "end_guidance",
     "initialize_lowrank",
+    "load_calibration",
     "make_plan",
     "merge",
     "phase_out",
@@ -57,7 +59,8 @@ __all__ = [
 ]
 
 
-_LATER = {  # they need PEFT, or transformers' Trainer, which take seconds to import
+_LATER = {  # they need PEFT, transformers' Trainer or datasets, which take seconds to import
+    "load_calibration": "lowrank_ft.conversion.prepare",
     "LowRankConfig": "lowrank_ft.integrations.peft",
     "GuidanceCallback": "lowrank_ft.integrations.transformers_trainer.callback",
     "phase_out": "lowrank_ft.integrations.transformers_trainer.callback",

@@ -22,6 +22,7 @@ class Calibration:
         held_out: batches like these that nothing is fitted to. Refinement and distillation are judged by them: what
             does not help there is undone. Without them, what helps on ``batches`` is kept.
         source: what the data are, for the record.
+        method: how factors are found, unless :func:`convert` is told.
         fit_tokens: how many tokens regression and block refinement see: the first of the batches.
         damping: share of the mean input power that is added to every direction of the moments.
         refine_epochs: passes of block refinement over the data; 0 for none.
@@ -38,6 +39,7 @@ class Calibration:
     batches: Sequence[Batch]
     source: str = "given batches"
     held_out: Sequence[Batch] = ()
+    method: str = EFFORTS["default"].method
     fit_tokens: int = EFFORTS["default"].fit_tokens
     damping: float = 0.01
     refine_epochs: int = EFFORTS["default"].refine_epochs
@@ -92,8 +94,8 @@ class Calibration:
 
 
 def default_method(calibration: Calibration | None) -> str:
-    """That of ``--effort default`` with calibration data, and ``svd`` without."""
-    return "svd" if calibration is None else EFFORTS["default"].method
+    """What the calibration says, and ``svd`` without one."""
+    return "svd" if calibration is None else calibration.method
 
 
 def first_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:

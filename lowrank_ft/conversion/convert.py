@@ -80,8 +80,8 @@ def convert(
             guides stay unfolded, a guided layer for each expert, until they are saved.
         guide_bits: 4 to store a ``residual`` guide in 4 bits; None for the dtype of the model. 4 needs bitsandbytes, on
             the model's device and on the one that it is trained on.
-        method: how the factors are found, one of ``METHODS``; by default ``activation`` with calibration data and
-            ``svd`` without.
+        method: how the factors are found, one of ``METHODS``; by default what the calibration says
+            (``activation``), and ``svd`` without one.
         calibration: data and settings for everything but ``svd`` alone: fitting, refinement, distillation.
         allocation: how ranks share the budget of a plan that is made here, one of ``ALLOCATIONS``; by default ``loss``
             for a ``param_ratio`` with calibration data, and ``uniform`` otherwise.

@@ -113,6 +113,7 @@ def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared
     refine = effort.refine_epochs if options.refine_epochs is None else options.refine_epochs
     settings = {
         "source": Path(name).name if Path(name).is_absolute() else name,
+        "method": options.method or effort.method,
         "fit_tokens": effort.fit_tokens,
         "refine_epochs": refine,
         "distill_epochs": distill,
@@ -120,6 +121,29 @@ def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared
         "seed": options.seed,
     }
     return Prepared(given, own, length, settings, _tokenizer(source) if own else None)
+
+
+def load_calibration(
+    model: Any, data: str = SELF, *, effort: str = "default", progress: bool = False, **options: Any
+) -> Calibration:
+    """What ``lowrank-ft convert --calibration-data DATA`` fits a model to, for :func:`lowrank_ft.convert`.
+
+    Args:
+        model: a causal language model, encoder or image model of transformers, which has not been converted. Its
+            tokenizer or image processor is read from where it came from.
+        data: a text, jsonl or parquet file, a dataset on the Hub, or ``self``: text that the model writes.
+        effort: one of ``EFFORTS``.
+        progress: show progress bars on stderr.
+        options: further fields of :class:`CalibrationOptions`, such as ``calibration_tokens`` and ``own_share``.
+
+    Raises:
+        ConfigError: an option is out of range.
+        DataError: the data are missing, too short, or not this model's.
+        CheckpointNotFoundError, CheckpointError: the model's folder or repository is gone, or has no tokenizer.
+    """
+    wanted = CalibrationOptions(effort=effort, calibration_data=data, **options)
+    source = Source(model.config._name_or_path, getattr(model.config, "_commit_hash", None))
+    return prepare(wanted, source, model).calibration(model, progress)
 
 
 def _encodes_text(model: Any) -> bool:

@@ -7,7 +7,9 @@ import shutil
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 
+import lowrank_ft
 from lowrank_ft.conversion import sample_blocks
 from lowrank_ft.demo.text import prose
 from lowrank_ft.factorization.plan import Plan
@@ -40,6 +42,19 @@ def texts(tmp_path_factory):
     (folder / "read.txt").write_text("\n\n".join(read))
     (folder / "held-out.txt").write_text("\n\n".join(held_out))
     return folder
+
+
+def test_python_converts_as_the_command_does(cli, texts, tmp_path):
+    data = ["--calibration-data", texts / "read.txt", "--calibration-tokens", "4096", "--dtype", "float32"]
+    cli("convert", DEMO_MODEL, "--param-ratio", "0.6", *data, "--output-dir", tmp_path / "command")
+    model = tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    calibration = lowrank_ft.load_calibration(model, str(texts / "read.txt"), calibration_tokens=4096)
+    lowrank_ft.convert(model, param_ratio=0.6, calibration=calibration)
+    lowrank_ft.save_compact(model, tmp_path / "python")
+    command, python = (load_file(tmp_path / name / "model.safetensors") for name in ("command", "python"))
+    assert command.keys() == python.keys()
+    for name in command:
+        torch.testing.assert_close(python[name], command[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_calibrated_checkpoint(cli, python, texts, tmp_path):
