@@ -77,7 +77,12 @@ def add_output(parser: argparse.ArgumentParser, suffix: str) -> None:
         "--output-dir", help=f"folder for the result, written completely or not at all (default: NAME-{suffix})"
     )
     parser.set_defaults(output_suffix=suffix)
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint in the output folder")
+    parser.add_argument(
+        "--overwrite",
+        "--overwrite-output-dir",
+        action="store_true",
+        help="replace an earlier checkpoint in the output folder",
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="size limit of each weight file (default: 5GB)")
 
 

@@ -23,7 +23,8 @@ _ELSEWHERE = {
     "validation_file": "--eval-dataset", "max_length": "--block-size", "max_seq_length": "--block-size",
     "bf16": "--mixed-precision bf16", "fp16": "--mixed-precision fp16", "torch_dtype": "--dtype",
     "eval_strategy": "--eval-steps", "save_strategy": "--save-steps", "warmup_steps": "--warmup-ratio",
-    "push_to_hub": "lowrank-ft push, after the run", "hub_model_id": "lowrank-ft push --repo-id, after the run",
+    "overwrite": "--overwrite-output-dir", "push_to_hub": "lowrank-ft push, after the run",
+    "hub_model_id": "lowrank-ft push --repo-id, after the run",
 }  # fmt: skip
 """Names of transformers' and TRL's options to what does the same here."""
 _MAPPINGS = {"rank_pattern": "{q_proj: 64, .*mlp.*: 128}", "config_overrides": "{num_hidden_layers: 4}"}
