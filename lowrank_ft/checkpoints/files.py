@@ -21,10 +21,11 @@ _HOW_TO_CONVERT_PICKLE = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """``dtype`` in safetensors' spelling (``BF16``) and ``shape``."""
+    """``dtype`` in safetensors' spelling (``BF16``), ``shape``, and the ``file`` of a local one."""
 
     dtype: str
     shape: tuple[int, ...]
+    file: Path | None = None
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -39,7 +40,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                     view = handle.get_slice(name)
-                    tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()))
+                    tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()), file)
         except Exception as error:  # safetensors' own, or of a type of numbers that torch does not know
             raise CheckpointError(
                 f"{file} is truncated or corrupt ({first_line(error)}); download it again or restore it from a backup"

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, init_empty_weights
 from accelerate.hooks import remove_hook_from_module
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from lowrank_ft.checkpoints.architecture import check_headers, model_class
-from lowrank_ft.checkpoints.files import safetensors_files
+from lowrank_ft.checkpoints.files import read_headers
 from lowrank_ft.checkpoints.models import check_finite, load_model, remember_origin
 from lowrank_ft.checkpoints.source import Source
 
@@ -126,11 +125,8 @@ def _dispatched(source: Source, dtype: str | torch.dtype) -> PreTrainedModel | N
     config = source.load_config()
     source.check_adapter()
     folder = source.download()
-    headers = Source(str(folder)).tensors()  # says which file is damaged
-    tensors: dict[str, str] = {}
-    for file in safetensors_files(folder):
-        with safe_open(file, framework="pt") as handle:
-            tensors |= dict.fromkeys(handle.keys(), str(file))
+    headers = read_headers(folder)  # says which file is damaged
+    tensors = {name: str(info.file) for name, info in headers.items()}
     cls = model_class(config, source.name, source.trust_remote_code)
     if hasattr(cls, "_model_mapping"):  # an Auto class: code of the checkpoint's own, perhaps
         return None

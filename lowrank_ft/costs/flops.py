@@ -199,12 +199,13 @@ def training_cost(model: nn.Module, plan: Plan, tokens: int, sequence_length: in
     for what, value in {"tokens": tokens, "sequence length": sequence_length}.items():
         if value < 1:
             raise ConfigError(f"{what} {value} is out of range; it must be 1 or more")
-    used, sizes = _uses(model), {s.name: (s.experts or 1) * dense_parameters(s.shape) for s in find_linears(model)}
-    linears = sum(round(used(s.name, s.experts) * sizes[s.name]) for s in find_linears(model))
+    used, found = _uses(model), find_linears(model)
+    sizes = {s.name: (s.experts or 1) * dense_parameters(s.shape) for s in found}
+    linears = sum(round(used(s.name, s.experts) * sizes[s.name]) for s in found)
     scores, unusual = attention_scores(model.config, sequence_length)
     saved = plan.target_parameters - plan.trained_parameters
     spared = sum(round(used(p.name, p.experts) * (p.dense_parameters - p.trained_parameters)) for p in plan.linears)
-    ffn = {s.name: sizes[s.name] for s in find_linears(model) if is_ffn_linear(model, s)}
+    ffn = {s.name: sizes[s.name] for s in found if is_ffn_linear(model, s)}
     factored = {p.name: p.trained_parameters for p in plan.linears if p.name in ffn}
     dense = Accounting(plan.model_parameters, sum(ffn.values()), training_flops(tokens, linears, scores))
     low_rank = Accounting(
