@@ -378,7 +378,7 @@ def test_the_output_has_a_name_where_none_is_given(command, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("typed", "wanted"), [("lowrank-ft con", "convert"), ("lowrank-ft merge m --over", "--overwrite")]
+    ("typed", "wanted"), [("lowrank-ft con", "convert"), ("lowrank-ft merge m --max", "--max-shard-size")]
 )
 def test_the_shell_completes_commands_and_flags(typed, wanted, tmp_path):
     """As argcomplete's shell function asks: the line in the environment, the answer on file descriptor 8."""
