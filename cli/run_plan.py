@@ -63,7 +63,7 @@ def show_plan(options: argparse.Namespace) -> None:
         plan = make_plan(model, **vars(sizes))
     cost = None if length is None else training_cost(model, plan, options.tokens, length)
     memory = memory_of(plan, options, model) if options.memory else None
-    conversion = conversion_bytes(plan, options, config, source) if plan.ranks and writes_text(config) else None
+    conversion = conversion_bytes(plan, options, config, model) if plan.ranks and writes_text(config) else None
     if picture is not None:
         save_rank_map(plan.linears, picture)
     if options.json:
@@ -93,13 +93,11 @@ def show_plan(options: argparse.Namespace) -> None:
         print(f"picture   {picture}")
 
 
-def conversion_bytes(plan: Plan, options: argparse.Namespace, config: Any, source: Source) -> dict[str, int]:
-    """Peak memory of the ways to convert, in the dtype that the device computes in."""
-    device = device_of(options)
-    computed = dtypes_of(options, config, device)[1]
-    model = skeleton(config, source.name, source.trust_remote_code)
+def conversion_bytes(plan: Plan, options: argparse.Namespace, config: Any, model: Any) -> dict[str, int]:
+    """Peak memory of the ways to convert, in the dtype that the device computes in; the model is cast to it."""
+    computed = dtypes_of(options, config, device_of(options))[1]
     if isinstance(computed, torch.dtype):
-        model = model.to(computed)
+        model.to(computed)
     found = {name: planned_bytes(model, plan, EFFORTS[name]) for name in ("default", "fast")}
     return {
         "default": found["default"]["whole"],
