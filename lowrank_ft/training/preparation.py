@@ -36,18 +36,17 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
     """
     folder = Path(args.output_dir)
     check_writable(folder)
+    # What a run or an export left, or token files: nothing that a process of this run has put there meanwhile.
+    taken = (METRICS_FILE, "config.json", resume.FOLDER, "README.md", "index.json", "*.safetensors")
+    used = sorted(p.name for pattern in taken for p in folder.glob(pattern))
     # A job that is started again and again has one command line: the first time there is nothing to resume.
-    first = resume.is_auto(args.resume_from_checkpoint) and not (folder.is_dir() and any(folder.iterdir()))
-    if args.resume_from_checkpoint and not first:
-        return resume.resolve_checkpoint(folder, args.resume_from_checkpoint)
+    if args.resume_from_checkpoint and (used or not resume.is_auto(args.resume_from_checkpoint)):
+        return resume.resolve_checkpoint(folder, str(args.resume_from_checkpoint))
     home = folder.resolve()
     if source is not None and (source.resolve() == home or source.resolve().is_relative_to(home / resume.FOLDER)):
         raise OutputError(
             f"the run starts from {source}, which is in --output-dir {folder} and would be replaced; name another --output-dir"
         )
-    # What a run or an export left, or token files: nothing that a process of this run has put there meanwhile.
-    taken = (METRICS_FILE, "config.json", resume.FOLDER, "README.md", "index.json", "*.safetensors")
-    used = sorted(p.name for pattern in taken for p in folder.glob(pattern))
     if used and not args.overwrite_output_dir:
         if METRICS_FILE in used or "config.json" in used:
             can_go_on = bool(resume.find_checkpoints(folder))
