@@ -216,7 +216,9 @@ def calibration_of(args: ModelArguments, train_data: TokenizedData) -> Calibrati
     return training_calibration(train_data, args.calibration_tokens)
 
 
-def load_dense(args: ModelArguments, name: str, revision: str | None, teaches: bool, device: str) -> PreTrainedModel:
+def load_dense(
+    args: ModelArguments, name: str, revision: str | None, teaches: bool, device: str = "cpu"
+) -> PreTrainedModel:
     """The dense model of the guide, and of distillation where it ``teaches``: a guide needs no head, a teacher does."""
     # A checkpoint may name any repository as its origin; code from there runs only if the user named it.
     source = Source(name, revision, args.trust_remote_code and args.guide_model is not None)
