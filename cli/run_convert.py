@@ -30,7 +30,6 @@ from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import shown_command, silent_unless
 from lowrank_ft.conversion import Calibration, ConversionRecord
 from lowrank_ft.conversion.convert import allocate, convert, default_allocation, spectrum_of
-from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.conversion.processes import Processes, joined
@@ -89,7 +88,7 @@ def _convert_in_memory(
         plan = make_plan(model, **vars(sizes), spectrum=spectrum_of(model))
     ran = check_runs(model) is None
     prepared = prepare(calibrated, source, model) if promise or calibrated.wants_data(writes_text(config)) else None
-    method = options.method or (EFFORTS[calibrated.effort].method if prepared else "svd")
+    method = prepared.settings["method"] if prepared else options.method or "svd"
     if prepared is None and options.method is None:
         print(f"note: a {type(model).__name__} cannot write its own calibration text, so this is plain SVD; "
               "--calibration-data FILE gives a much better model", file=sys.stderr)  # fmt: skip

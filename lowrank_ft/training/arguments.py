@@ -118,7 +118,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.dest.startswith("no_") or action.option_strings[0].startswith("--no_"):
+        if action.option_strings[0].startswith("--no_"):
             return f"turn off {action.option_strings[-1].removeprefix('--no-').replace('_', '-')}"
         return action.help if action.default in (None, "") else super()._get_help_string(action)
 

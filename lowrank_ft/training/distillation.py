@@ -103,9 +103,8 @@ class Teacher:
         """``(batch, length, vocabulary)``, computed in the precision that the student is trained in."""
         with self._autocast():
             logits: Tensor = self.model(**batch, **self._options).logits
-        if (
-            self._sharded
-        ):  # what stands outside the blocks, such as embeddings, waits for a backward pass that does not come
+        if self._sharded:
+            # Older versions of torch keep the root gathered, for a backward pass that does not come.
             fsdp.reshard(self.model)
         return logits
 
