@@ -4,14 +4,13 @@ Nothing heavy is imported here, for ``--help`` answers at once.
 """
 
 import argparse
-import functools
-import importlib.util
 import re
 from collections.abc import Collection
 from dataclasses import fields
-from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from lowrank_ft.conversion.options import CalibrationOptions
+from lowrank_ft.factorization.options import SizeOptions
 
 
 def add_model(parser: argparse.ArgumentParser, or_preset: bool = False) -> None:
@@ -32,12 +31,12 @@ def add_model(parser: argparse.ArgumentParser, or_preset: bool = False) -> None:
 
 def add_size(parser: argparse.ArgumentParser) -> None:
     """How much is kept, and of which linears."""
-    add_fields(parser, _declared("factorization/options.py").SizeOptions)
+    add_fields(parser, SizeOptions)
 
 
 def add_calibration(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
     """How factors are found, and what they are fitted to."""
-    add_fields(parser, _declared("conversion/options.py").CalibrationOptions, leave_out)
+    add_fields(parser, CalibrationOptions, leave_out)
 
 
 def add_fields(parser: argparse.ArgumentParser, declared: Any, leave_out: Collection[str] = ()) -> None:
@@ -150,21 +149,6 @@ _KINDS: dict[Any, dict[str, Any]] = {
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-@functools.cache
-def _declared(path: str) -> ModuleType:
-    """A file of ``lowrank_ft`` that needs Python alone, without the package around it, which takes seconds to import."""
-    package = importlib.util.find_spec("lowrank_ft")
-    assert package is not None
-    assert package.submodule_search_locations
-    file = Path(package.submodule_search_locations[0]) / path
-    spec = importlib.util.spec_from_file_location(f"lowrank_ft_cli.declared_{file.parent.name}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class _InPlaceOf(argparse.Action):

@@ -7,7 +7,7 @@ from typing import Any
 from lowrank_ft_cli.memory import free_bytes
 
 from lowrank_ft.console import human_bytes, human_seconds
-from lowrank_ft.conversion import Calibration
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.estimate import measure, peak_bytes, stages, weight_bytes, work_of
 from lowrank_ft.conversion.prepare import Prepared
 from lowrank_ft.conversion.processes import ONE, Processes

@@ -11,6 +11,7 @@ from lowrank_ft_cli.arguments import (
     add_output,
     add_size,
 )
+from lowrank_ft_cli.asked import check_models, choose_output_dir
 
 HELP = "factorize a dense checkpoint into a compact one"
 
@@ -46,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    check_models(options.model)
+    choose_output_dir(options, options.model)
+
     from lowrank_ft_cli.run_convert import convert_checkpoint
 
     convert_checkpoint(options)

@@ -3,6 +3,7 @@
 import argparse
 
 from lowrank_ft_cli.arguments import add_device, add_dtype, add_model, add_text
+from lowrank_ft_cli.asked import check_models
 
 HELP = "measure perplexity, size, speed, task scores and replies, alone or against a baseline"
 
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    check_models(options.model, options.baseline)
+
     from lowrank_ft_cli.run_evaluate import evaluate
 
     evaluate(options)

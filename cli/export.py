@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from lowrank_ft_cli.arguments import add_dtype, add_hub, add_output
+from lowrank_ft_cli.asked import choose_output_dir
 
 HELP = "write a compact checkpoint from a training checkpoint, a PEFT adapter or another tool's factors, or change its form"
 
@@ -32,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from lowrank_ft_cli.options import dtype_of, hub_target, output_dir_of, shard_size
+    choose_output_dir(options, options.checkpoint)
 
-    from lowrank_ft.checkpoints.atomic import check_output_dir
+    from lowrank_ft_cli.options import dtype_of, hub_target, shard_size
+
     from lowrank_ft.checkpoints.foreign import factor_names, load_foreign
     from lowrank_ft.checkpoints.from_training import load_adapter, load_compact, load_training_checkpoint
     from lowrank_ft.checkpoints.push import push
@@ -44,9 +46,7 @@ def run(options: argparse.Namespace) -> None:
     from lowrank_ft.export import save_compact
 
     source = Source(options.checkpoint, options.revision, options.trust_remote_code, options.token)
-    options.output_dir = output_dir_of(options, options.checkpoint)
     shard_size(options)
-    check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     repo_id = hub_target(options)
     folder = source.download()
     base_model: str | None = None

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from lowrank_ft_cli.arguments import add_dtype, add_model, add_output
+from lowrank_ft_cli.asked import check_models, choose_output_dir
 
 HELP = "multiply U V back into dense weights, for software that reads only those"
 
@@ -19,22 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from lowrank_ft_cli.options import dtype_of, output_dir_of, shard_size, source_of
+    if options.model.lower().endswith(".gguf"):
+        _unpack(options)
+        return
+    check_models(options.model)
+    choose_output_dir(options, options.model)
+
+    from lowrank_ft_cli.options import dtype_of, shard_size, source_of
 
     import lowrank_ft
     from lowrank_ft.checkpoints.architecture import is_compact
-    from lowrank_ft.checkpoints.atomic import check_output_dir
     from lowrank_ft.checkpoints.models import check_finite, load_model
     from lowrank_ft.errors import CheckpointError
     from lowrank_ft.export import save_dense
 
-    if options.model.lower().endswith(".gguf"):
-        _unpack(options)
-        return
     source = source_of(options)
-    options.output_dir = output_dir_of(options, source.name)
     shard_size(options)
-    check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     if not is_compact(source.load_config()):
         raise CheckpointError(f"{source.name} is dense already; merge takes what convert or finetune wrote")
     model = load_model(source, dtype_of(options))
@@ -48,16 +49,15 @@ def run(options: argparse.Namespace) -> None:
 
 def _unpack(options: argparse.Namespace) -> None:
     """A dense checkpoint of a GGUF file, with the tokenizer that is in it."""
-    from lowrank_ft_cli.options import dtype_of, output_dir_of, shard_size
+    path = Path(options.model).expanduser()
+    choose_output_dir(options, path.stem)
 
-    from lowrank_ft.checkpoints.atomic import check_output_dir
+    from lowrank_ft_cli.options import dtype_of, shard_size
+
     from lowrank_ft.checkpoints.gguf import load_gguf
     from lowrank_ft.export import save_dense
 
-    path = Path(options.model).expanduser()
-    options.output_dir = output_dir_of(options, path.stem)
     shard_size(options)
-    check_output_dir(options.output_dir, options.overwrite)
     dtype = dtype_of(options)
     model, tokenizer = load_gguf(path, *([] if dtype == "auto" else [dtype]))
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,6 @@ import argparse
 import math
 import re
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,16 +25,6 @@ def source_of(options: argparse.Namespace, name: str | None = None) -> Source:
         return Source(name, None, options.trust_remote_code)
     adapter = getattr(options, "adapter", False)
     return Source(options.model, options.revision, options.trust_remote_code, options.token, adapter)
-
-
-def output_dir_of(options: argparse.Namespace, name: str) -> str:
-    """Where the result goes: what was asked for, or a folder here that is called after the model.
-
-    ``meta-llama/Llama-3.2-1B`` becomes ``Llama-3.2-1B-lowrank``.
-    """
-    if options.output_dir is not None:
-        return str(Path(options.output_dir).expanduser())
-    return f"{Path(name).expanduser().resolve().name}-{options.output_suffix}"
 
 
 def size_options(options: argparse.Namespace) -> SizeOptions:

@@ -3,6 +3,7 @@
 import argparse
 
 from lowrank_ft_cli.arguments import add_calibration, add_device, add_dtype, add_model, add_size, count
+from lowrank_ft_cli.asked import check_models
 
 HELP = "show the ranks and sizes of a conversion; reads headers, not weights"
 _TRAINS = ("method", "refine_epochs", "distill_epochs", "activations_dir")  # a plan trains nothing
@@ -54,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.preset is None:
+        check_models(options.model)
+
         from lowrank_ft_cli.run_plan import show_plan
 
         show_plan(options)

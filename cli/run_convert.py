@@ -12,7 +12,6 @@ from lowrank_ft_cli.options import (
     device_of,
     dtypes_of,
     hub_target,
-    output_dir_of,
     promise_of,
     shard_size,
     size_options,
@@ -23,17 +22,17 @@ from lowrank_ft_cli.run_stream import check_streams, convert_by_block, must_stre
 from transformers import PreTrainedModel
 
 from lowrank_ft.checkpoints.architecture import skeleton, writes_text
-from lowrank_ft.checkpoints.atomic import check_output_dir
 from lowrank_ft.checkpoints.models import check_finite, check_runs, load_model
 from lowrank_ft.checkpoints.push import push
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import shown_command, silent_unless
-from lowrank_ft.conversion import Calibration, ConversionRecord
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.convert import allocate, convert, default_allocation, spectrum_of
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.conversion.processes import Processes, joined
 from lowrank_ft.conversion.promise import Promise, convert_within
+from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.errors import ConfigError, RankError, TargetError, first_line
 from lowrank_ft.export import save_compact
 from lowrank_ft.factorization.options import SizeOptions
@@ -42,11 +41,9 @@ from lowrank_ft.factorization.plan import Plan, make_plan
 
 def convert_checkpoint(options: argparse.Namespace) -> None:
     source = source_of(options)
-    options.output_dir = output_dir_of(options, source.name)
     # Everything that can be wrong is looked at before weights are read.
     sizes, calibrated, promise = size_options(options), calibration_options(options), promise_of(options)
     shard_size(options)
-    check_output_dir(options.output_dir, options.overwrite, keep=source.folder)
     repo_id, device = hub_target(options), device_of(options)
     config = source.load_config()
     refuse_compact(config, source)

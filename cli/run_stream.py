@@ -21,15 +21,16 @@ from lowrank_ft.checkpoints.on_disk import OnDisk, open_on_disk
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.checkpoints.unfinished import Unfinished, fingerprint, open_unfinished
 from lowrank_ft.console import human_bytes, shown_command
-from lowrank_ft.conversion import Calibration, ConversionRecord
 from lowrank_ft.conversion.batches import SELF
 from lowrank_ft.conversion.block_sensitivity import squared_spectra_on_disk
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.convert import check_plan, default_allocation, spectrum_of, spend
 from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.estimate import streamed_bytes
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.conversion.processes import Processes
+from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.conversion.streamed import Streaming, find_chain
 from lowrank_ft.errors import ConfigError, RankError
 from lowrank_ft.export import save_parts

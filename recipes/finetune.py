@@ -20,10 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import lowrank_ft
 from lowrank_ft.checkpoints.architecture import check_causal_lm, is_compact, refuse_quantized
 from lowrank_ft.checkpoints.models import check_finite, load_model
-from lowrank_ft.checkpoints.source import Source, is_hub_id
+from lowrank_ft.checkpoints.names import is_hub_id
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import one_line_errors, shown_command
-from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.batches import training_calibration
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.convert import default_allocation
 from lowrank_ft.conversion.restore import shape_factors, shape_guides
 from lowrank_ft.costs.flops import compare

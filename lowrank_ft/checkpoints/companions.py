@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lowrank_ft.checkpoints.files import RUN_FILE
+
+if TYPE_CHECKING:
+    import torch
 
 # What tokenizers, processors and generation configs write by their own save_pretrained, and licences. Nothing else of a
 # source folder is taken along: it may hold anything.
@@ -30,7 +32,7 @@ _OF_A_RUN = ("README.md", "conversion.json", "training.png", "rank_map.png", "re
 _IN_FOLDERS = ("*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "*.model")
 
 
-def begin_run(output_dir: str | Path, source: Path, export_dtype: torch.dtype, resumes: bool = False) -> None:
+def begin_run(output_dir: str | Path, source: Path, export_dtype: "torch.dtype", resumes: bool = False) -> None:
     """Put what an export of any checkpoint of a run will need into its folder, before the run starts.
 
     Args:

@@ -274,3 +274,7 @@ def _forget_shipped_code(config: PreTrainedConfig) -> None:
         config.auto_map = kept
     elif auto_map:
         del config.auto_map
+
+
+# The copy in a checkpoint leaves an installed package its place.
+register(replace=__name__ == "lowrank_ft.checkpoints.loader")

@@ -12,7 +12,8 @@ from huggingface_hub import errors as hub_errors
 
 from lowrank_ft.checkpoints.companions import companions
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, PLACEHOLDER, RANK_MAP_FILE
-from lowrank_ft.checkpoints.source import Source, is_hub_id
+from lowrank_ft.checkpoints.names import is_hub_id
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import human_bytes
 from lowrank_ft.errors import (
     CheckpointError,

@@ -4,7 +4,6 @@ Safetensors only. Remote code only where the caller says so.
 """
 
 import os
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTok
 from lowrank_ft.checkpoints.adapters import ADAPTER_CONFIG, check_adapter
 from lowrank_ft.checkpoints.configs import read_config_file, refused
 from lowrank_ft.checkpoints.files import TensorInfo, no_safetensors, read_headers, safetensors_files
+from lowrank_ft.checkpoints.names import check_model_name, local_folder
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError, first_line
 
 _DATA_FILES = (
@@ -46,8 +46,7 @@ class Source:
     @property
     def folder(self) -> Path | None:
         """The local folder, or None for a Hub id."""
-        path = Path(self.name).expanduser()
-        return path if os.path.isdir(path) else None  # False also for a name that is too long
+        return local_folder(self.name)
 
     @property
     def title(self) -> str:
@@ -183,26 +182,9 @@ class Source:
 
     def _require_config_file(self) -> Path:
         """The local path of ``config.json``; that of a model on the Hub is downloaded."""
-        if not _is_utf8(self.name):
-            raise CheckpointNotFoundError(
-                f"the name {self.name[:60]!r} is not UTF-8, which safetensors needs; rename the folder"
-            )
-        if self.folder is not None:
-            path = self.folder / "config.json"
-            if not path.is_file():
-                found = ", ".join(sorted(p.name for p in self.folder.iterdir())[:5]) or "nothing"
-                raise CheckpointNotFoundError(f"{self.folder} has no config.json (found {found}); name a model folder")
-            return path
-        path = Path(self.name).expanduser()
-        if os.path.isfile(path):
-            remedy = "name the folder of the model, or its Hub id"
-            if path.suffix.lower() == ".gguf":
-                remedy = f"make a dense checkpoint of it first: lowrank-ft merge {path.name} --output-dir FOLDER"
-            raise CheckpointNotFoundError(f"{path} is a file; {remedy}")
-        # A Hub id is `model` or `name/model`; anything else, or a name below a folder that exists, means a path.
-        looks_local = self.name.startswith((".", "/", "~")) or len(path.parts) > 2
-        if looks_local or (len(path.parts) == 2 and path.parent.is_dir()):
-            raise CheckpointNotFoundError(f"there is no folder {path}; check the path, or give a Hub id (name/model)")
+        folder = check_model_name(self.name)
+        if folder is not None:
+            return folder / "config.json"
         return Path(
             self._remote(lambda: hf_hub_download(self.name, "config.json", revision=self.revision, token=self.token))
         )
@@ -270,17 +252,3 @@ class Source:
 
 class _HubUnreachableError(CheckpointNotFoundError):
     """The Hub gave no answer, which its local cache may have."""
-
-
-def _is_utf8(name: str) -> bool:
-    """Whether a name can be written as UTF-8; that of a folder may hold any bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name can be one on the Hub, and is no folder here, which would mean nothing to anybody else."""
-    return bool(name) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name or "") is not None and not Path(name or "").exists()

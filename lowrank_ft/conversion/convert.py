@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.format import describe_in_config
-from lowrank_ft.conversion import METHODS, Calibration, ConversionRecord, convert_blocks, distill
-from lowrank_ft.conversion.blockwise import truncate_linears
-from lowrank_ft.conversion.calibration import default_method
+from lowrank_ft.conversion.blockwise import METHODS, convert_blocks, truncate_linears
+from lowrank_ft.conversion.calibration import Calibration, default_method
 from lowrank_ft.conversion.chains import block_of
+from lowrank_ft.conversion.distill import distill
 from lowrank_ft.conversion.experts import expert_counts, fold_records, one_by_one, plan_spectra, stacks_of
 from lowrank_ft.conversion.factor_trainer import factors_of, vectors_of
 from lowrank_ft.conversion.processes import ONE, Processes
+from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.errors import ConfigError, PlanError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS
 from lowrank_ft.factorization.plan import Plan, make_plan, reallocate

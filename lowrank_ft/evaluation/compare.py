@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowrank_ft.checkpoints.architecture import check_causal_lm
 from lowrank_ft.checkpoints.models import check_finite, load_model
-from lowrank_ft.checkpoints.source import Source, is_hub_id
+from lowrank_ft.checkpoints.names import is_hub_id
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.data.encoding import check_vocabulary, text_ends, token_ids
 from lowrank_ft.data.examples import context_length
 from lowrank_ft.data.sources import read_rows, require_column, texts

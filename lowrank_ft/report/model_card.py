@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from lowrank_ft.checkpoints.format import PLACEHOLDER
-from lowrank_ft.checkpoints.source import is_hub_id
+from lowrank_ft.checkpoints.names import is_hub_id
 from lowrank_ft.costs.flops import Comparison, compare
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, first_line
 from lowrank_ft.report.page import TEMPLATES

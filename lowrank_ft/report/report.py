@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_ft.checkpoints.files import safetensors_files
-from lowrank_ft.checkpoints.source import is_hub_id
+from lowrank_ft.checkpoints.names import is_hub_id
 from lowrank_ft.console import human_bytes, human_count
 from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
 from lowrank_ft.factorization.plan import LinearPlan, shape_text

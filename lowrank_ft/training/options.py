@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lowrank_ft.conversion import METHODS
+from lowrank_ft.conversion.blockwise import METHODS
 from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.errors import ConfigError, require_choice
 from lowrank_ft.factorization.allocation import ALLOCATIONS

@@ -27,8 +27,8 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import lowrank_ft
 from lowrank_ft.console import print_table
-from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.batches import to_batches
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.export import save_compact
 from lowrank_ft.factorization.plan import make_plan
 from lowrank_ft.factorization.solvers import Regression, truncated_svd

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 from lowrank_ft.console import print_table
-from lowrank_ft.conversion import Calibration
 from lowrank_ft.conversion.batches import CALIBRATION_TOKENS, read_batches
-from lowrank_ft.conversion.calibration import first_batches
+from lowrank_ft.conversion.calibration import Calibration, first_batches
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.data.sources import read_rows
 from lowrank_ft.factorization.plan import count_parameters, make_plan

@@ -5,8 +5,9 @@
 
 Part ``ffn`` is the protocol of Wei et al. (2024, arXiv 2406.16450): two linears of width d and 4 d, dense and with 63 %
 and 32 % of the parameters, forward and forward with backward. Parts ``prefill`` and ``decode`` run models: the one that
-is named, its compact versions, LoRA on it, and Llamas of random weights in the shapes of Llama-3.2-1B. Every row says how
-many times as fast as dense it is, and what floating-point operations (``flop``) and bytes of weights (``byte``) allow.
+is named, its compact versions, the last of them merged, LoRA on it, and Llamas of random weights in the shapes of
+Llama-3.2-1B. Every row says how many times as fast as dense it is, and what floating-point operations (``flop``) and
+bytes of weights (``byte``) allow.
 On a CPU the times are CPU seconds of one thread, each the shortest of its repeats, so that other work counts little.
 Rows that the output holds are not measured again.
 """
@@ -29,6 +30,7 @@ from lowrank_ft.factorization.pivoting import pivot_side
 from lowrank_ft.factorization.plan import make_plan
 from lowrank_ft.factorization.ranks import rank_at
 from lowrank_ft.nn.lowrank_linear import LowRankLinear, lowrank_layers
+from lowrank_ft.nn.replace import merge
 from tests.benchmarks import common
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -172,6 +174,8 @@ def model_rows(part: str, case: str, models: dict[str, Any], batch: int) -> list
 def named_models(options: argparse.Namespace) -> dict[str, Any]:
     found = {"dense": common.load(options.model, "cpu")}
     found |= {Path(folder).name: common.load(folder, "cpu") for folder in options.compact}
+    if options.compact:
+        found["merged"] = merge(common.load(options.compact[-1], "cpu"))
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     found["LoRA r16, not merged"] = get_peft_model(common.load(options.model, "cpu"), lora).eval()
     return found

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lowrank_ft.conversion import Calibration
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.conversion.processes import ONE, Processes, joined
 

@@ -10,7 +10,7 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import lowrank_ft
-from lowrank_ft.conversion import sample_blocks
+from lowrank_ft.conversion.sampling import sample_blocks
 from lowrank_ft.demo.text import prose
 from lowrank_ft.factorization.plan import Plan
 from tests.conftest import DEMO_MODEL

@@ -302,6 +302,9 @@ def test_eval_refuses_what_it_cannot_measure(command, minilm, tmp_path):
     assert_one_line_error(done, "has no column 'text'; it has body")
 
 
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "huggingface_hub", "numpy"}
+
+
 def test_help_is_quick_and_loads_no_torch():
     code = (
         "import sys, time; start = time.process_time()\n"
@@ -309,7 +312,7 @@ def test_help_is_quick_and_loads_no_torch():
         "for name in ([], ['plan'], ['convert'], ['eval'], ['report'], ['tokenize'], ['export']):\n"
         "    try: main([*name, '--help'])\n"
         "    except SystemExit as e: assert e.code == 0\n"
-        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'numpy', 'lowrank_ft'} & set(sys.modules)\n"
+        f"heavy = {HEAVY} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "print(time.process_time() - start, file=sys.stderr)"
     )
@@ -318,6 +321,38 @@ def test_help_is_quick_and_loads_no_torch():
     for command in build_parser().commands:
         assert f"    {command} " in done.stdout
     assert "--calibration-data DATA" in done.stdout
+
+
+def test_what_is_misspelt_is_refused_before_torch_is_loaded(python, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    none, full, model = tmp_path / "none" / "at" / "all", tmp_path / "full", str(DEMO_MODEL)
+    lines = [
+        ["plan", f"{none}", "--rank", "8"],
+        ["convert", f"{none}", "--rank", "8"],
+        ["convert", model, "--rank", "8", "--output-dir", f"{full}"],
+        ["merge", f"{none}"],
+        ["merge", model, "--output-dir", f"{full}"],
+        ["export", model, "--output-dir", f"{full}"],
+        ["eval", model, "--data", "x", "--baseline", f"{none}"],
+    ]
+    code = (
+        "import sys\nfrom lowrank_ft_cli.main import main\n"
+        f"print([main(line) for line in {lines!r}], {HEAVY} & set(sys.modules))"
+    )
+    done = python("-c", code)
+    assert done.stdout == f"{[1] * len(lines)} set()\n"
+    told = done.stderr.splitlines()
+    assert [line.startswith(f"error: there is no folder {none}") for line in told] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert sum(line.startswith(f"error: --output-dir {full} is not empty") for line in told) == 3
 
 
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(PASS_ON)))

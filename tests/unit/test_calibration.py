@@ -10,16 +10,17 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank_ft.conversion import Calibration, ConversionRecord, sample_blocks, squared_spectra
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.blockwise import Stream, _Block
-from lowrank_ft.conversion.calibration import first_batches
+from lowrank_ft.conversion.calibration import Calibration, first_batches
 from lowrank_ft.conversion.chains import ChainInputs, block_of, capture, find_chains, siblings, token_mask
 from lowrank_ft.conversion.convert import allocate, convert
 from lowrank_ft.conversion.distill import difference
 from lowrank_ft.conversion.moments import Moments
 from lowrank_ft.conversion.received import InputGroups, dense_moments
-from lowrank_ft.conversion.sensitivity import output_gradients
+from lowrank_ft.conversion.record import ConversionRecord
+from lowrank_ft.conversion.sampling import sample_blocks
+from lowrank_ft.conversion.sensitivity import output_gradients, squared_spectra
 from lowrank_ft.errors import ConfigError, DataError, DivergedError, LowRankError, NonFiniteError
 from lowrank_ft.factorization.plan import make_plan
 from lowrank_ft.factorization.targets import find_linears

@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from lowrank_ft.checkpoints.source import Source
-from lowrank_ft.conversion import Calibration, ConversionRecord
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.convert import convert
 from lowrank_ft.conversion.distill import difference, distill, mean_difference
 from lowrank_ft.conversion.effort import EFFORTS
@@ -19,6 +19,7 @@ from lowrank_ft.conversion.estimate import Work, measure, peak_bytes, planned_by
 from lowrank_ft.conversion.factor_trainer import Best, FactorTrainer
 from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.prepare import _hold_out, prepare
+from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.conversion.refine import refine_block
 from lowrank_ft.errors import ConfigError, DivergedError
 from lowrank_ft.factorization.plan import make_plan

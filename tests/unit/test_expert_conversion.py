@@ -10,8 +10,9 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lowrank_ft
-from lowrank_ft.conversion import Calibration, ConversionRecord
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.experts import one_by_one, plan_spectra
+from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.costs.flops import compare, experts_per_token, step_cost, training_cost
 from lowrank_ft.errors import ConfigError, PlanError
 from lowrank_ft.factorization.allocation import allocate_ranks

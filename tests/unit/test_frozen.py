@@ -6,7 +6,7 @@ from peft import get_peft_model
 from transformers import GPT2LMHeadModel
 
 import lowrank_ft
-from lowrank_ft.conversion import Calibration
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.errors import RankError, TargetError
 from tests.conftest import tiny_gpt2, tiny_llama
 

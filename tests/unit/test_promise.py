@@ -8,8 +8,9 @@ import torch
 from lowrank_ft_cli.options import promise_of
 from torch.nn import functional as F
 
-from lowrank_ft.conversion import Calibration, squared_spectra
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.promise import Promise, convert_within, mean_loss, plan_at, smallest_ratio
+from lowrank_ft.conversion.sensitivity import squared_spectra
 from lowrank_ft.errors import ConfigError, DataError, PlanError
 from lowrank_ft.factorization.plan import make_plan
 from tests.conftest import tiny_llama

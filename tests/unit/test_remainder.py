@@ -123,7 +123,7 @@ def test_singular_values_of_the_record_are_those_of_an_svd():
 
 def test_a_record_takes_no_svd(monkeypatch):
     monkeypatch.setattr(torch.linalg, "svdvals", lambda *_: pytest.fail("an SVD for the report alone"))
-    record = lowrank_ft.conversion.ConversionRecord()
+    record = lowrank_ft.conversion.record.ConversionRecord()
     lowrank_ft.convert(tiny_llama(), rank=4, record=record)
     assert all(entry.spectrum for entry in record.linears.values())
 

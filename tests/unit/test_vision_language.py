@@ -8,7 +8,7 @@ import transformers as tf
 
 import lowrank_ft
 from lowrank_ft import make_plan
-from lowrank_ft.conversion import Calibration
+from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.convert import allocate
 from lowrank_ft.nn import lowrank_layers
 from tests.integration.test_loading_by_any_class import llava, qwen2_vl

@@ -1,10 +1,10 @@
-"""PEFT knows our method as soon as it is imported, and our package does not import it."""
+"""PEFT and transformers know our method as soon as they are imported, and our package imports neither."""
 
 import sys
 
 import pytest
 
-from lowrank_ft.integrations.when_imported import when_imported
+from lowrank_ft.when_imported import when_imported
 
 KNOWS = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; print('LOWRANK' in known)"
 
@@ -22,6 +22,34 @@ KNOWS = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; print('L
 )
 def test_peft_knows_the_method(python, code):
     assert python("-c", code).stdout == "True\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys, lowrank_ft; assert not {'torch', 'transformers'} & set(sys.modules)",
+        "import transformers, lowrank_ft",
+        "from transformers import LlamaForCausalLM; import lowrank_ft",
+        "import lowrank_ft.checkpoints.loader",
+        "from lowrank_ft import convert",
+        "import lowrank_ft; lowrank_ft.nn.compact_view",
+    ],
+)
+def test_transformers_knows_the_method(python, code):
+    """From the moment on at which it could load a model."""
+    knows = "from transformers import PreTrainedModel; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known"
+    assert python("-c", f"{code}; {knows}; print('lowrank' in known)").stdout == "True\n"
+
+
+def test_the_public_names():
+    """Each is where the package says; what is not there is an AttributeError."""
+    import lowrank_ft
+
+    assert sorted(lowrank_ft._HOME) == lowrank_ft.__all__
+    assert all(getattr(lowrank_ft, name) is not None for name in lowrank_ft.__all__)
+    assert set(lowrank_ft.__all__) <= set(dir(lowrank_ft))
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        lowrank_ft.no_such_name  # noqa: B018
 
 
 def test_any_package(tmp_path, monkeypatch):
