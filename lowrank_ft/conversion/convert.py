@@ -237,6 +237,7 @@ def _fit(
             warnings.warn(_NO_MEMORY, stacklevel=3)
             for parameter, value in fitted:
                 parameter.data.copy_(value)
+                parameter.grad = None
             return
     if record is not None and losses is not None:
         record.add_distillation(*losses)

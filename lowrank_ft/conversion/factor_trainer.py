@@ -43,8 +43,9 @@ class FactorTrainer:
         self.steps, self.learning_rate, self.processes = steps, learning_rate, processes
         self.factors = factors_of(module)
         self.parameters = [*self.factors, *vectors]
-        # Of a float32 parameter this is the parameter's own memory.
-        self.masters = [p.detach().float() for p in self.parameters]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None  # of whatever ran before
         self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
         self.done = 0
 
@@ -59,15 +60,13 @@ class FactorTrainer:
                 f"the loss of the factors is {loss.item()} after {self.done} of {self.steps} steps; convert in float32 "
                 "(--dtype float32), or leave the training out (--refine-epochs 0 --distill-epochs 0)"
             )
-        # None where this batch did not reach a parameter (an expert that no token chose).
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if master.grad is None:
-                master.grad = gradient.float()
-            else:
-                master.grad += gradient
+        # Into the sum one after the other: all at once they would be a second sum. Nothing is added to a parameter that
+        # this batch did not reach (an expert that no token chose).
+        loss.backward(inputs=self.parameters)
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master and parameter.grad is not None:
+                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+                parameter.grad = None
 
     def add_up(self) -> None:
         """Sum the added gradients over the processes."""
@@ -101,6 +100,7 @@ class FactorTrainer:
                 master.sub_(rate * master.grad.sign())
         self.write()
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Split every product evenly again, so that whatever trains next starts from balanced factors."""
         count = len(self.factors)
