@@ -127,6 +127,12 @@ def python(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture of a small run takes longer than the run; the tests of whole commands draw it."""
+    monkeypatch.setattr("lowrank_ft.training.progress.plot_run", lambda *_: False)
+
+
+@pytest.fixture
 def cli(python: Run) -> Run:
     """Run ``lowrank-ft`` in a fresh process."""
 

@@ -161,9 +161,9 @@ def decode(model: Any, batch: int) -> None:
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 
 
-def model_rows(part: str, case: str, models: dict[str, Any], batch: int) -> list[dict[str, Any]]:
+def model_rows(part: str, case: str, models: dict[str, Any], batch: int, repeats: int) -> list[dict[str, Any]]:
     work = prefill if part == "prefill" else decode
-    seconds = shortest({n: (lambda m=m: work(m, batch)) for n, m in models.items()}, 3, "cpu")
+    seconds = shortest({n: (lambda m=m: work(m, batch)) for n, m in models.items()}, repeats, "cpu")
     numbers = {n: read_at_a_step(m) for n, m in models.items()}
     return [
         row(part, case, n, seconds["dense"] / seconds[n], *(numbers["dense"][i] / numbers[n][i] for i in (0, 1)), seconds[n])
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[768, 1536, 2048, 3072])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 2048])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=8, help="of a model; the shortest counts")
     parser.add_argument("--compiled", action="store_true", help="models also with torch.compile and a static cache")
     parser.add_argument("--device", default="cpu", help="of the part ffn")
     parser.add_argument("--dtype", default="float32", help="of the part ffn")
@@ -225,7 +226,7 @@ def main() -> None:
                 continue
             models = {n: prepared(m, compiled) for n, m in load().items()}
             for (part, batch), case in cases.items():
-                keep(part, case, partial(model_rows, part, case, models, batch))
+                keep(part, case, partial(model_rows, part, case, models, batch, options.repeats))
             models.clear()
     show(report)
     draw(report, options.output.with_suffix(".png"))

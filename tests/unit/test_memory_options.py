@@ -25,7 +25,7 @@ from tests.conftest import tiny_llama
 CPU = torch.device("cpu")
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "no_picture")
 
 
 @pytest.fixture

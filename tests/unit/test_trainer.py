@@ -29,7 +29,7 @@ from tests.conftest import tiny_llama
 BLOCK = 16
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "no_picture")
 
 
 @pytest.fixture
