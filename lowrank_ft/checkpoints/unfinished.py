@@ -11,7 +11,7 @@ other weights or with other options is refused.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,24 @@ class Unfinished:
             self._state["notes"][name] = json.loads(json.dumps(make()))
             self._write()
         return self._state["notes"][name]
+
+    def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make()`` gave when it was asked for first: tensors by name, on their device the first time.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        path = self.folder / f"{name}.safetensors"
+        if path.is_file():
+            return load_file(path)
+        made = dict(make())
+        if self._writes:
+            with (
+                explain_refused_writes(self.folder, "Free some space, and the same command goes on"),
+                whole_file(path) as draft,
+            ):
+                save_file({n: t.cpu().contiguous() for n, t in made.items()}, draft)
+        return made
 
     def has(self, part: str) -> bool:
         return part in self._state["parts"]

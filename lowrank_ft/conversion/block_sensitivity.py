@@ -22,12 +22,12 @@ from lowrank_ft.conversion.experts import part_of, summed, unfolded
 from lowrank_ft.conversion.processes import Processes
 from lowrank_ft.conversion.received import dense_moments
 from lowrank_ft.conversion.sensitivity import (
-    GRADIENT_TOKENS,
     SENSITIVITY_TOKENS,
     GradientSquares,
     all_weighted_squares,
     as_shares,
     frozen,
+    gradient_batches,
     in_units_of_loss,
     own_loss,
 )
@@ -58,41 +58,81 @@ def squared_spectra_on_disk(
     model, chain = disk.model, list(returns)
     processes = calibration.processes
     batches = calibration.first(SENSITIVITY_TOKENS)
-    few = batches[: len(calibration.first(GRADIENT_TOKENS))] if allocation == "loss" else []
+    few = batches[: len(gradient_batches(calibration))] if allocation == "loss" else []
     with stubs(model, returns):
         stream = Stream(capture(model, chain, batches, calibration.store()), calibration)
-    members = {block: part_of(plan, block) for block in chain}
     squares: dict[str, Tensor] = {}
     entered: dict[str, Activations] = {}
     for name in progress_bar(chain, desc="allocate", unit="block", progress=progress):
         entered[name] = calibration.store()
         for i in range(len(few)):
             entered[name].append(stream.hidden[i])
-        with disk.loaded(name) as block, unfolded(model, members[name]) as each:
+        with disk.loaded(name) as block, unfolded(model, part_of(plan, name)) as each:
             left, linears = calibration.store(), [p.name for p in each.linears]
             moments = dense_moments(model, linears, batches, partial(_pass_on, stream, block, name, left), processes)
             stream.hidden = left
             squares |= all_weighted_squares(model, moments, processes)
     if allocation == "energy":
         return summed(plan, as_shares(squares))
+    importance = _backward(disk, returns, plan, calibration, stream, entered, progress)
+    return summed(plan, in_units_of_loss(squares, importance))
+
+
+def output_importance_on_disk(
+    disk: OnDisk, returns: Returns, plan: Plan, calibration: Calibration, progress: bool = False
+) -> dict[str, Tensor]:
+    """As :func:`lowrank_ft.conversion.sensitivity.output_importance`, with the memory of allocation by loss."""
+    known = calibration.importance.get(disk.model)
+    if known is None:
+        few = gradient_batches(calibration)
+        with stubs(disk.model, returns):
+            stream = Stream(capture(disk.model, list(returns), few, calibration.store()), calibration)
+        entered: dict[str, Activations] = {}
+        for name in returns:
+            entered[name] = stream.hidden
+            with disk.loaded(name) as block:
+                stream.hidden = stream.after(block, name)
+        return _backward(disk, returns, plan, calibration, stream, entered, progress)
+    return {n: g for n, g in known.items() if g is not None}
+
+
+def _backward(
+    disk: OnDisk,
+    returns: Returns,
+    plan: Plan,
+    calibration: Calibration,
+    stream: Stream,
+    entered: dict[str, Activations],
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Through the blocks in reverse order: the mean squared gradient at the outputs of each linear.
+
+    Args:
+        stream: what has left the last block.
+        entered: what entered each block, of as many batches as gradients are wanted of; is used up.
+    """
+    chain, processes = list(returns), calibration.processes
+    few = gradient_batches(calibration)
     gradients, tokens = _from_the_top(disk, returns, stream.hidden, few, calibration.seed, processes)
     sums = GradientSquares(processes)
     for name in progress_bar(chain[::-1], desc="sensitivity", unit="block", progress=progress):
-        first = name == chain[0]
-        if first and not members[name].linears:
+        first, part = name == chain[0], part_of(plan, name)
+        if first and not part.linears:
             break
-        with disk.loaded(name) as block, unfolded(model, members[name]) as each, ExitStack() as stack:
+        with disk.loaded(name) as block, unfolded(disk.model, part) as each, ExitStack() as stack:
             stack.enter_context(frozen(block))
             stack.enter_context(torch.enable_grad())
             for p in each.linears:
-                stack.callback(sums.watch(p.name, model.get_submodule(p.name)))
+                stack.callback(sums.watch(p.name, disk.model.get_submodule(p.name)))
             for i, gradient in enumerate(gradients):
                 hidden = entered[name][i].detach().requires_grad_(not first)
                 stream.calls[name][i](block, hidden).backward(gradient)
                 if hidden.grad is not None:
                     gradients[i] = hidden.grad
         del entered[name]
-    return summed(plan, in_units_of_loss(squares, sums.mean(tokens)))
+    found = sums.mean(tokens)
+    calibration.importance[disk.model] = dict(found)
+    return found
 
 
 def _pass_on(stream: Stream, block: nn.Module, name: str, left: Activations, batch: int) -> None:

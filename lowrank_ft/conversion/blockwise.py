@@ -27,6 +27,7 @@ from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.received import Group, InputGroups, dense_moments, input_of
 from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.conversion.refine import refine_block, squares
+from lowrank_ft.conversion.sensitivity import output_importance
 from lowrank_ft.conversion.stubs import capture_of_first
 from lowrank_ft.factorization.solvers import Factors, Regression, truncated_svd
 from lowrank_ft.nn.replace import dense_weight, factorized
@@ -60,7 +61,8 @@ def convert_blocks(
         (capture if i else capture_of_first)(model, chain, batches, calibration.store())
         for i, chain in enumerate(chains)
     ]
-    _convert_loose(model, loose, calibration, method, record)
+    importance = {} if method == "svd" else output_importance(model, list(ranks), calibration, progress)
+    _convert_loose(model, loose, calibration, method, importance, record)
 
     bar = progress_bar(total=len(members), desc="factorize", unit="block", progress=progress)
     for i, chain in enumerate(chains):
@@ -73,7 +75,7 @@ def convert_blocks(
         else:
             converted = Stream(capture(model, chain, batches, calibration.store()), calibration)
         for name in chain:
-            convert_block(model, name, members[name], dense, converted, method, calibration, record)
+            convert_block(model, name, members[name], dense, converted, method, calibration, importance, record)
             bar.update()
     bar.close()
 
@@ -86,11 +88,16 @@ def convert_block(
     converted: "Stream | None",
     method: str,
     calibration: Calibration,
+    importance: Mapping[str, Tensor],
     record: ConversionRecord | None,
 ) -> None:
-    """Factorize the linears of the block ``name``, if any, and move the streams past it."""
+    """Factorize the linears of the block ``name``, if any, and move the streams past it.
+
+    Args:
+        importance: of the outputs of linears, by name, where it is known.
+    """
     if ranks:
-        _Block(model, name, ranks, method, calibration).convert(dense, converted, record)
+        _Block(model, name, ranks, method, calibration, importance).convert(dense, converted, record)
         return
     block = model.get_submodule(name)
     unchanged = converted is not None and converted.hidden is dense.hidden
@@ -126,9 +133,16 @@ class _Block:
     """One block on its way from dense to factored, beside a dense twin."""
 
     def __init__(
-        self, model: nn.Module, name: str, ranks: Mapping[str, int], method: str, calibration: Calibration
+        self,
+        model: nn.Module,
+        name: str,
+        ranks: Mapping[str, int],
+        method: str,
+        calibration: Calibration,
+        importance: Mapping[str, Tensor],
     ) -> None:
         self.model, self.name, self.ranks, self.method, self.calibration = model, name, ranks, method, calibration
+        self.importance = importance
         self.block = model.get_submodule(name)
         self.twin = copy.deepcopy(self.block)
 
@@ -150,7 +164,7 @@ class _Block:
             if first not in few:
                 solver = Regression(shared.inputs, shared.cross, damping, first)
             moments |= dict.fromkeys(group.names, shared)
-            factorize_linears(self.model, {n: self.ranks[n] for n in group.names}, solver, processes)
+            factorize_linears(self.model, {n: self.ranks[n] for n in group.names}, solver, processes, self.importance)
         if few:
             warn_of_few(list(few), self.name, max(few.values()))
         # Of the others, none is wanted, or no token of the calibration data came by.
@@ -272,12 +286,19 @@ class _Block:
 
 
 def factorize_linears(
-    model: nn.Module, ranks: Mapping[str, int], solver: Regression | None, processes: Processes = ONE
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    solver: Regression | None,
+    processes: Processes = ONE,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Replace dense linears by factors that fit their inputs, or their weights alone where there is no ``solver``."""
 
     def work(name: str) -> Factors:
-        return (solver or truncated_svd)(dense_weight(model.get_submodule(name)), ranks[name], f"{name}.weight")
+        weight, title = dense_weight(model.get_submodule(name)), f"{name}.weight"
+        if solver is None:
+            return truncated_svd(weight, ranks[name], title)
+        return solver(weight, ranks[name], title, (importance or {}).get(name))
 
     for _ in _replaced(model, list(ranks), work, processes):
         pass
@@ -315,7 +336,12 @@ def _replaced(
 
 
 def _convert_loose(
-    model: nn.Module, ranks: Mapping[str, int], calibration: Calibration, method: str, record: ConversionRecord | None
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    calibration: Calibration,
+    method: str,
+    importance: Mapping[str, Tensor],
+    record: ConversionRecord | None,
 ) -> None:
     """Linears outside of any chain (a pooler, a block that runs several times): by the dense model's inputs."""
     moments: dict[str, Moments] = {}
@@ -324,7 +350,7 @@ def _convert_loose(
     for name, rank in ranks.items():
         weight, found = dense_weight(model.get_submodule(name)), moments.get(name, Moments())
         solver = Regression(found.inputs, None, calibration.damping, name)
-        factorize_linears(model, {name: rank}, solver, calibration.processes)
+        factorize_linears(model, {name: rank}, solver, calibration.processes, importance)
         if record is not None:
             record.add_linear(name, weight, model.get_submodule(name), found.inputs)
 

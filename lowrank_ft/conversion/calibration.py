@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
 
 from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.chains import Batch
@@ -34,6 +37,8 @@ class Calibration:
         seed: order of the batches.
         processes: who shares the work. ``batches`` and ``held_out`` are those of all; the properties below them are
             this process's rows.
+        importance: by dense model and name of a linear, what was measured of it with these batches, so that it is
+            measured once: see :func:`lowrank_ft.conversion.sensitivity.output_importance`.
     """
 
     batches: Sequence[Batch]
@@ -50,6 +55,9 @@ class Calibration:
     activations_dir: Path | None = None
     seed: int = 0
     processes: Processes = ONE
+    importance: WeakKeyDictionary[nn.Module, dict[str, Tensor | None]] = field(
+        default_factory=WeakKeyDictionary, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for batch in (*self.batches, *self.held_out):

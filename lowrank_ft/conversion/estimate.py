@@ -93,9 +93,11 @@ def stages(speed: Speed, work: Work) -> list[Stage]:
     if work.written:
         # A token at a time, a batch of rows side by side: about what reading costs, and twice that for the cache.
         found.append(Stage("write text", 3 * work.written * speed.forward, "--calibration-data"))
+    if work.loss or work.fitted:
+        gradients = GRADIENT_TOKENS * (speed.forward + speed.backward)
+        found.append(Stage("weigh outputs", gradients, "--method svd"))
     if work.loss:
-        seconds = SENSITIVITY_TOKENS * speed.forward + GRADIENT_TOKENS * (speed.forward + speed.backward)
-        found.append(Stage("allocate ranks", seconds, "--allocation uniform"))
+        found.append(Stage("allocate ranks", SENSITIVITY_TOKENS * speed.forward, "--allocation uniform"))
     passes = 4.0 if work.anchored or work.refined else 1.0
     found.append(Stage("factorize", passes * work.fitted * speed.forward + speed.factorize, "--calibration-tokens"))
     if work.refined:

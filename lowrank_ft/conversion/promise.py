@@ -98,6 +98,7 @@ def convert_within(
         )
         model = None  # one that broke the promise is gone before the next is made
         model, record = copy.deepcopy(dense), ConversionRecord()
+        calibration.importance[model] = calibration.importance[dense]
         convert(model, plan, method=method, calibration=calibration, record=record, progress=progress)
         with evaluating(model), evaluating(dense):
             found = (

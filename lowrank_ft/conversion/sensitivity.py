@@ -56,8 +56,7 @@ def squared_spectra(
     batches = calibration.first(SENSITIVITY_TOKENS)
     weights: dict[str, Tensor] = {}
     if allocation == "loss":
-        few = batches[: len(calibration.first(GRADIENT_TOKENS))]
-        weights = output_gradients(model, names, few, calibration.seed, progress, processes)
+        weights = output_importance(model, names, calibration, progress)
     squares: dict[str, Tensor] = {}
     bar = progress_bar(total=len(names), desc="allocate", unit="linear", progress=progress)
     for group in _in_runs(model, names):
@@ -93,6 +92,26 @@ def in_units_of_loss(squares: Mapping[str, Tensor], gradients: Mapping[str, Tens
 def as_shares(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Over their sum."""
     return {n: s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) for n, s in squares.items()}
+
+
+def output_importance(
+    model: nn.Module, names: Sequence[str], calibration: Calibration, progress: bool = False
+) -> dict[str, Tensor]:
+    """:func:`output_gradients` of the dense ``model`` on :func:`gradient_batches`.
+
+    It is measured once: allocation by loss and the fit share it. A linear that the data do not reach is left out.
+    """
+    known = calibration.importance.setdefault(model, {})
+    if missing := [n for n in names if n not in known]:
+        few = gradient_batches(calibration)
+        found = output_gradients(model, missing, few, calibration.seed, progress, calibration.processes)
+        known |= {n: found.get(n) for n in missing}
+    return {n: g for n in names if (g := known[n]) is not None}
+
+
+def gradient_batches(calibration: Calibration) -> list[Batch]:
+    """The first :data:`GRADIENT_TOKENS` of what the fit sees."""
+    return calibration.first(min(GRADIENT_TOKENS, calibration.fit_tokens))
 
 
 def output_gradients(

@@ -23,6 +23,7 @@ from lowrank_ft.checkpoints.empty import put_layers
 from lowrank_ft.checkpoints.on_disk import OnDisk
 from lowrank_ft.checkpoints.unfinished import Unfinished
 from lowrank_ft.console import progress_bar
+from lowrank_ft.conversion.block_sensitivity import output_importance_on_disk
 from lowrank_ft.conversion.blockwise import Stream, convert_block, follows, truncate_linears
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch, block_of, capture, chains_with
@@ -103,6 +104,9 @@ class Streaming:
         model, blocks = self.disk.model, list(returns)
         batches = calibration.fitted_and_held_out if follows(method, calibration) else calibration.fitted
         with evaluating(model):
+            importance = self.unfinished.tensors(
+                "importance", lambda: output_importance_on_disk(self.disk, returns, plan, calibration, progress)
+            )
             with stubs(model, returns):
                 inputs = capture(model, blocks, batches, calibration.store())
             dense = Stream(inputs, calibration)
@@ -115,7 +119,7 @@ class Streaming:
                         stream.hidden.append(self.processes.rows({"x": x})["x"].to(self.disk.device))
             for block, part in self._left_to_do({b: part_of(plan, b) for b in blocks}, progress):
                 with self._written(block, part, streams) as ranks:
-                    convert_block(model, block, ranks, dense, converted, method, calibration, self.record)
+                    convert_block(model, block, ranks, dense, converted, method, calibration, importance, self.record)
         self.record.linears = fold_records(self.record.linears, expert_counts(plan))
 
     def _left_to_do(self, units: Mapping[str, Plan], progress: bool) -> Iterator[tuple[str, Plan]]:

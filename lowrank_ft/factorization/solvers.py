@@ -15,6 +15,8 @@ from lowrank_ft.errors import NonFiniteError
 from lowrank_ft.factorization.ranks import resolve_rank
 from lowrank_ft.factorization.subspace import leading_part
 
+_LEAST_IMPORTANCE = 0.1
+
 
 class Factors(NamedTuple):
     """``U`` of shape ``(out, r)`` and ``V`` of shape ``(r, in)``."""
@@ -69,6 +71,12 @@ class Regression:
     took carry no weight in the objective; damping decides them by the weight alone. All-zero moments, and none, give
     :func:`truncated_svd`.
 
+    With the ``importance`` ``g`` of each output, every row of the errors is multiplied by ``g^1/2``: in
+    ``|G^1/2 (W X - U V X')|^2 + d |G^1/2 (W - U V)|^2``, ``G^1/2 M`` takes the place of ``M``, and the roots are taken
+    off ``U`` again. With the mean squared gradient of the loss as ``g``, the first term is a second-order estimate of what
+    the error adds to the loss (the Fisher information in Kronecker-factored form with a diagonal output side; Martens
+    and Grosse 2015, arXiv 1503.05671).
+
     Linears that read the same inputs share one object, and so one decomposition of the moments.
 
     Args:
@@ -95,8 +103,11 @@ class Regression:
         self._whiten = _inverse_root(_plus_diagonal(moments, damping * power))
         self._mixed = _plus_diagonal(mixed, damping * power) @ self._whiten
 
-    def __call__(self, weight: Tensor, rank: int, name: str = "weight") -> Factors:
+    def __call__(self, weight: Tensor, rank: int, name: str = "weight", importance: Tensor | None = None) -> Factors:
         """Factors of ``weight (out, in)`` of a ``rank`` from 1 to ``min(out, in)``.
+
+        Args:
+            importance: of each output, ``(out,)``, not negative; None, or all zeros, where all count the same.
 
         Raises:
             RankError: ``rank`` is out of range.
@@ -107,10 +118,24 @@ class Regression:
             return truncated_svd(weight, rank, name)
         matrix = _working_copy(weight, name)
         target = matrix @ self._mixed.to(matrix.device)
+        roots = None if importance is None else importance_roots(importance.to(matrix))
+        if roots is not None:
+            target = roots[:, None] * target
         # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
         basis, projection = leading_part(target, rank)
+        if roots is not None:
+            basis = basis / roots[:, None]
         right = projection @ self._whiten.T.to(matrix.device)
         return balance(Factors(_result(basis, weight), _result(right, weight)))
+
+
+def importance_roots(importance: Tensor) -> Tensor | None:
+    """``g^1/2`` of an importance ``g (out,)`` over its root mean square; none is below a tenth, for ``g`` is an estimate.
+
+    None where all is zero.
+    """
+    power = importance.mean()
+    return (importance / power).sqrt().clamp_min(_LEAST_IMPORTANCE) if power > 0 else None
 
 
 def regression_factors(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowrank_ft.errors import NonFiniteError, RankError
-from lowrank_ft.factorization.solvers import Factors, regression_factors, truncated_svd, whitening
+from lowrank_ft.factorization.solvers import Factors, Regression, regression_factors, truncated_svd, whitening
 from tests.numerics.test_solvers import assert_balanced, naive, random_matrix
 
 SHAPES = [(12, 9), (9, 12), (10, 10)]
@@ -76,6 +76,66 @@ def test_no_other_factors_of_that_rank_do_better(anchored):
             u = factors.U.double() + size * torch.randn(factors.U.shape, generator=generator, dtype=torch.float64)
             v = factors.V.double() + size * torch.randn(factors.V.shape, generator=generator, dtype=torch.float64)
             assert objective(weight, u @ v, x, other) >= best * (1 - 1e-6)
+
+
+def weighted(shape, anchored):
+    """A weight, what it gets in both models, and an importance of its outputs that spans two orders of magnitude."""
+    weight, x = random_matrix(shape), activations(shape[1])
+    other = x + 0.3 * activations(shape[1], seed=1) if anchored else x
+    generator = torch.Generator().manual_seed(7)
+    return weight, x, other, 10 ** (2 * torch.rand(shape[0], generator=generator, dtype=torch.float64) - 5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("anchored", [False, True])
+def test_with_importance_it_is_the_regression_of_the_scaled_outputs(shape, damping, anchored):
+    weight, x, other, importance = weighted(shape, anchored)
+    cross = x @ other.T if anchored else None
+    dx, dother = damped(x, other, damping)
+    scale = importance.sqrt()[:, None]
+    for rank in (1, 4, min(shape)):
+        factors = Regression(other @ other.T, cross, damping)(weight, rank, importance=importance)
+        wanted = naive_regression(scale * weight, rank, dx, dother) / scale
+        found = factors.U.double() @ factors.V.double()
+        torch.testing.assert_close(scale * (found @ dother), scale * (wanted @ dother), atol=1e-7, rtol=1e-4)
+        assert_balanced(factors)
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_with_importance_the_scaled_error_is_the_least(anchored):
+    """Its gradient is zero there, and factors that weigh all outputs the same have more of it."""
+    weight, x, other, importance = weighted((12, 9), anchored)
+    solver = Regression(other @ other.T, x @ other.T if anchored else None)
+    scale = importance.sqrt()[:, None]
+
+    def error(u, v):
+        return (scale * (weight @ x - u @ v @ other)).square().sum()
+
+    factors = [f.double().requires_grad_() for f in solver(weight, 4, importance=importance)]
+    least = error(*factors)
+    assert least < 0.95 * error(*(f.double() for f in solver(weight, 4)))
+    gradients = torch.autograd.grad(least, factors)
+    beside = torch.autograd.grad(error(*(1.1 * f for f in factors)), factors)
+    assert all(g.norm() < 1e-4 * b.norm() for g, b in zip(gradients, beside, strict=True))
+
+
+def test_importance_is_relative_and_none_is_forgotten():
+    weight, x, _, importance = weighted((12, 9), False)
+    solver = Regression(x @ x.T)
+    plain = solver(weight, 3)
+    for same in (torch.zeros(12), torch.full((12,), 1e-20)):  # squared gradients can be this small
+        for a, b in zip(solver(weight, 3, importance=same), plain, strict=True):
+            torch.testing.assert_close(a, b)
+    for a, b in zip(
+        solver(weight, 3, importance=importance), solver(weight, 3, importance=1e-9 * importance), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    # An output without any measured gradient still counts for a hundredth of the mean.
+    lone = torch.zeros(12, dtype=torch.float64)
+    lone[0] = 1.0
+    product = torch.linalg.multi_dot([*solver(weight, 8, importance=lone), x.float()]).double()
+    assert (product - weight @ x).norm() < 0.5 * (weight @ x).norm()
 
 
 def test_singular_moments():

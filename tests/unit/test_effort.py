@@ -308,10 +308,10 @@ def test_the_estimate_grows_with_the_work():
     assert speed.activation_bytes > 0
     small = Work(written=0, fitted=10_000, refined=0, distilled=0, loss=False, anchored=False)
     names = [s.name for s in stages(speed, small)]
-    assert names == ["factorize"]
+    assert names == ["weigh outputs", "factorize"]
     every = dataclasses.replace(small, written=1000, refined=10_000, distilled=10_000, loss=True, anchored=True)
     found = {s.name: s.seconds for s in stages(speed, every)}
-    assert list(found) == ["write text", "allocate ranks", "factorize", "refine blocks", "distill"]
+    assert list(found) == ["write text", "weigh outputs", "allocate ranks", "factorize", "refine blocks", "distill"]
     assert all(seconds > 0 for seconds in found.values())
     twice = {s.name: s.seconds for s in stages(speed, dataclasses.replace(every, distilled=20_000))}
     assert twice["distill"] == pytest.approx(2 * found["distill"])

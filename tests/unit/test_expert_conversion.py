@@ -18,7 +18,7 @@ from lowrank_ft.errors import ConfigError, PlanError
 from lowrank_ft.factorization.allocation import allocate_ranks
 from lowrank_ft.factorization.plan import Plan, make_plan
 from lowrank_ft.factorization.ranks import factored_parameters, ranks_for_param_ratio
-from lowrank_ft.factorization.solvers import regression_factors, truncated_svd
+from lowrank_ft.factorization.solvers import Regression, truncated_svd
 from lowrank_ft.integrations.peft import LowRankConfig
 from lowrank_ft.nn import FactoredExperts, LowRankLinear, UnfoldedExperts, factored_stacks, lowrank_layers, stored_form
 from lowrank_ft.nn.forms import stored_as
@@ -139,12 +139,15 @@ def test_each_expert_is_fitted_to_the_tokens_that_it_receives():
     for batch in data:
         dense(**batch)
     handle.remove()
-    lowrank_ft.convert(model, rank=6, target_modules=["gate_up_proj"], method="activation", calibration=settings(data))
+    calibration = settings(data)
+    lowrank_ft.convert(model, rank=6, target_modules=["gate_up_proj"], method="activation", calibration=calibration)
+    importance = calibration.importance[model]
     stack = model.model.layers[0].mlp.experts.factors["gate_up_proj"]
     for e, parts in received.items():
         x = torch.cat(parts)
         weight = dense.model.layers[0].mlp.experts.gate_up_proj[e]
-        expected = regression_factors(weight, 6, x.T @ x, None, max(settings().damping, 32 / len(x)))
+        solver = Regression(x.T @ x, None, max(settings().damping, 32 / len(x)))
+        expected = solver(weight, 6, importance=importance[f"model.layers.0.mlp.experts.gate_up_proj.{e}"])
         torch.testing.assert_close(stack.U[e] @ stack.V[e], expected.U @ expected.V, rtol=1e-3, atol=1e-5)
 
 
