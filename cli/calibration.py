@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from lowrank_ft_cli.memory import free_bytes
+from lowrank_ft_cli.memory import free_bytes, processes_that_share
 
 from lowrank_ft.console import human_bytes, human_seconds
 from lowrank_ft.conversion.calibration import Calibration
@@ -49,8 +49,10 @@ def print_estimate(
     speed = measure(model, plan, prepared.sample(model))
     work = work_of(prepared.outline(), prepared.own_tokens, allocation, method)
     if may_drop and work.distilled:
-        free, needed = free_bytes(str(next(model.parameters()).device)), peak_bytes(model, plan, speed, work)
-        may_drop = needed - weight_bytes(model) > free
+        device = str(next(model.parameters()).device)
+        free, needed = free_bytes(device), peak_bytes(model, plan, speed, work)
+        # Each process has read its weights by now, and the rest comes for each of them.
+        may_drop = processes_that_share(device) * (needed - weight_bytes(model)) > free
     if may_drop and work.distilled:
         print(f"note: distillation would need about {human_bytes(needed)} of memory, and {human_bytes(free)} are free "
               "beside the model, so it is left out; --distill-epochs 1 does it nevertheless", file=sys.stderr)  # fmt: skip

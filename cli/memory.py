@@ -1,6 +1,7 @@
 """Memory: the table of ``lowrank-ft plan --memory``, and what is free here."""
 
 import argparse
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -38,6 +39,11 @@ def free_bytes(device: str) -> int:
     if here.type == "cuda":
         return int(torch.cuda.mem_get_info(here)[0])
     return int(psutil.virtual_memory().available)
+
+
+def processes_that_share(device: str) -> int:
+    """How many of the processes of this run use the same memory: all on this machine where it is a CPU's, else one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if torch.device(device).type == "cpu" else 1
 
 
 def print_memory(memory: dict[str, Any]) -> None:

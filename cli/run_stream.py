@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from lowrank_ft_cli.memory import free_bytes
+from lowrank_ft_cli.memory import free_bytes, processes_that_share
 from lowrank_ft_cli.options import dtypes_of, shard_size
 from lowrank_ft_cli.run_plan import print_plan, print_remainder
 
@@ -73,8 +72,7 @@ def must_stream(
     model = skeleton(config, source.name, source.trust_remote_code)
     computed = dtypes_of(options, config, device)[1]
     size = computed.itemsize if isinstance(computed, torch.dtype) else next(model.parameters()).element_size()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else 1  # processes that share this memory
-    needed, free = here * 2 * size * count_parameters(model), free_bytes(device)
+    needed, free = processes_that_share(device) * 2 * size * count_parameters(model), free_bytes(device)
     if needed <= free:
         return False
     need = f"the model needs about {human_bytes(needed)} of memory to be converted, and {human_bytes(free)} are free"
@@ -172,7 +170,7 @@ def _run(
 
 
 def _chain(disk: OnDisk, unfinished: Unfinished, plan: Plan, calibration: Calibration) -> dict[str, bool]:
-    """Looked for once: afterwards the blocks' weights come by themselves no more."""
+    """Looked for once. Afterwards accelerate's hooks are gone, so blocks have to be loaded before they run."""
     returns = unfinished.note("chain", lambda: dict(find_chain(disk, plan, calibration.batches[0])))
     for name in returns:
         disk.unhook(name)

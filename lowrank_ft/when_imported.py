@@ -21,21 +21,25 @@ def when_imported(name: str, action: Callable[[], object]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds one package, by way of all other finders, and gives it a loader that calls the action at the end."""
+    """A finder for one package. The other finders look for it; this one adds the action to the loader that they give.
+
+    It stays where it is, for ``sys.meta_path`` must not change while another thread goes through it.
+    """
 
     def __init__(self, name: str, action: Callable[[], object]) -> None:
         self.name, self.action = name, action
+        self.done = self._asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.done or self._asking:
             return None
-        sys.meta_path.remove(self)
+        self._asking = True
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            sys.meta_path.insert(0, self)  # whoever asks for the spec alone imports nothing
+            self._asking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Then(spec.loader, self)
         return spec
@@ -53,7 +57,7 @@ class _Then(Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
-        if self.watch in sys.meta_path:
-            sys.meta_path.remove(self.watch)
         self.loader.exec_module(module)
-        self.watch.action()
+        if not self.watch.done:  # an import that failed before this line may be tried again
+            self.watch.done = True
+            self.watch.action()

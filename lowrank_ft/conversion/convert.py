@@ -144,9 +144,7 @@ def convert(
         _fit(model, each, method, calibration, record, progress)
     for name in list(weights):
         layer: Any = model.get_submodule(name)
-        weight = weights.pop(
-            name
-        )  # the guide is a tensor of its own: with it, one linear is in memory twice and not all
+        weight = weights.pop(name)  # the guide is a copy; so only one linear at a time is in memory twice
         model.set_submodule(name, GuidedLowRankLinear.from_lowrank(layer, weight, str(guide), guide_bits))
     _freeze_again(model, frozen)
     if guide is None:

@@ -30,7 +30,9 @@ _CHECKS = 4
 _PATIENCE = 2
 _FACTOR = 3
 _RATES = [1e-3 / _FACTOR**i for i in reversed(range(7))]
-_LONG = 300  # steps; the search looks at one, and a run of many bears the next rate (measured on an encoder, 702 steps)
+_LONG = (
+    300  # steps; the search judges one step, and a long run is better at the next higher rate (an encoder, 702 steps)
+)
 _LEAST_SEARCHED = 4_000  # tokens of the gradient that the rate is found by: of fewer it is noise, and the rate too low
 _JUDGES = 4  # of the batches that are trained on, where none is held out
 _POSITIONS_AT_ONCE = {"cpu": 512}  # logits of a large vocabulary are by far the largest tensors of a step
@@ -148,7 +150,7 @@ def _add_gradient(trainer: FactorTrainer, model: nn.Module, dense_model: nn.Modu
 def mean_difference(
     model: nn.Module, dense_model: nn.Module, batches: Sequence[Batch], processes: Processes = ONE
 ) -> float:
-    """The mean of :func:`difference` over batches, each weighing as many tokens as it has."""
+    """The mean over batches of :func:`difference`, which within a batch is a mean over its tokens."""
     total = 0.0
     for batch in batches:
         for part, share in _parts(batch, model, processes):

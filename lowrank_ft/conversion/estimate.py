@@ -7,6 +7,7 @@ the estimate wrong by its share.
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +18,12 @@ from lowrank_ft.conversion.activations import Activations
 from lowrank_ft.conversion.calibration import Calibration, positions
 from lowrank_ft.conversion.chains import Batch, block_of, capture, run
 from lowrank_ft.conversion.effort import Effort
+from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.conversion.refine import squared_error
 from lowrank_ft.conversion.sensitivity import GRADIENT_TOKENS, SENSITIVITY_TOKENS
 from lowrank_ft.factorization.plan import LinearPlan, Plan
 from lowrank_ft.factorization.solvers import Regression
-from lowrank_ft.nn.replace import dense_weight
+from lowrank_ft.nn.replace import dense_weight, factorized
 
 _TOKENS = 512
 
@@ -74,13 +76,11 @@ def measure(model: Any, plan: Plan, batch: Batch) -> Speed:
     rows = max(1, _TOKENS * len(next(iter(batch.values()))) // max(1, positions(batch)))
     small = {k: v[:rows] for k, v in batch.items()}
     tokens = max(1, positions(small))
-    forward = _seconds(lambda: _without_grad(lambda: run(model, small)))
     names = list(plan.ranks)
     blocks = dict.fromkeys(b for n in names if (b := block_of(model, n)))
-    first = next(iter(blocks), None)
-    ratio, held = 2.0, 0.0
-    if first is not None:
-        ratio, held = _block(model, first, small)
+    first = _first_to_run(model, list(blocks), small)
+    forward = _seconds(lambda: _without_grad(lambda: run(model, small)), again=False)
+    ratio, held = (2.0, 0.0) if first is None else _block(model, first, small)
     by_shape = {p.shape: p for p in plan.linears if p.rank is not None}
     each = {s: _factorize(_matrix(model, p), plan.ranks[p.name]) for s, p in by_shape.items()}
     total = sum(p.copies * each[p.shape] for p in plan.linears if p.rank is not None)
@@ -126,9 +126,8 @@ def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
         return max(first, weights + streams + solver)
     kept = weights + dense * size + solver  # the dense twin, too
     # Beside the factors: gradients, two states of AdamW, the best state so far; and a copy of 16-bit factors.
-    training = (
-        weights + factors * size + factors * 4 * (4 if size == 4 else 5)
-    )  # the twin makes up for what is factored
+    # The dense twin makes up for what is factored in ``weights``.
+    training = weights + factors * size + factors * 4 * (4 if size == 4 else 5)
     return max(first, kept + streams, training + logits + activations)
 
 
@@ -175,8 +174,7 @@ def streamed_bytes(model: nn.Module, plan: Plan, calibration: Calibration | None
             blocks[owner] = blocks.get(owner, 0) + parameter.numel() * size
         else:
             others.append(parameter.numel() * size)
-    widest = max((p.shape for p in plan.linears if p.rank is not None), key=lambda s: s[0] * s[1])
-    solver = 6 * 4 * widest[0] * widest[1]
+    solver = 6 * 4 * max((p.shape[0] * p.shape[1] for p in plan.linears if p.rank is not None), default=0)
     block = max(blocks.values(), default=0)
     if calibration is None:
         return block + solver
@@ -195,6 +193,17 @@ def streamed_bytes(model: nn.Module, plan: Plan, calibration: Calibration | None
 def _without_grad(function: Callable[[], Any]) -> Any:
     with torch.no_grad():
         return function()
+
+
+def _first_to_run(model: nn.Module, blocks: list[str], batch: Batch) -> str | None:
+    """Of the blocks that the batch reaches: text goes past an image tower, whose blocks may come first by name."""
+    ran: list[str] = []
+    with ExitStack() as stack:
+        for name in blocks:
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+            stack.callback(hook.remove)
+        _without_grad(lambda: run(model, batch))
+    return ran[0] if ran else None
 
 
 def _block(model: Any, name: str, batch: Batch) -> tuple[float, float]:
@@ -230,8 +239,15 @@ def _matrix(model: nn.Module, p: LinearPlan) -> Tensor:
 
 
 def _factorize(weight: Tensor, rank: int) -> float:
+    """Seconds for one linear, with what the record of the conversion says of it: its spectrum and its errors."""
     moments = torch.eye(weight.shape[1], device=weight.device)
-    return _seconds(lambda: Regression(moments, None, 0.01)(weight, rank), again=False)
+    dense = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+
+    def both() -> None:
+        factors = Regression(moments, None, 0.01)(weight, rank)
+        ConversionRecord().add_linear("linear", weight, factorized(dense, factors), moments)
+
+    return _seconds(both, again=False)
 
 
 def _seconds(work: Callable[[], Any], again: bool = True) -> float:

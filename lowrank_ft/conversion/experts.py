@@ -69,7 +69,7 @@ def expert_damping(moments: Moments, damping: float) -> float:
 
 
 def warn_of_few(names: Sequence[str], block: str, tokens: int) -> None:
-    """Say that the experts ``names`` of a block are factorized by their weights alone, received ``tokens`` or less."""
+    """Warn that the experts ``names`` of a block are factorized by their weights alone, because each got at most ``tokens``."""
     warnings.warn(
         f"{len(names)} matrices of experts of {block} (the first is {names[0]}) received {tokens} calibration tokens or "
         "less, too few to be fitted to; factorized by plain SVD. Give more text with --calibration-tokens",

@@ -60,8 +60,8 @@ class FactorTrainer:
                 f"the loss of the factors is {loss.item()} after {self.done} of {self.steps} steps; convert in float32 "
                 "(--dtype float32), or leave the training out (--refine-epochs 0 --distill-epochs 0)"
             )
-        # Into the sum one after the other: all at once they would be a second sum. Nothing is added to a parameter that
-        # this batch did not reach (an expert that no token chose).
+        # backward adds each gradient to .grad in place; torch.autograd.grad would hold a second full set of them. A
+        # parameter that this batch did not reach (an expert that no token chose) gets none.
         loss.backward(inputs=self.parameters)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is not master and parameter.grad is not None:
@@ -93,7 +93,7 @@ class FactorTrainer:
 
     @torch.no_grad()
     def try_rate(self, start: Sequence[Tensor], rate: float) -> None:
-        """Go from ``start`` one step of AdamW's first kind, by ``rate`` along the signs of the added gradients."""
+        """Go from ``start`` by what AdamW's first step does: ``rate`` along the signs of the added gradients."""
         for master, value in zip(self.masters, start, strict=True):
             master.copy_(value)
             if master.grad is not None:

@@ -2,9 +2,8 @@
 
     inputs = sum over tokens of x' x'^T        cross = sum over tokens of x x'^T
 
-``x'`` is what the linear receives in the model under conversion, ``x`` what it receives in the dense model, where that
-is wanted. Products
-are taken in float32 and summed in float64 (float32 on MPS). Padding tokens are left out.
+``x'`` is what the linear receives in the model under conversion, ``x`` what it receives in the dense model, where that is
+wanted. Products are taken in float32 and summed in float64 (float32 on MPS). Padding tokens are left out.
 """
 
 from dataclasses import dataclass

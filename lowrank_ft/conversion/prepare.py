@@ -29,7 +29,7 @@ from lowrank_ft.conversion.options import CalibrationOptions
 from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.sampling import generates
 from lowrank_ft.data.sources import read_rows
-from lowrank_ft.errors import CheckpointError
+from lowrank_ft.errors import CheckpointError, ConfigError
 
 _HELD_OUT_ROWS = 2
 _LEAST_ROWS = 16  # of fewer, none is spared
@@ -137,10 +137,12 @@ def load_calibration(
         options: further fields of :class:`CalibrationOptions`, such as ``calibration_tokens`` and ``own_share``.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or belongs to :func:`lowrank_ft.convert`.
         DataError: the data are missing, too short, or not this model's.
         CheckpointNotFoundError, CheckpointError: the model's folder or repository is gone, or has no tokenizer.
     """
+    if "allocation" in options:
+        raise ConfigError("allocation says how convert distributes ranks; give it to convert, not to load_calibration")
     wanted = CalibrationOptions(effort=effort, calibration_data=data, **options)
     source = Source(model.config._name_or_path, getattr(model.config, "_commit_hash", None))
     return prepare(wanted, source, model).calibration(model, progress)

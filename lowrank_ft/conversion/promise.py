@@ -30,7 +30,7 @@ _FACTOR = 1.5  # measured / predicted: 1.5 for SmolLM2-135M at 0.8 after distill
 _TRIES = 3
 _MOST = 0.97  # nothing above is worth a conversion
 _LEAST = 0.02
-_STEP = 0.03  # a size that broke the promise is left by at least this
+_STEP = 0.03  # after a size that broke the promise, the next one is at least this much larger
 _ROOM = 0.6  # of the promise: with less used, a smaller size is tried
 
 

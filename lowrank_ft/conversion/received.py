@@ -16,30 +16,45 @@ from lowrank_ft.nn.replace import dense_weight
 
 
 class InputGroups:
-    """Linears by the tensor that they read, in the order in which they run; who gets no token is left out."""
+    """Linears by the tensor that they read, in the order in which they run; who gets no token is left out.
+
+    A linear that runs several times (ALBERT has one block for all layers) is in several groups. Those of different
+    experts, or blocks, are in none together: what they receive may be the same here, and not elsewhere.
+    """
 
     _LOOK_BACK = 8  # those that share a tensor run close to each other
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.groups: list[tuple[list[str], Tensor]] = []
-        self._seen: set[str] = set()
+        self.calls = 0
         self._stop_after = stop_after
 
     def note(self, name: str, module: nn.Module, args: Any) -> None:
-        """A hook before the forward pass of the linear ``name``; after ``stop_after`` linears it ends that pass."""
+        """A hook before the forward pass of the linear ``name``; after ``stop_after`` calls it ends that pass."""
         x = args[0].detach()
-        if x.numel() > 0 and name not in self._seen:
-            self._seen.add(name)
-            self._group_of(x).append(name)
-            if len(self._seen) == self._stop_after:
+        if x.numel() > 0:
+            self._group_of(name, x).append(name)
+            self.calls += 1
+            if self.calls == self._stop_after:
                 raise _Received
 
-    def _group_of(self, x: Tensor) -> list[str]:
+    def each_once(self, names: Sequence[str]) -> bool:
+        """Whether each of these ran, and none of them twice."""
+        return sorted(n for group, _ in self.groups for n in group) == sorted(names)
+
+    def _group_of(self, name: str, x: Tensor) -> list[str]:
         for names, other in reversed(self.groups[-self._LOOK_BACK :]):
+            if name in names or _numbers(names[0]) != _numbers(name):
+                continue
             if other.shape == x.shape and (other.data_ptr() == x.data_ptr() or torch.equal(other, x)):
                 return names
         self.groups.append(([], x))
         return self.groups[-1][0]
+
+
+def _numbers(name: str) -> list[str]:
+    """Of blocks and experts, in the name of a linear."""
+    return [part for part in name.split(".") if part.isdigit()]
 
 
 class Group:
@@ -102,13 +117,16 @@ def dense_moments(
         processes: each with its rows of every batch; the moments are those of all rows.
     """
     found: dict[str, Moments] = {}
+    stop_after: int | None = None
     for i, batch in enumerate(batches):
-        received = InputGroups(stop_after=len(names) if forward is None else None)
+        received = InputGroups(stop_after)
         with ExitStack() as stack:
             for n in names:
                 stack.callback(model.get_submodule(n).register_forward_pre_hook(partial(received.note, n)).remove)
             with suppress(_Received):
                 run(model, batch) if forward is None else forward(i)
+        if i == 0 and forward is None and received.each_once(names):
+            stop_after = len(names)  # what comes after the last of them, such as the output head, is not needed
         for group, x in received.groups:
             mask = token_mask(batch, x, "decoder" in group[0])
             for moments in {id(m): m for m in _moments_of(group, found)}.values():

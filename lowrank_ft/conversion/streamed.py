@@ -6,7 +6,7 @@
 
 In memory are one dense block, the same block converted, and the hidden states of the calibration data (or none of
 those, with ``activations_dir``). The factors are those that a conversion in memory makes, to the last bit in float32.
-After each block the conversion is as good as stopped: what it needs to go on is in an :class:`Unfinished` folder.
+It can be interrupted after any block: what it needs to go on is in an :class:`Unfinished` folder.
 Training of all factors together needs the whole model, so it is not done here.
 """
 

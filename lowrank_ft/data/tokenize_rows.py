@@ -36,8 +36,9 @@ def tokenize_texts(
     """Token ids of all texts, end to end; each begins and ends as :func:`lowrank_ft.data.encoding.token_ids` says.
 
     Raises:
-        DataError: with ``strict``, a row holds no text.
+        DataError: there is no row; or with ``strict``, one holds no text.
     """
+    _require_rows(rows, name)
     encoded = _map(rows, _encode_texts, num_proc, tokenizer=tokenizer, column=column)
     _report(encoded["problem"], name, "texts", strict, "")
     return _flat(encoded, "input_ids").astype(np.int32)
@@ -57,6 +58,7 @@ def tokenize_chats(
     Raises:
         DataError: the tokenizer has no chat template, no chat can be used, or with ``strict`` one cannot.
     """
+    _require_rows(rows, name)
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("the tokenizer has no chat template; use one that has, or train on --text-column")
     encoded = _map(rows, _encode_chats, num_proc, tokenizer=tokenizer, column=column, most_tokens=most_tokens)
@@ -71,6 +73,11 @@ def tokenize_chats(
         )
     ids, counted = _flat(encoded, "input_ids"), _flat(encoded, "counted")
     return TokenizedData(ids.astype(np.int32), np.concatenate([[0], np.cumsum(kept)]), counted.astype(bool))
+
+
+def _require_rows(rows: Dataset, name: str) -> None:
+    if len(rows) == 0:
+        raise DataError(f"{name} has no rows; give data with at least one")
 
 
 def _map(rows: Dataset, encode: Any, num_proc: int | None, **kwargs: Any) -> Dataset:

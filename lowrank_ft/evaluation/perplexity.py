@@ -18,6 +18,7 @@ from lowrank_ft.console import progress_bar
 from lowrank_ft.data.encoding import with_begin, without_begin
 from lowrank_ft.data.examples import IGNORED
 from lowrank_ft.errors import ConfigError, DataError
+from lowrank_ft.evaluation.divergence import divergence
 from lowrank_ft.nn.modes import evaluating, without_cache
 
 _CPU_TOKENS = 2_048
@@ -189,18 +190,16 @@ def agreement(
     with evaluating(model), evaluating(baseline):
         for batch, wanted in _batches(blocks, labels, batch_size, device, "agreement" if progress else None):
             logits = model(input_ids=batch.to(device), **without_cache(model)).logits
-            reference = baseline(input_ids=batch.to(other)).logits.to(device)
+            reference = baseline(input_ids=batch.to(other), **without_cache(baseline)).logits.to(device)
             if logits.shape[-1] != reference.shape[-1]:
                 raise ConfigError(
                     f"the model predicts {logits.shape[-1]} different tokens and the baseline {reference.shape[-1]}; "
                     "agreement needs the same vocabulary"
                 )
             counted = (wanted[:, 1:] != IGNORED).to(device)
-            # One sequence at a time: float32 copies of a whole batch would be the largest tensors of all.
-            for q, p, rows in zip(logits[:, :-1], reference[:, :-1], counted, strict=True):
-                q, p = q[rows].float(), p[rows].float()
-                same += int((q.argmax(-1) == p.argmax(-1)).sum())
-                kl += F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True).item()
+            logits, reference = logits[:, :-1], reference[:, :-1]
+            same += int((logits.argmax(-1) == reference.argmax(-1))[counted].sum())
+            kl += divergence(logits, reference, counted).item()
             tokens += int(counted.sum())
     return Agreement(kl / tokens, same / tokens, tokens)
 

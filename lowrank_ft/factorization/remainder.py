@@ -15,6 +15,7 @@ from lowrank_ft.factorization.targets import (
     block_index,
     is_linear,
     is_read_by_owner,
+    is_router,
     place_of,
     projections,
     stack_specs,
@@ -131,6 +132,8 @@ def _reason_of_linear(model: nn.Module, name: str, shape: Sequence[int]) -> str:
         return "outside of the repeated blocks"
     if min(shape) < NARROWEST_DEFAULT_TARGET:
         return f"narrower than {NARROWEST_DEFAULT_TARGET}"
+    if is_router(model, name):
+        return "it chooses experts"
     if is_read_by_owner(model, name):
         return f"{type(model.get_submodule(name.rpartition('.')[0])).__name__} reads their weights itself"
     if tied_partners(model, [name]):

@@ -1,7 +1,7 @@
 """Factors of one matrix: ``W (out, in) ~ U (out, r) @ V (r, in)``.
 
-Contract of every solver here: the input may be of any float dtype on any device; the decomposition runs in float64
-where the device has it (float32 on MPS), or in float32 where a check shows that this is enough; the result is float32 on
+Contract of every solver here: the input may be of any float dtype on any device; the decomposition runs in float64 (on
+the CPU where the device has none), or in float32 where a check shows that this is enough; the result is float32 on
 the input's device; and the factors are *balanced*, ``U^T U = V V^T = diag(s)``, because training feels how a product is
 split (docs/explanation/factorization.md).
 """

@@ -174,11 +174,13 @@ def select_targets(
     else:
         chosen = [s for s in linears if matches(s.name, target_modules)]
     if target_modules in (None, ALL_LINEAR):
-        chosen = [s for s in chosen if not is_read_by_owner(model, s.name)]
+        chosen = [s for s in chosen if not is_read_by_owner(model, s.name) and not is_router(model, s.name)]
     if exclude_modules:
         chosen = [s for s in chosen if not matches(s.name, exclude_modules)]
         if not chosen:
             raise TargetError(f"exclude_modules {_show(exclude_modules)} removes every target; nothing is left")
+    if not chosen:
+        raise TargetError(f"target_modules {_show(target_modules or [])} name no linear; {_way_out(model, linears)}")
     refuse_tied(model, [s.name for s in chosen])
     return chosen
 
@@ -259,6 +261,26 @@ def is_read_by_owner(model: nn.Module, name: str) -> bool:
     """Whether the module around a linear is known to compute with its weight, where no factored layer can stand."""
     owner, _, leaf = name.rpartition(".")
     return leaf in _READ_BY_OWNER.get(type(model.get_submodule(owner)).__name__, ())
+
+
+def is_router(model: nn.Module, name: str) -> bool:
+    """Whether a linear chooses experts: by its name, or by an output for each expert of the config.
+
+    It is small, and a small error of it sends tokens elsewhere.
+    """
+    if "router" in ".".join(name.lower().split(".")[-2:]):
+        return True
+    config: Any = getattr(model, "config", None)
+    texts = {**vars(config), **vars(config.get_text_config())} if hasattr(config, "get_text_config") else {}
+    counts = {v for k, v in texts.items() if k.endswith("experts") and isinstance(v, int)}
+    module = model.get_submodule(name) if not is_parameter(model, name) else None
+    return "att" not in name.lower() and getattr(module, "out_features", 0) in counts - {0, 1}
+
+
+def is_parameter(model: nn.Module, name: str) -> bool:
+    """Whether a target is a stack of experts, which is a parameter, and not a module."""
+    owner, _, leaf = name.rpartition(".")
+    return isinstance(getattr(model.get_submodule(owner), leaf, None), nn.Parameter)
 
 
 def tied_partners(model: nn.Module, names: Sequence[str]) -> dict[str, str]:

@@ -149,6 +149,6 @@ def _deployed(layer: LowRankLinear, parts: Factors | Pivoted, dtype: torch.dtype
     for own, old, value in ((new.U, layer.U, parts.U), (new.V, layer.V, parts.V)):
         own.weight = nn.Parameter(value.to(old.weight.device, dtype), old.weight.requires_grad)
     if isinstance(parts, Pivoted):
-        new.order = parts.order
+        new.order = parts.order.to(layer.U.weight.device)  # found on the CPU where the device has no float64
     new.bias, new.weight = layer.bias, layer.weight
     return new.train(layer.training)

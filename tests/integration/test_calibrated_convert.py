@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import lowrank_ft
 from lowrank_ft.conversion.sampling import sample_blocks
 from lowrank_ft.demo.text import prose
+from lowrank_ft.errors import ConfigError
 from lowrank_ft.factorization.plan import Plan
 from tests.conftest import DEMO_MODEL
 from tests.integration.test_cli import assert_one_line_error
@@ -55,6 +56,12 @@ def test_python_converts_as_the_command_does(cli, texts, tmp_path):
     assert command.keys() == python.keys()
     for name in command:
         torch.testing.assert_close(python[name], command[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_allocation_is_not_a_matter_of_the_data(texts):
+    model = tf.AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    with pytest.raises(ConfigError, match="give it to convert, not to load_calibration"):
+        lowrank_ft.load_calibration(model, str(texts / "read.txt"), allocation="uniform")
 
 
 def test_a_calibrated_checkpoint(cli, python, texts, tmp_path):

@@ -1,13 +1,16 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from lowrank_ft.data.encoding import encode_chat, token_ids
 from lowrank_ft.data.examples import IGNORED, StepBatches, collate, pack
 from lowrank_ft.data.sources import read_rows
+from lowrank_ft.data.tokenize_rows import tokenize_chats, tokenize_texts
 from lowrank_ft.data.tokens import check_embeddings
 from lowrank_ft.errors import DataError
 from lowrank_ft.schedule import data_step_at
@@ -183,6 +186,12 @@ def test_bad_data(tokenizer, tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_data(DataArguments(dataset=str(tmp_path / name)), tokenizer)
+
+
+def test_a_dataset_without_rows(tokenizer):
+    for tokenize in (tokenize_texts, partial(tokenize_chats, most_tokens=16)):
+        with pytest.raises(DataError, match="some/set has no rows; give data with at least one"):
+            tokenize(Dataset.from_dict({"text": []}), "text", "some/set", tokenizer)
 
 
 def test_a_file_of_text_in_a_folder_is_one_document_too(tokenizer, tmp_path):

@@ -151,6 +151,18 @@ def test_agreement_is_that_of_a_loop_over_tokens(strided):
     assert abs(kl - backwards) > 0.01 * kl
 
 
+def test_agreement_of_models_that_mask_tokens():
+    """Some set the logits of tokens that they never write to minus infinity."""
+    baseline, model = sharpened(tiny_llama(0)), sharpened(tiny_llama(0))
+    plain = agreement(model, baseline, to_blocks(text(60), 16))
+    for m in (baseline, model):
+        m.lm_head.register_forward_hook(
+            lambda module, args, out: torch.cat([out, torch.full_like(out[..., :3], -torch.inf)], -1)
+        )
+    found = agreement(model, baseline, to_blocks(text(60), 16))
+    assert (found.kl, found.top1) == (pytest.approx(plain.kl, abs=1e-6), plain.top1)
+
+
 def test_a_model_agrees_with_itself():
     model = tiny_llama()
     found = agreement(model, model, to_blocks(text(60), 16))

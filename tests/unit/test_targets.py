@@ -4,9 +4,19 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import BertConfig, BertModel, FalconConfig, FalconForCausalLM, MambaConfig, MambaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    FalconConfig,
+    FalconForCausalLM,
+    HunYuanMoEV1Config,
+    MambaConfig,
+    MambaModel,
+)  # fmt: skip
 
 from lowrank_ft.errors import TargetError
+from lowrank_ft.factorization.plan import make_plan
+from lowrank_ft.factorization.remainder import dense_parts
 from lowrank_ft.factorization.targets import find_linears, matches, pattern_value, select_targets
 from tests.conftest import tiny_gpt2, tiny_llama
 
@@ -88,12 +98,37 @@ def test_other_bad_patterns():
         select_targets(tiny_llama(), ["q_proj"], ".*proj")
     with pytest.raises(TargetError, match="nothing to factorize"):
         select_targets(nn.Sequential(nn.ReLU()))
+    with pytest.raises(TargetError, match="name no linear; name target_modules out of"):
+        select_targets(tiny_llama(), [])
 
 
 def test_narrow_gates_are_left_out_unless_named():
     model = nn.ModuleList([nn.ModuleDict({"gate": nn.Linear(64, 4), "up": nn.Linear(64, 64)})])
     assert [s.name for s in select_targets(model)] == ["0.up"]
     assert [s.name for s in select_targets(model, ["gate"])] == ["0.gate"]
+
+
+@pytest.mark.parametrize("router", ["gate.wg", "router.classifier", "moe.router.proj"])
+def test_linears_that_choose_experts_are_left_out_unless_named(router):
+    """As wide as other linears where there are many experts."""
+    owner, _, leaf = router.rpartition(".")
+    block = nn.Module()
+    block.up = nn.Linear(64, 64)
+    parent = block
+    for part in owner.split("."):
+        parent.add_module(part, nn.Module())
+        parent = getattr(parent, part)
+    parent.add_module(leaf, nn.Linear(64, 32))
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"attention": nn.Module(), "mlp": block})])
+    model.layers[0]["attention"].k_proj = nn.Linear(64, 32)  # as many outputs as there are experts, by chance
+    model.config = HunYuanMoEV1Config(num_experts=32)
+    names = [s.name for s in select_targets(model)]
+    assert names == ["layers.0.attention.k_proj", "layers.0.mlp.up"]
+    assert f"layers.0.mlp.{router}" not in [s.name for s in select_targets(model, "all-linear")]
+    assert [s.name for s in select_targets(model, [leaf])] == [f"layers.0.mlp.{router}"]
+    (part,) = [p for p in dense_parts(model, make_plan(model, rank=8)) if router in p.kind]
+    assert part.why == "it chooses experts"
 
 
 def test_falcons_own_linears_are_linears():

@@ -10,6 +10,7 @@ import lowrank_ft
 from lowrank_ft import make_plan
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.convert import allocate
+from lowrank_ft.conversion.estimate import measure
 from lowrank_ft.nn import lowrank_layers
 from tests.integration.test_loading_by_any_class import llava, qwen2_vl
 
@@ -57,3 +58,13 @@ def test_what_text_does_not_reach_is_converted_by_its_weights(kind, build, text,
     assert not any(caches)  # of keys and values: whole sequences need none
     assert not torch.allclose(seen(model, kind), dense, atol=1e-3)
     torch.testing.assert_close(seen(model, kind), seen(by_weights, kind))
+
+
+def test_the_estimate_looks_at_what_text_reaches():
+    """The vision tower comes first by name."""
+    model = llava().eval()
+    plan = make_plan(model, param_ratio=0.6)
+    assert "vision" in next(iter(plan.ranks))
+    speed = measure(model, plan, {"input_ids": torch.randint(3, 90, (2, 24))})
+    assert speed.backward > 0
+    assert speed.activation_bytes > 0
