@@ -71,7 +71,7 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
     busy = f"another command is writing {path}; wait for it, or choose another --output-dir"
     remedy = "Nothing was left behind; free some space or choose another --output-dir"
     with exclusive(path.parent / f".{path.name}.lock", busy), explain_refused_writes(path, remedy):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of a run that was killed
+        for left in _hidden_beside(path, "partial"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         draft = _hidden_folder(path)
         try:
@@ -86,6 +86,12 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
             _sync_folder(path.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def _hidden_beside(path: Path, ending: str) -> list[Path]:
+    """The hidden folders of ``path`` alone: those of ``out.v2`` begin with ``.out.``, too."""
+    random = "[a-z0-9_]" * 8  # as mkdtemp makes it, which never has a dot
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{random}.{ending}"))
 
 
 def _hidden_folder(path: Path) -> Path:
@@ -179,7 +185,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _recover(path: Path) -> None:
     """Bring back what a run that was killed between its two renames had put aside."""
-    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.replaced"):
+    for aside in _hidden_beside(path, "replaced"):
         if not path.exists() and (aside / "old").is_dir():
             os.replace(aside / "old", path)
             print(f"note: {path} was restored; a command that was killed had moved it", file=sys.stderr)

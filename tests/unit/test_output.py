@@ -159,13 +159,28 @@ def test_one_of_the_two_folders_is_there_at_every_moment(tmp_path, monkeypatch, 
 
 
 def test_a_folder_that_was_put_aside_comes_back(tmp_path, capsys):
-    aside = tmp_path / ".out.abc.replaced"
+    aside = tmp_path / ".out.abcd_123.replaced"
     (aside / "old").mkdir(parents=True)
     fill(aside / "old", "old")
     check_output_dir(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "config.json").read_text() == "old"
     assert "was restored; a command that was killed had moved it" in capsys.readouterr().err
     assert listing(tmp_path) == ["out"]
+
+
+def test_hidden_folders_of_a_longer_name_are_left_alone(tmp_path):
+    """`out.v2` is being written by another process, and another that wrote it was killed while it replaced the old one."""
+    with whole_folder(tmp_path / "out.v2") as other:
+        fill(other)
+        with whole_folder(tmp_path / "out") as draft:
+            fill(draft, "mine")
+        assert (other / "config.json").is_file()
+    assert listing(tmp_path) == ["out", "out.v2"]
+    aside = tmp_path / ".new.v2.abcd_123.replaced"
+    (aside / "old").mkdir(parents=True)
+    check_output_dir(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert (aside / "old").is_dir()
 
 
 def test_everything_is_on_the_disk_before_it_is_announced(tmp_path, monkeypatch):
