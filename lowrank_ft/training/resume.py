@@ -311,8 +311,25 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def commit(draft: Path, final: Path, keep: int) -> None:
-    """Give a finished draft its name, and remove all but the newest ``keep`` checkpoints."""
+    """Give a finished draft its name, and remove all but it and the newest, so that ``keep`` are left."""
     take_place(draft, final)
     shutil.rmtree(draft, ignore_errors=True)  # what was there before
-    for old in find_checkpoints(final.parent.parent)[:-keep]:
+    # Those of a run that was resumed from another folder may have higher numbers than this one.
+    others = [p for p in find_checkpoints(final.parent.parent) if p != final]
+    for old in others[: max(0, len(others) - keep + 1)]:
         shutil.rmtree(old)
+
+
+def remove_later(output_dir: Path, checkpoint: Path, step: int) -> list[str]:
+    """Remove the checkpoints after ``step`` of the run that goes on from there, and return their names.
+
+    They belong to a continuation that was given up: ``auto`` would take them for this one's. Nothing happens where
+    ``checkpoint``, from which the run was restored, lies in another folder.
+    """
+    folder = output_dir / FOLDER
+    if checkpoint.resolve().parent != folder.resolve():
+        return []
+    later = sorted(p for p in folder.iterdir() if (named := _NAME.fullmatch(p.name)) and int(named[1]) > step)
+    for path in later:
+        shutil.rmtree(path)
+    return [path.name for path in later]

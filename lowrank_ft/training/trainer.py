@@ -15,6 +15,7 @@ what FSDP2 needs beyond it is in :mod:`lowrank_ft.training.fsdp`.
 
 import gc
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -308,3 +309,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state.scaler)
         resume.read_rng(checkpoint, self.accelerator.process_index)
         self.step, self._best.loss, self._best.step = state.step, state.best_loss, state.best_step
+        self.accelerator.wait_for_everyone()  # no process may still refuse the checkpoint
+        if self.accelerator.is_main_process:
+            later = resume.remove_later(self.output_dir, checkpoint, self.step)
+            if later:
+                print(f"note: removed {', '.join(later)}: the run goes on from {checkpoint.name}", file=sys.stderr)

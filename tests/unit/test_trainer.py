@@ -360,6 +360,36 @@ def test_only_the_newest_checkpoints_stay(tmp_path, data):
 
 
 def test_optimizer_state_goes_by_name():
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_forgets_the_later_ones(tmp_path, data, capsys):
+    """Else `auto` would go on from those, after a kill, and the new ones would be counted as the oldest."""
+    Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
+    seen = {}
+
+    def look(step, trainer):
+        seen[step] = [int(p.name[5:]) for p in find_checkpoints(tmp_path / "run")]
+
+    early = str(tmp_path / "run" / "checkpoints" / "step-00000004")
+    args = arguments(tmp_path, save_steps=2, save_total_limit=2, resume_from_checkpoint=early)
+    Trainer(guided(), args, data, on_step_end=look).train()
+    assert seen == {5: [2, 4], 6: [4, 6], 7: [4, 6], 8: [6, 8]}
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: removed")]
+    assert told == ["note: removed step-00000006, step-00000008: the run goes on from step-00000004"]
+
+
+def test_a_checkpoint_that_has_just_been_written_stays(tmp_path, data):
+    """Those of another run in the same folder have higher numbers, and are not touched while there is room."""
+    Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
+    (tmp_path / "run" / "checkpoints" / "step-00000004").rename(tmp_path / "step-00000004")
+    seen = {}
+
+    def look(step, trainer):
+        seen[step] = [int(p.name[5:]) for p in find_checkpoints(tmp_path / "run")]
+
+    args = arguments(tmp_path, save_steps=1, save_total_limit=1, resume_from_checkpoint=str(tmp_path / "step-00000004"))
+    Trainer(guided(), args, data, on_step_end=look).train()
+    assert seen[5] == [5]
+
+
     model = guided("dense")
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.arange(3, 12)[None]).logits.sum().backward()
