@@ -39,15 +39,18 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
     # What a run or an export left, or token files: nothing that a process of this run has put there meanwhile.
     taken = (METRICS_FILE, "config.json", resume.FOLDER, "README.md", "index.json", "*.safetensors")
     used = sorted(p.name for pattern in taken for p in folder.glob(pattern))
-    # A job that is started again and again has one command line: the first time there is nothing to resume.
-    if args.resume_from_checkpoint and (used or not resume.is_auto(args.resume_from_checkpoint)):
+    # A job that is queued again is started with the same command. With `auto` it begins anew where there is nothing to
+    # resume: the first time, and after it was killed before its first checkpoint.
+    begins = resume.is_auto(args.resume_from_checkpoint) and not resume.find_checkpoints(folder)
+    begins = begins and (args.overwrite_output_dir or not used or _broken_off(folder, used))
+    if args.resume_from_checkpoint and not begins:
         return resume.resolve_checkpoint(folder, str(args.resume_from_checkpoint))
     home = folder.resolve()
     if source is not None and (source.resolve() == home or source.resolve().is_relative_to(home / resume.FOLDER)):
         raise OutputError(
             f"the run starts from {source}, which is in --output-dir {folder} and would be replaced; name another --output-dir"
         )
-    if used and not args.overwrite_output_dir:
+    if used and not begins and not args.overwrite_output_dir:
         if METRICS_FILE in used or "config.json" in used:
             can_go_on = bool(resume.find_checkpoints(folder))
             state = "" if can_go_on else " without a checkpoint"
@@ -64,6 +67,11 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
 
 
 def prepare_folder(output_dir: str | Path, source: Path, export_dtype: torch.dtype, checkpoint: Path | None) -> None:
+def _broken_off(folder: Path, used: list[str]) -> bool:
+    """Whether all that was found in ``folder`` is of a run that was killed before its first checkpoint."""
+    return METRICS_FILE in used and set(used) <= {METRICS_FILE, resume.FOLDER} and not resume.has_steps(folder)
+
+
     """Before the first step, on one process: take an earlier run away, and put there what any export will need.
 
     Args:

@@ -79,6 +79,11 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
 
 
+def has_steps(output_dir: Path) -> bool:
+    """Whether there are checkpoints, whole or not."""
+    return any(_NAME.fullmatch(p.name) for p in (output_dir / FOLDER).glob("*"))
+
+
 def remove_drafts(output_dir: Path) -> None:
     """Remove checkpoints that were being written, such as when the disk was full."""
     folder = output_dir / FOLDER
@@ -114,8 +119,7 @@ def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
         found = find_checkpoints(output_dir)
         if not found:
             raise TrainingStateError(
-                f"{output_dir / FOLDER} holds no checkpoint to resume from; start anew, with --overwrite-output-dir "
-                "in place of --resume-from-checkpoint"
+                f"{output_dir / FOLDER} holds no checkpoint to resume from; add --overwrite-output-dir to start anew"
             )
         return found[-1]
     path = Path(wanted)

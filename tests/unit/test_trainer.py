@@ -408,9 +408,11 @@ def test_a_run_of_other_settings_is_not_resumed(tmp_path, data):
     with pytest.raises(TrainingStateError, match=r"learning_rate 0\.003 -> 0\.1"):
         Trainer(guided(), arguments(tmp_path, learning_rate=0.1, resume_from_checkpoint="auto"), data).train()
     (tmp_path / "none" / "run").mkdir(parents=True)
-    (tmp_path / "none" / "run" / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(TrainingStateError, match="no checkpoint to resume from"):
-        Trainer(guided(), arguments(tmp_path / "none", resume_from_checkpoint="auto"), data).train()
+    for name in ("metrics.jsonl", "config.json"):
+        (tmp_path / "none" / "run" / name).write_text("{}\n")
+    again = arguments(tmp_path / "none", resume_from_checkpoint="auto")
+    with pytest.raises(TrainingStateError, match="no checkpoint to resume from; add --overwrite-output-dir to start"):
+        Trainer(guided(), again, data).train()
 
 
 @pytest.mark.parametrize("wanted", ["auto", "true", True])
@@ -426,6 +428,33 @@ def test_a_job_that_may_be_started_again_has_one_command_line(tmp_path, data, wa
 
 
 def test_the_best_weights_of_a_killed_run_are_not_taken_for_those_of_the_resumed_one(tmp_path, data):
+@pytest.mark.parametrize(
+    ("left", "overwrite", "begins"),
+    [
+        (["metrics.jsonl", "tokenizer.json", "run.json"], False, True),
+        (["metrics.jsonl", "checkpoints/.step-00000002.partial/model.safetensors", "checkpoints/best/best.json"], False, True),
+        (["metrics.jsonl", "config.json"], False, False),
+        (["metrics.jsonl", "config.json"], True, True),
+        (["metrics.jsonl", "checkpoints/step-00000002/model.safetensors"], False, False),
+        (["model.safetensors"], False, False),
+        (["checkpoints/mine.pt"], False, False),
+    ],
+)  # fmt: skip
+def test_a_job_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path, data, left, overwrite, begins):
+    for name in left:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}\n")
+    args = arguments(tmp_path, max_steps=2, resume_from_checkpoint="auto", overwrite_output_dir=overwrite)
+    trainer = Trainer(guided(), args, data)
+    if not begins:
+        with pytest.raises(TrainingStateError, match="no checkpoint to resume from"):
+            trainer.starting_point()
+        return
+    trainer.train()
+    assert len(records(tmp_path)) == 2
+    assert not (tmp_path / "run" / "checkpoints" / ".step-00000002.partial").exists()
+
+
     """It was killed after its last checkpoint, and after it had written the weights of a later evaluation."""
     options = dict(
         save_steps=2, eval_steps=1, max_steps=4, load_best_model_at_end=True, learning_rate=0.5, max_grad_norm=0.0
