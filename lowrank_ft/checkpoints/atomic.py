@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank_ft.checkpoints.companions import COMPANION_FOLDERS, COMPANIONS
-from lowrank_ft.checkpoints.folders import check_folder, check_name, check_writable
+from lowrank_ft.checkpoints.folders import check_folder, check_name, check_replaceable, check_writable
 from lowrank_ft.checkpoints.locks import exclusive, explain_refused_writes
 from lowrank_ft.errors import OutputError
 
@@ -40,11 +40,12 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
         keep: the source of the conversion, which must not be inside the output.
 
     Raises:
-        OutputError: see :func:`check_folder`; or the path holds ``keep``.
+        OutputError: see :func:`check_folder` and :func:`check_replaceable`; or the path holds ``keep``.
     """
     path = Path(path)
     check_name(path)
     _recover(path)
+    check_replaceable(path)
     if keep is not None and Path(keep).exists() and Path(keep).resolve().is_relative_to(path.resolve()):
         raise OutputError(f"--output-dir {path} holds the source {keep}; write somewhere else")
     check_folder(path, overwrite, "config.json", _CHECKPOINT_PARTS, "checkpoints")
@@ -63,7 +64,7 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
             nothing can be loaded before everything is there.
 
     Raises:
-        OutputError: see :func:`check_output_dir`; or the disk is full.
+        OutputError: see :func:`check_output_dir`; or the disk is full, or the folder cannot get its name.
     """
     path = Path(path)
     if not keep_existing:
@@ -163,7 +164,11 @@ def take_place(draft: Path, path: Path) -> None:
     if _exchange(draft, path):  # what was there is now the hidden folder, which is removed
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
-    os.replace(path, aside / "old")
+    try:
+        os.replace(path, aside / "old")
+    except OSError:
+        aside.rmdir()
+        raise
     try:
         os.replace(draft, path)
     except BaseException:

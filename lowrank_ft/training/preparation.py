@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.companions import begin_run
-from lowrank_ft.checkpoints.folders import check_writable
+from lowrank_ft.checkpoints.folders import check_replaceable, check_writable
 from lowrank_ft.checkpoints.locks import is_write_failure, refused_write
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
@@ -31,11 +31,12 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
 
     Raises:
         TrainingStateError: it does not exist.
-        OutputError: ``output_dir`` cannot be written; or it holds an earlier run or somebody else's
-            files, and neither resuming nor overwriting was asked for.
+        OutputError: ``output_dir`` cannot be written, or not be replaced when the run ends; or it holds an earlier run or
+            somebody else's files, and neither resuming nor overwriting was asked for.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
+    check_replaceable(folder)
     # What a run or an export left, or token files: nothing that a process of this run has put there meanwhile.
     taken = (METRICS_FILE, "config.json", resume.FOLDER, "README.md", "index.json", "*.safetensors")
     used = sorted(p.name for pattern in taken for p in folder.glob(pattern))

@@ -244,6 +244,47 @@ def test_a_finished_folder_takes_the_place_of_another(tmp_path, monkeypatch, swa
     assert set(listing(tmp_path)) <= {"out", "draft"}
 
 
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lost+found").mkdir()
+    with pytest.raises(
+        OutputError, match=f"out is a mount point, .*; name a folder inside it, such as {tmp_path}/out/model"
+    ):
+        check_output_dir(tmp_path / "out")
+    check_output_dir(tmp_path / "out" / "model")
+
+
+def test_a_folder_in_one_that_may_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    with pytest.raises(OutputError, match=f"out cannot be replaced: no permission in {tmp_path}, where"):
+        check_output_dir(tmp_path / "out")
+    check_output_dir(tmp_path / "out" / "model")
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_folder_that_the_system_does_not_move_is_named(tmp_path, monkeypatch, code, keep):
+    """Found out at the end, such as where a folder became a mount point meanwhile."""
+    out, stock = tmp_path / "out", os.replace
+    out.mkdir()
+
+    def replace(source, target):
+        if out in (source, target) or target.parent == out:
+            raise OSError(code, os.strerror(code))
+        stock(source, target)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "replace", replace)
+    with (
+        pytest.raises(OutputError, match="out cannot get its new content .*it is a mount point"),
+        whole_folder(out, keep_existing=keep) as draft,
+    ):
+        fill(draft)
+    assert listing(tmp_path) == ["out"]
+
+
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be made: .*file is no folder"):

@@ -528,6 +528,13 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_training(tmp_pat
 
 
 def test_overwriting_forgets_the_earlier_runs_checkpoints(tmp_path, data):
+def test_a_mount_point_is_refused_before_training(tmp_path, data, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(tmp_path / "run"))
+    with pytest.raises(OutputError, match="run is a mount point, .*; name a folder inside it"):
+        Trainer(guided(), arguments(tmp_path), data).train()
+
+
     Trainer(guided(), arguments(tmp_path, save_steps=4), data).train()
     seen = {}
 
