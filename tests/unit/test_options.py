@@ -67,13 +67,17 @@ def test_every_option_refuses_what_is_not_of_its_type(tmp_path, groups, field):
         ("gradient_accumulation_steps: 1000000000", "gradient_accumulation_steps is 1000000000; it must be 1 to"),
         ("lerning_rate: 1", "there is no option 'lerning_rate'; did you mean learning_rate"),
         ("bf16: true", "there is no option 'bf16'; here it is --mixed-precision bf16"),
+        (
+            "dtype: float16",
+            "dtype is float16, in which AdamW divides by 0; it must be float32 or bfloat16, and --mixed-",
+        ),
         ("- a", "must hold `name: value` lines"),
         ("a: 2020-13-45", "is no valid YAML"),
         (b"model: \xff\xfe", "is not UTF-8 text"),
         ("a: " + "[" * 50_000, "is nested too deep"),
         ("? [a]\n: b", "is no valid YAML"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_the_message_names_the_file_or_the_option(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
