@@ -67,12 +67,12 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
     return None
 
 
-def prepare_folder(output_dir: str | Path, source: Path, export_dtype: torch.dtype, checkpoint: Path | None) -> None:
 def _broken_off(folder: Path, used: list[str]) -> bool:
     """Whether all that was found in ``folder`` is of a run that was killed before its first checkpoint."""
     return METRICS_FILE in used and set(used) <= {METRICS_FILE, resume.FOLDER} and not resume.has_steps(folder)
 
 
+def prepare_folder(output_dir: str | Path, source: Path, export_dtype: torch.dtype, checkpoint: Path | None) -> None:
     """Before the first step, on one process: take an earlier run away, and put there what any export will need.
 
     Args:
@@ -109,7 +109,7 @@ def writes_explained(output_dir: str | Path) -> Iterator[None]:
 
 
 def make_accelerator(args: TrainArguments) -> Accelerator:
-    """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens.
+    """The Accelerator of a run.
 
     Raises:
         ConfigError: the launcher is configured for something that is not supported.
@@ -121,8 +121,6 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
             log_with=args.report_to or None,
             project_dir=args.output_dir,
         )
-        # The launcher's setting would divide every loss once more.
-        accelerator.gradient_accumulation_steps = 1
     except ValueError as error:  # an unknown tracker, or a precision that the device lacks
         raise ConfigError(f"accelerate refuses these settings: {str(error).splitlines()[0]}") from error
     fsdp.set_up(accelerator)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from torch.nn import functional as F
@@ -359,7 +360,6 @@ def test_only_the_newest_checkpoints_stay(tmp_path, data):
     }
 
 
-def test_optimizer_state_goes_by_name():
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_forgets_the_later_ones(tmp_path, data, capsys):
     """Else `auto` would go on from those, after a kill, and the new ones would be counted as the oldest."""
     Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
@@ -390,6 +390,7 @@ def test_a_checkpoint_that_has_just_been_written_stays(tmp_path, data):
     assert seen[5] == [5]
 
 
+def test_optimizer_state_goes_by_name():
     model = guided("dense")
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.arange(3, 12)[None]).logits.sum().backward()
@@ -427,7 +428,6 @@ def test_a_job_that_may_be_started_again_has_one_command_line(tmp_path, data, wa
     assert again.starting_point()[1].step == 4
 
 
-def test_the_best_weights_of_a_killed_run_are_not_taken_for_those_of_the_resumed_one(tmp_path, data):
 @pytest.mark.parametrize(
     ("left", "overwrite", "begins"),
     [
@@ -455,6 +455,7 @@ def test_a_job_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path,
     assert not (tmp_path / "run" / "checkpoints" / ".step-00000002.partial").exists()
 
 
+def test_the_best_weights_of_a_killed_run_are_not_taken_for_those_of_the_resumed_one(tmp_path, data):
     """It was killed after its last checkpoint, and after it had written the weights of a later evaluation."""
     options = dict(
         save_steps=2, eval_steps=1, max_steps=4, load_best_model_at_end=True, learning_rate=0.5, max_grad_norm=0.0
@@ -527,7 +528,6 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_training(tmp_pat
             Trainer(guided(), arguments(tmp_path, output_dir=str(folder)), data).train()
 
 
-def test_overwriting_forgets_the_earlier_runs_checkpoints(tmp_path, data):
 def test_a_mount_point_is_refused_before_training(tmp_path, data, monkeypatch):
     (tmp_path / "run").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(tmp_path / "run"))
@@ -535,6 +535,7 @@ def test_a_mount_point_is_refused_before_training(tmp_path, data, monkeypatch):
         Trainer(guided(), arguments(tmp_path), data).train()
 
 
+def test_overwriting_forgets_the_earlier_runs_checkpoints(tmp_path, data):
     Trainer(guided(), arguments(tmp_path, save_steps=4), data).train()
     seen = {}
 
@@ -564,6 +565,16 @@ def test_the_launchers_accumulation_does_not_divide_again(tmp_path, data, monkey
         AcceleratorState._reset_state(reset_partial_state=True)
         Trainer(guided(), arguments(tmp_path / str(i), max_steps=2), data).train()
         norms.append([e["grad_norm"] for e in records(tmp_path / str(i))])
+    assert norms[0] == norms[1]
+
+
+def test_nor_does_that_of_an_accelerator_of_ones_own(tmp_path, data):
+    norms = []
+    for steps in (1, 4):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        own = Accelerator(gradient_accumulation_steps=steps)
+        Trainer(guided(), arguments(tmp_path / str(steps), max_steps=2), data, accelerator=own).train()
+        norms.append([e["grad_norm"] for e in records(tmp_path / str(steps))])
     assert norms[0] == norms[1]
 
 
