@@ -17,7 +17,7 @@ from lowrank_ft.training.trainable import TRAINABLE
 
 AUTO_GUIDE_FROM = 0.4  # param ratio; see docs/explanation/guidance.md
 MOST_EXAMPLES = 2**16
-"""In a forward pass: each is an entry of a list before the first step, and more is a slip of the finger."""
+"""The most in one forward pass. A batch is a list with one entry per example, so a mistyped size would fill the memory."""
 MOST_PASSES = 2**20
 
 
@@ -179,7 +179,7 @@ class TrainArguments:
     report_to: list[str] = option([], "trackers of accelerate, such as tensorboard or wandb")
     run_name: str = option("lowrank-ft", "name of the run for the trackers")
 
-    # Without annotations, so no options: the loop asks for both, and PretrainArguments alone offers them.
+    # The training loop reads both. Without annotations they are no options here; PretrainArguments makes them options.
     guide_mode = "full"
     fixed_flops = False
 
