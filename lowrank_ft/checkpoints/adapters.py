@@ -57,7 +57,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, AttributeError, UserWarning) as error:
         raise CheckpointError(f"the adapter in {folder} does not fit its weights: {first_line(error)}") from error
-    # What PEFT froze for training the adapter is an ordinary model again.
+    # PEFT froze the base model to train the adapter. After the merge all weights can be trained again.
     merged.requires_grad_(True)
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         merged.__dict__.pop(mark, None)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank_ft.checkpoints.companions import COMPANION_FOLDERS, COMPANIONS
-from lowrank_ft.checkpoints.folders import check_folder, check_name, check_writable
+from lowrank_ft.checkpoints.folders import check_folder, check_name, check_replaceable, check_writable
 from lowrank_ft.checkpoints.locks import exclusive, explain_refused_writes
 from lowrank_ft.errors import OutputError
 
@@ -40,11 +40,12 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
         keep: the source of the conversion, which must not be inside the output.
 
     Raises:
-        OutputError: see :func:`check_folder`; or the path holds ``keep``.
+        OutputError: see :func:`check_folder` and :func:`check_replaceable`; or the path holds ``keep``.
     """
     path = Path(path)
     check_name(path)
     _recover(path)
+    check_replaceable(path)
     if keep is not None and Path(keep).exists() and Path(keep).resolve().is_relative_to(path.resolve()):
         raise OutputError(f"--output-dir {path} holds the source {keep}; write somewhere else")
     check_folder(path, overwrite, "config.json", _CHECKPOINT_PARTS, "checkpoints")
@@ -63,7 +64,7 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
             nothing can be loaded before everything is there.
 
     Raises:
-        OutputError: see :func:`check_output_dir`; or the disk is full.
+        OutputError: see :func:`check_output_dir`; or the disk is full, or the folder cannot get its name.
     """
     path = Path(path)
     if not keep_existing:
@@ -71,7 +72,7 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
     busy = f"another command is writing {path}; wait for it, or choose another --output-dir"
     remedy = "Nothing was left behind; free some space or choose another --output-dir"
     with exclusive(path.parent / f".{path.name}.lock", busy), explain_refused_writes(path, remedy):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of a run that was killed
+        for left in _hidden_beside(path, "partial"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         draft = _hidden_folder(path)
         try:
@@ -86,6 +87,12 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
             _sync_folder(path.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def _hidden_beside(path: Path, ending: str) -> list[Path]:
+    """The hidden folders of ``path`` alone: those of ``out.v2`` begin with ``.out.``, too."""
+    random = "[a-z0-9_]" * 8  # as mkdtemp makes it, which never has a dot
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{random}.{ending}"))
 
 
 def _hidden_folder(path: Path) -> Path:
@@ -157,7 +164,11 @@ def take_place(draft: Path, path: Path) -> None:
     if _exchange(draft, path):  # what was there is now the hidden folder, which is removed
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
-    os.replace(path, aside / "old")
+    try:
+        os.replace(path, aside / "old")
+    except OSError:
+        aside.rmdir()
+        raise
     try:
         os.replace(draft, path)
     except BaseException:
@@ -179,7 +190,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _recover(path: Path) -> None:
     """Bring back what a run that was killed between its two renames had put aside."""
-    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.replaced"):
+    for aside in _hidden_beside(path, "replaced"):
         if not path.exists() and (aside / "old").is_dir():
             os.replace(aside / "old", path)
             print(f"note: {path} was restored; a command that was killed had moved it", file=sys.stderr)

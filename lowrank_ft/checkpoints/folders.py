@@ -47,6 +47,24 @@ def check_name(path: Path) -> None:
         raise OutputError(f"nothing can be called {str(path)[:60]!r}... ({reason}); name another") from None
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuse, before any work is done, a folder beside which none can be made to take its place at the end.
+
+    Raises:
+        OutputError: it is a mount point, or the folder above belongs to somebody else.
+    """
+    if os.path.ismount(path):
+        raise OutputError(
+            f"--output-dir {path} is a mount point, and a finished folder cannot take its place; name a folder inside it, "
+            f"such as {path / 'model'}"
+        )
+    if path.exists() and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"--output-dir {path} cannot be replaced: no permission in {path.absolute().parent}, where the new folder is "
+            f"prepared; name a folder inside it, such as {path / 'model'}"
+        )
+
+
 def check_writable(path: Path) -> None:
     """Refuse, before any work is done, a path at which no folder can be made or written.
 

@@ -139,8 +139,8 @@ class FactoredLinears(HfQuantizer):
     def _modules_of(self, model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, str]:
         """The checkpoint's names of the factored linears, and what ``model`` calls them.
 
-        A part that this class lacks, such as a head, or the decoder of an encoder-only class, is left out. A linear that
-        is there and missed would meet its tripwire when weights are read.
+        A part that this class lacks, such as a head, or the decoder of an encoder-only class, is left out. If a linear of
+        the class were left out by mistake, reading its weights would stop at the tripwire.
         """
         names, prefix = self.factored.ranks, model.base_model_prefix
         # A bare AutoModel reads a ForCausalLM checkpoint and the other way round: the prefix comes or goes.

@@ -40,6 +40,11 @@ def explain_refused_writes(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EXDEV):
+            raise OutputError(
+                f"{path} cannot get its new content ({error.strerror}): it is a mount point, or not on the disk of "
+                f"{path.absolute().parent}; name a folder inside it"
+            ) from error
         if isinstance(error, OutputError) or not is_write_failure(error):
             raise
         raise refused_write(path, error, remedy) from error

@@ -99,8 +99,8 @@ class _OverFactors(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
         self._tell_what_stays(model)
-        # Saving turns every conversion round, and these have no other direction (transformers 5.23); packed parts are
-        # saved under the names that they have.
+        # transformers 5.23 reverses every conversion when it saves, and these cannot be reversed. Packed parts are saved
+        # under the names that they have, so no conversion is needed.
         loaded: Any = model
         conversions = model.__dict__.get("_weight_conversions") or []
         own = [c for c in conversions if not any(hasattr(op, "hf_quantizer") for op in getattr(c, "operations", ()))]

@@ -6,7 +6,7 @@ from lowrank_ft.errors import ConfigError, require_choice
 from lowrank_ft.factorization.options import SizeOptions
 from lowrank_ft.pretraining.initialize import FROM_SCRATCH_GUIDES
 from lowrank_ft.schedule import GUIDE_MODES
-from lowrank_ft.training.options import TrainArguments, option, shared
+from lowrank_ft.training.options import TrainArguments, check_trained_dtype, option, shared
 
 GUIDES = (*FROM_SCRATCH_GUIDES, "none")
 
@@ -44,7 +44,7 @@ class ScratchArguments:
 
     def __post_init__(self) -> None:
         require_choice("guide", self.guide, GUIDES)
-        require_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_trained_dtype(self.dtype)
         require_choice("export_dtype", self.export_dtype, ("float32", "bfloat16", "float16"))
         if (self.preset is None) == (self.config_name is None):
             raise ConfigError("say what to train with either --preset or --config-name")

@@ -17,7 +17,7 @@ from lowrank_ft.training.trainable import TRAINABLE
 
 AUTO_GUIDE_FROM = 0.4  # param ratio; see docs/explanation/guidance.md
 MOST_EXAMPLES = 2**16
-"""In a forward pass: each is an entry of a list before the first step, and more is a slip of the finger."""
+"""The most in one forward pass. A batch is a list with one entry per example, so a mistyped size would fill the memory."""
 MOST_PASSES = 2**20
 
 
@@ -66,7 +66,7 @@ class ModelArguments:
     guide_model: str | None = option(
         None, "dense model of the guide and of distillation; default: the one the checkpoint was made from"
     )
-    dtype: str = option("float32", "dtype of the trained weights: float32, bfloat16, float16")
+    dtype: str = option("float32", "dtype of the trained weights: float32, bfloat16")
     export_dtype: str = option("auto", "dtype of the exported weights; auto: that of the source checkpoint")
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class ModelArguments:
         _require_range("calibration_tokens", self.calibration_tokens, 1)
         require_choice("guide", self.guide, (*GUIDES, "none", "auto"))
         check_guide_bits(self.guide_at(1.0), self.guide_bits)
-        require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_trained_dtype(self.dtype)
         require_choice("export_dtype", self.export_dtype, ("auto", "float32", "bfloat16", "float16"))
 
     def guide_at(self, param_ratio: float) -> str | None:
@@ -179,7 +179,7 @@ class TrainArguments:
     report_to: list[str] = option([], "trackers of accelerate, such as tensorboard or wandb")
     run_name: str = option("lowrank-ft", "name of the run for the trackers")
 
-    # Without annotations, so no options: the loop asks for both, and PretrainArguments alone offers them.
+    # The training loop reads both. Without annotations they are no options here; PretrainArguments makes them options.
     guide_mode = "full"
     fixed_flops = False
 
@@ -218,6 +218,20 @@ class TrainArguments:
             )
         if not 0 < self.num_train_epochs < math.inf:
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0 and finite")
+
+
+def check_trained_dtype(dtype: str) -> None:
+    """Refuse a dtype in which AdamW cannot train.
+
+    Raises:
+        ConfigError: it is float16, or none that is known.
+    """
+    if dtype == "float16":  # the 1e-8 in AdamW's denominator is 0 there, and the first step gives NaN
+        raise ConfigError(
+            "dtype is float16, in which AdamW divides by 0; it must be float32 or bfloat16, and --mixed-precision fp16 "
+            "computes in float16"
+        )
+    require_choice("dtype", dtype, ("float32", "bfloat16"))
 
 
 def option_names(*classes: type) -> list[str]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.companions import begin_run
-from lowrank_ft.checkpoints.folders import check_writable
+from lowrank_ft.checkpoints.folders import check_replaceable, check_writable
 from lowrank_ft.checkpoints.locks import is_write_failure, refused_write
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
@@ -31,23 +31,27 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
 
     Raises:
         TrainingStateError: it does not exist.
-        OutputError: ``output_dir`` cannot be written; or it holds an earlier run or somebody else's
-            files, and neither resuming nor overwriting was asked for.
+        OutputError: ``output_dir`` cannot be written, or not be replaced when the run ends; or it holds an earlier run or
+            somebody else's files, and neither resuming nor overwriting was asked for.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
+    check_replaceable(folder)
     # What a run or an export left, or token files: nothing that a process of this run has put there meanwhile.
     taken = (METRICS_FILE, "config.json", resume.FOLDER, "README.md", "index.json", "*.safetensors")
     used = sorted(p.name for pattern in taken for p in folder.glob(pattern))
-    # A job that is started again and again has one command line: the first time there is nothing to resume.
-    if args.resume_from_checkpoint and (used or not resume.is_auto(args.resume_from_checkpoint)):
+    # A job that is queued again is started with the same command. With `auto` it begins anew where there is nothing to
+    # resume: the first time, and after it was killed before its first checkpoint.
+    begins = resume.is_auto(args.resume_from_checkpoint) and not resume.find_checkpoints(folder)
+    begins = begins and (args.overwrite_output_dir or not used or _broken_off(folder, used))
+    if args.resume_from_checkpoint and not begins:
         return resume.resolve_checkpoint(folder, str(args.resume_from_checkpoint))
     home = folder.resolve()
     if source is not None and (source.resolve() == home or source.resolve().is_relative_to(home / resume.FOLDER)):
         raise OutputError(
             f"the run starts from {source}, which is in --output-dir {folder} and would be replaced; name another --output-dir"
         )
-    if used and not args.overwrite_output_dir:
+    if used and not begins and not args.overwrite_output_dir:
         if METRICS_FILE in used or "config.json" in used:
             can_go_on = bool(resume.find_checkpoints(folder))
             state = "" if can_go_on else " without a checkpoint"
@@ -61,6 +65,11 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
             "--overwrite-output-dir"
         )
     return None
+
+
+def _broken_off(folder: Path, used: list[str]) -> bool:
+    """Whether all that was found in ``folder`` is of a run that was killed before its first checkpoint."""
+    return METRICS_FILE in used and set(used) <= {METRICS_FILE, resume.FOLDER} and not resume.has_steps(folder)
 
 
 def prepare_folder(output_dir: str | Path, source: Path, export_dtype: torch.dtype, checkpoint: Path | None) -> None:
@@ -100,7 +109,7 @@ def writes_explained(output_dir: str | Path) -> Iterator[None]:
 
 
 def make_accelerator(args: TrainArguments) -> Accelerator:
-    """The Accelerator of a run. Accumulation is the trainer's own, because its loss is normalized by tokens.
+    """The Accelerator of a run.
 
     Raises:
         ConfigError: the launcher is configured for something that is not supported.
@@ -112,8 +121,6 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
             log_with=args.report_to or None,
             project_dir=args.output_dir,
         )
-        # The launcher's setting would divide every loss once more.
-        accelerator.gradient_accumulation_steps = 1
     except ValueError as error:  # an unknown tracker, or a precision that the device lacks
         raise ConfigError(f"accelerate refuses these settings: {str(error).splitlines()[0]}") from error
     fsdp.set_up(accelerator)

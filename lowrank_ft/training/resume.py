@@ -79,6 +79,11 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
 
 
+def has_steps(output_dir: Path) -> bool:
+    """Whether there are checkpoints, whole or not."""
+    return any(_NAME.fullmatch(p.name) for p in (output_dir / FOLDER).glob("*"))
+
+
 def remove_drafts(output_dir: Path) -> None:
     """Remove checkpoints that were being written, such as when the disk was full."""
     folder = output_dir / FOLDER
@@ -114,8 +119,7 @@ def resolve_checkpoint(output_dir: Path, wanted: str) -> Path:
         found = find_checkpoints(output_dir)
         if not found:
             raise TrainingStateError(
-                f"{output_dir / FOLDER} holds no checkpoint to resume from; start anew, with --overwrite-output-dir "
-                "in place of --resume-from-checkpoint"
+                f"{output_dir / FOLDER} holds no checkpoint to resume from; add --overwrite-output-dir to start anew"
             )
         return found[-1]
     path = Path(wanted)
@@ -311,8 +315,25 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def commit(draft: Path, final: Path, keep: int) -> None:
-    """Give a finished draft its name, and remove all but the newest ``keep`` checkpoints."""
+    """Give a finished draft its name, and remove all but it and the newest, so that ``keep`` are left."""
     take_place(draft, final)
     shutil.rmtree(draft, ignore_errors=True)  # what was there before
-    for old in find_checkpoints(final.parent.parent)[:-keep]:
+    # Those of a run that was resumed from another folder may have higher numbers than this one.
+    others = [p for p in find_checkpoints(final.parent.parent) if p != final]
+    for old in others[: max(0, len(others) - keep + 1)]:
         shutil.rmtree(old)
+
+
+def remove_later(output_dir: Path, checkpoint: Path, step: int) -> list[str]:
+    """Remove the checkpoints after ``step`` of the run that goes on from there, and return their names.
+
+    They belong to a continuation that was given up: ``auto`` would take them for this one's. Nothing happens where
+    ``checkpoint``, from which the run was restored, lies in another folder.
+    """
+    folder = output_dir / FOLDER
+    if checkpoint.resolve().parent != folder.resolve():
+        return []
+    later = sorted(p for p in folder.iterdir() if (named := _NAME.fullmatch(p.name)) and int(named[1]) > step)
+    for path in later:
+        shutil.rmtree(path)
+    return [path.name for path in later]

@@ -41,8 +41,8 @@ def check_same_run(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, 
     Raises:
         TrainingStateError: they differ.
     """
-    # What only this run has counts, too: another rank is a name that the other run did not have.
-    # But not a value that a newer transformers has put into the config.
+    # A setting that only this run has is a difference, too: a rank may be given to a layer that had none before.
+    # A new value in the model's config is not: a newer transformers may have added it.
     names = [*then, *(name for name in now if name not in then and not name.startswith("config."))]
     changed = [f"{k} {then.get(k)!r} -> {now.get(k)!r}" for k in names if now.get(k) != then.get(k)]
     if not changed:

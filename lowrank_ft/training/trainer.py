@@ -15,6 +15,7 @@ what FSDP2 needs beyond it is in :mod:`lowrank_ft.training.fsdp`.
 
 import gc
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -65,7 +66,8 @@ class Trainer:
         args: options of the run.
         train_data: what :func:`load_data` returned first.
         eval_data: and second; None for no evaluation.
-        accelerator: made by :func:`make_accelerator` if not given.
+        accelerator: made by :func:`make_accelerator` if not given. Its own gradient accumulation is set to 1: that of
+            ``args`` counts.
         on_step_end: called with the number of completed steps, after evaluation and checkpoint.
         teacher: the dense model, for ``distill_weight`` above 0; frozen, moved to the device or sharded, in place.
         distill_data: text on which the model is held to the teacher; None for the training data.
@@ -92,6 +94,9 @@ class Trainer:
             warnings.warn(f"{count} pivoted layers were made plain factors, which learn better", stacklevel=2)
         self.args = args
         self.accelerator = accelerator or make_accelerator(args)
+        # The loss is divided by the tokens of all passes already; the launcher's setting, or the caller's, would divide it
+        # once more.
+        self.accelerator.gradient_accumulation_steps = 1
         fsdp.set_up(self.accelerator)
         self._sharded = fsdp.uses_fsdp(self.accelerator)
         self.train_data, self.eval_data, self.distill_data = train_data, eval_data, distill_data
@@ -308,3 +313,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state.scaler)
         resume.read_rng(checkpoint, self.accelerator.process_index)
         self.step, self._best.loss, self._best.step = state.step, state.best_loss, state.best_step
+        self.accelerator.wait_for_everyone()  # no process may still refuse the checkpoint
+        if self.accelerator.is_main_process:
+            later = resume.remove_later(self.output_dir, checkpoint, self.step)
+            if later:
+                print(f"note: removed {', '.join(later)}: the run goes on from {checkpoint.name}", file=sys.stderr)

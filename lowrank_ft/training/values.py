@@ -17,8 +17,8 @@ _SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 def checked(name: str, value: Any, hint: Any, where: str = "") -> Any:
     """``value`` as an option of type ``hint`` has it.
 
-    ``no`` is False in YAML; where it is one of the words that an option takes, it is that word. ``~`` in paths is the
-    home folder.
+    ``no`` is False in YAML; where it is one of the words that an option takes, it is that word. ``true`` of
+    ``resume_from_checkpoint`` is ``auto``. ``~`` in paths is the home folder.
 
     Args:
         where: begins the message, such as the name of a file.
@@ -31,6 +31,8 @@ def checked(name: str, value: Any, hint: Any, where: str = "") -> Any:
         value = _trackers(value)
     if name == "mixed_precision" and value is False:
         value = "no"
+    if name == "resume_from_checkpoint" and isinstance(value, bool):  # as transformers has it
+        value = "auto" if value else None
     if value is None and type(None) in kinds:
         return None
     found = _NOTHING

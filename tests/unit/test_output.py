@@ -159,13 +159,28 @@ def test_one_of_the_two_folders_is_there_at_every_moment(tmp_path, monkeypatch, 
 
 
 def test_a_folder_that_was_put_aside_comes_back(tmp_path, capsys):
-    aside = tmp_path / ".out.abc.replaced"
+    aside = tmp_path / ".out.abcd_123.replaced"
     (aside / "old").mkdir(parents=True)
     fill(aside / "old", "old")
     check_output_dir(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "config.json").read_text() == "old"
     assert "was restored; a command that was killed had moved it" in capsys.readouterr().err
     assert listing(tmp_path) == ["out"]
+
+
+def test_hidden_folders_of_a_longer_name_are_left_alone(tmp_path):
+    """`out.v2` is being written by another process, and another that wrote it was killed while it replaced the old one."""
+    with whole_folder(tmp_path / "out.v2") as other:
+        fill(other)
+        with whole_folder(tmp_path / "out") as draft:
+            fill(draft, "mine")
+        assert (other / "config.json").is_file()
+    assert listing(tmp_path) == ["out", "out.v2"]
+    aside = tmp_path / ".new.v2.abcd_123.replaced"
+    (aside / "old").mkdir(parents=True)
+    check_output_dir(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert (aside / "old").is_dir()
 
 
 def test_everything_is_on_the_disk_before_it_is_announced(tmp_path, monkeypatch):
@@ -227,6 +242,47 @@ def test_a_finished_folder_takes_the_place_of_another(tmp_path, monkeypatch, swa
     take_place(tmp_path / "draft", tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == "draft"
     assert set(listing(tmp_path)) <= {"out", "draft"}
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lost+found").mkdir()
+    with pytest.raises(
+        OutputError, match=f"out is a mount point, .*; name a folder inside it, such as {tmp_path}/out/model"
+    ):
+        check_output_dir(tmp_path / "out")
+    check_output_dir(tmp_path / "out" / "model")
+
+
+def test_a_folder_in_one_that_may_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    with pytest.raises(OutputError, match=f"out cannot be replaced: no permission in {tmp_path}, where"):
+        check_output_dir(tmp_path / "out")
+    check_output_dir(tmp_path / "out" / "model")
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_folder_that_the_system_does_not_move_is_named(tmp_path, monkeypatch, code, keep):
+    """Found out at the end, such as where a folder became a mount point meanwhile."""
+    out, stock = tmp_path / "out", os.replace
+    out.mkdir()
+
+    def replace(source, target):
+        if out in (source, target) or target.parent == out:
+            raise OSError(code, os.strerror(code))
+        stock(source, target)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "replace", replace)
+    with (
+        pytest.raises(OutputError, match="out cannot get its new content .*it is a mount point"),
+        whole_folder(out, keep_existing=keep) as draft,
+    ):
+        fill(draft)
+    assert listing(tmp_path) == ["out"]
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):

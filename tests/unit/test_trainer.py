@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from torch.nn import functional as F
@@ -359,6 +360,36 @@ def test_only_the_newest_checkpoints_stay(tmp_path, data):
     }
 
 
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_forgets_the_later_ones(tmp_path, data, capsys):
+    """Else `auto` would go on from those, after a kill, and the new ones would be counted as the oldest."""
+    Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
+    seen = {}
+
+    def look(step, trainer):
+        seen[step] = [int(p.name[5:]) for p in find_checkpoints(tmp_path / "run")]
+
+    early = str(tmp_path / "run" / "checkpoints" / "step-00000004")
+    args = arguments(tmp_path, save_steps=2, save_total_limit=2, resume_from_checkpoint=early)
+    Trainer(guided(), args, data, on_step_end=look).train()
+    assert seen == {5: [2, 4], 6: [4, 6], 7: [4, 6], 8: [6, 8]}
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: removed")]
+    assert told == ["note: removed step-00000006, step-00000008: the run goes on from step-00000004"]
+
+
+def test_a_checkpoint_that_has_just_been_written_stays(tmp_path, data):
+    """Those of another run in the same folder have higher numbers, and are not touched while there is room."""
+    Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
+    (tmp_path / "run" / "checkpoints" / "step-00000004").rename(tmp_path / "step-00000004")
+    seen = {}
+
+    def look(step, trainer):
+        seen[step] = [int(p.name[5:]) for p in find_checkpoints(tmp_path / "run")]
+
+    args = arguments(tmp_path, save_steps=1, save_total_limit=1, resume_from_checkpoint=str(tmp_path / "step-00000004"))
+    Trainer(guided(), args, data, on_step_end=look).train()
+    assert seen[5] == [5]
+
+
 def test_optimizer_state_goes_by_name():
     model = guided("dense")
     optimizer = torch.optim.AdamW(model.parameters())
@@ -378,9 +409,11 @@ def test_a_run_of_other_settings_is_not_resumed(tmp_path, data):
     with pytest.raises(TrainingStateError, match=r"learning_rate 0\.003 -> 0\.1"):
         Trainer(guided(), arguments(tmp_path, learning_rate=0.1, resume_from_checkpoint="auto"), data).train()
     (tmp_path / "none" / "run").mkdir(parents=True)
-    (tmp_path / "none" / "run" / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(TrainingStateError, match="no checkpoint to resume from"):
-        Trainer(guided(), arguments(tmp_path / "none", resume_from_checkpoint="auto"), data).train()
+    for name in ("metrics.jsonl", "config.json"):
+        (tmp_path / "none" / "run" / name).write_text("{}\n")
+    again = arguments(tmp_path / "none", resume_from_checkpoint="auto")
+    with pytest.raises(TrainingStateError, match="no checkpoint to resume from; add --overwrite-output-dir to start"):
+        Trainer(guided(), again, data).train()
 
 
 @pytest.mark.parametrize("wanted", ["auto", "true", True])
@@ -393,6 +426,33 @@ def test_a_job_that_may_be_started_again_has_one_command_line(tmp_path, data, wa
     again.train()
     assert first > 0
     assert again.starting_point()[1].step == 4
+
+
+@pytest.mark.parametrize(
+    ("left", "overwrite", "begins"),
+    [
+        (["metrics.jsonl", "tokenizer.json", "run.json"], False, True),
+        (["metrics.jsonl", "checkpoints/.step-00000002.partial/model.safetensors", "checkpoints/best/best.json"], False, True),
+        (["metrics.jsonl", "config.json"], False, False),
+        (["metrics.jsonl", "config.json"], True, True),
+        (["metrics.jsonl", "checkpoints/step-00000002/model.safetensors"], False, False),
+        (["model.safetensors"], False, False),
+        (["checkpoints/mine.pt"], False, False),
+    ],
+)  # fmt: skip
+def test_a_job_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path, data, left, overwrite, begins):
+    for name in left:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}\n")
+    args = arguments(tmp_path, max_steps=2, resume_from_checkpoint="auto", overwrite_output_dir=overwrite)
+    trainer = Trainer(guided(), args, data)
+    if not begins:
+        with pytest.raises(TrainingStateError, match="no checkpoint to resume from"):
+            trainer.starting_point()
+        return
+    trainer.train()
+    assert len(records(tmp_path)) == 2
+    assert not (tmp_path / "run" / "checkpoints" / ".step-00000002.partial").exists()
 
 
 def test_the_best_weights_of_a_killed_run_are_not_taken_for_those_of_the_resumed_one(tmp_path, data):
@@ -468,6 +528,13 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_training(tmp_pat
             Trainer(guided(), arguments(tmp_path, output_dir=str(folder)), data).train()
 
 
+def test_a_mount_point_is_refused_before_training(tmp_path, data, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(tmp_path / "run"))
+    with pytest.raises(OutputError, match="run is a mount point, .*; name a folder inside it"):
+        Trainer(guided(), arguments(tmp_path), data).train()
+
+
 def test_overwriting_forgets_the_earlier_runs_checkpoints(tmp_path, data):
     Trainer(guided(), arguments(tmp_path, save_steps=4), data).train()
     seen = {}
@@ -498,6 +565,16 @@ def test_the_launchers_accumulation_does_not_divide_again(tmp_path, data, monkey
         AcceleratorState._reset_state(reset_partial_state=True)
         Trainer(guided(), arguments(tmp_path / str(i), max_steps=2), data).train()
         norms.append([e["grad_norm"] for e in records(tmp_path / str(i))])
+    assert norms[0] == norms[1]
+
+
+def test_nor_does_that_of_an_accelerator_of_ones_own(tmp_path, data):
+    norms = []
+    for steps in (1, 4):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        own = Accelerator(gradient_accumulation_steps=steps)
+        Trainer(guided(), arguments(tmp_path / str(steps), max_steps=2), data, accelerator=own).train()
+        norms.append([e["grad_norm"] for e in records(tmp_path / str(steps))])
     assert norms[0] == norms[1]
 
 
