@@ -1,4 +1,4 @@
-"""Factorize a model block by block, each linear fitted to what really reaches it in the converted model.
+"""Factorize a model block by block: each linear is fitted to what reaches it, and to what its outputs are worth.
 
 Along each chain of blocks run two streams of hidden states: those of the dense model and, where the method or
 refinement asks for it, those of the model as converted so far. Within a block the linears are taken in the order in

@@ -1,4 +1,6 @@
-"""What a rank is worth in each linear: squared spectra, weighted by its inputs and by how much its outputs matter.
+"""What a rank is worth in each linear, and what each of its outputs is worth.
+
+Squared spectra, weighted by a linear's inputs and by how much its outputs matter:
 
     energy    s_i^2 of  W A^1/2, over their sum                A = mean over tokens of x x^T
     loss      s_i^2 of  g W A^1/2                              g^2 = mean over tokens and outputs of a squared gradient
@@ -9,6 +11,8 @@ arXiv 1503.05671), with the output side reduced to one number. The loss is the n
 the model draws itself, as the Fisher information wants it; a model without logits, or with one, takes a random
 projection of its output. The tail of the first is the share of a linear's output that is lost, all linears counting the
 same.
+
+The fit of the factors keeps one number for each output (:func:`output_importance`), which there makes a large difference.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
