@@ -20,8 +20,8 @@ from lowrank_ft.checkpoints.names import check_model_name, local_folder, near_mi
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError, first_line
 
 _DATA_FILES = (
-    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "LICENCE*", "NOTICE*",
-    "USE_POLICY*", "COPYING*", "README.md",
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "vocab.bpe", "bpe.codes", "LICENSE*",
+    "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*", "README.md",
 )  # fmt: skip
 
 
