@@ -48,7 +48,7 @@ def push(
     uploaded is listed on stderr before.
 
     Args:
-        private: make a new repository private.
+        private: make a new repository private; one that is public already is refused.
         revision: branch to push to, made if there is none.
         create_pr: open a pull request against the default branch of a repository that exists.
 
@@ -58,7 +58,7 @@ def push(
     Raises:
         ConfigError: ``create_pr`` together with ``revision`` or ``private``.
         CheckpointNotFoundError, CheckpointError: the folder is not a whole checkpoint.
-        OutputError: the Hub refuses.
+        OutputError: the Hub refuses; or the repository is public, and ``private`` was asked for.
     """
     if create_pr and (private or revision is not None):
         given = "--private" if private else "--revision"
@@ -86,6 +86,11 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as staged:
             _stage(folder, Path(staged), repo_id)
+            if private and not api.repo_info(repo_id).private:  # it was there before
+                raise OutputError(
+                    f"{repo_id} is public already, and --private is for a new repository; make it private in its settings on "
+                    "the Hub, or leave --private out"
+                )
             _announce(folder, Path(staged), repo_id)
             commit = api.upload_folder(
                 repo_id=repo_id,
