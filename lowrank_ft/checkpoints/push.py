@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub import errors as hub_errors
 
-from lowrank_ft.checkpoints.companions import companions
+from lowrank_ft.checkpoints.companions import companions, is_own_file, matches
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, PLACEHOLDER, RANK_MAP_FILE
 from lowrank_ft.checkpoints.names import is_hub_id
 from lowrank_ft.checkpoints.source import Source
@@ -32,6 +32,10 @@ _WRITTEN = (
 )  # fmt: skip
 
 
+_ONNX = ("*.onnx", "*.onnx_data", "*.onnx.data")  # what browsers load, in a folder of that name
+_TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".parquet")
+
+
 def push(
     folder: str | Path,
     repo_id: str,
@@ -42,7 +46,7 @@ def push(
     create_pr: bool = False,
     token: str | None = None,
 ) -> str:
-    """Create the repository if need be and upload the folder: safetensors, configs, tokenizer, loader, card.
+    """Create the repository if need be and upload the folder: safetensors, ONNX, configs, tokenizer, loader, card.
 
     Anything else in it stays here: training checkpoints, pickles, and files that this package does not know. What is
     uploaded is listed on stderr before.
@@ -116,6 +120,9 @@ def push(
 def _stage(folder: Path, staged: Path, repo_id: str) -> None:
     """Links to what is to be published; config, card and record are rewritten for readers elsewhere."""
     names = companions(folder, _WRITTEN)
+    for path in sorted((folder / "onnx").glob("*")):
+        if matches(path.name, _ONNX) and is_own_file(path, folder):
+            names.append(f"onnx/{path.name}")
     for name in names:
         if name not in ("config.json", "README.md", "adapter_config.json", CONVERSION_FILE):
             (staged / name).parent.mkdir(exist_ok=True)
