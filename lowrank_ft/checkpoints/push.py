@@ -86,15 +86,15 @@ def push(
     try:
         if not create_pr:  # a pull request is made to what is there
             api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as staged:
-            _stage(folder, Path(staged), repo_id)
             if private and not api.repo_info(repo_id).private:  # it was there before
                 raise OutputError(
                     f"{repo_id} is public already, and --private is for a new repository; make it private in its settings on "
                     "the Hub, or leave --private out"
                 )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as staged:
+            _stage(folder, Path(staged), repo_id)
             _announce(folder, Path(staged), repo_id)
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -131,14 +131,18 @@ def _stage(folder: Path, staged: Path, repo_id: str) -> None:
     if "README.md" in names:
         card = (folder / "README.md").read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
         (staged / "README.md").write_text(card if local is None else _without_local(card, local), encoding="utf-8")
+    base = None
     if "config.json" in names:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         entry = config.get("quantization_config")
-        if isinstance(entry, dict) and not is_hub_id(entry.get("base_model")):
-            entry.pop("base_model", None)
+        if isinstance(entry, dict):
+            if is_hub_id(entry.get("base_model")):
+                base = entry["base_model"]
+            else:
+                entry.pop("base_model", None)
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if CONVERSION_FILE in names:
-        record = _public_record((folder / CONVERSION_FILE).read_text(encoding="utf-8"))
+        record = _public_record((folder / CONVERSION_FILE).read_text(encoding="utf-8"), base)
         if record is not None:
             (staged / CONVERSION_FILE).write_text(record, encoding="utf-8")
 
@@ -177,15 +181,20 @@ def _announce(folder: Path, staged: Path, repo_id: str) -> None:
         print(f"not uploaded: {', '.join(left)}", file=sys.stderr)
 
 
-def _public_record(text: str) -> str | None:
-    """``conversion.json`` without local paths; None where it is damaged, which keeps it here."""
+def _public_record(text: str, base: str | None) -> str | None:
+    """``conversion.json`` without local paths; None where it is damaged, which keeps it here.
+
+    Args:
+        base: the dense model, if that is on the Hub. The record has the last part of a path, which may look like a Hub id.
+    """
     try:
         record = json.loads(text)
-        if not is_hub_id(record.get("base_model")):
+        if base is None or record.get("base_model") != base:
             record.pop("base_model", None)
         calibration = record.get("calibration") or {}
-        if Path(calibration.get("source") or "").is_absolute():
-            calibration["source"] = Path(calibration["source"]).name
+        source = Path(calibration.get("source") or "")
+        if source.suffix.lower() in _TEXT_FILES or (source.name and not is_hub_id(str(source))):
+            calibration["source"] = source.name
     except (ValueError, AttributeError, TypeError):
         return None
     return json.dumps(record) + "\n"
