@@ -30,7 +30,7 @@ from lowrank_ft.conversion.restore import shape_factors, shape_guides
 from lowrank_ft.costs.flops import compare
 from lowrank_ft.data.examples import TokenizedData, context_length
 from lowrank_ft.data.tokens import check_embeddings
-from lowrank_ft.errors import CheckpointError, ConfigError
+from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from lowrank_ft.factorization.remainder import notes
 from lowrank_ft.factorization.targets import as_patterns
 from lowrank_ft.nn import check_guide_bits, guided_layers
@@ -227,6 +227,16 @@ def load_dense(
         if teaches:
             check_causal_lm(source.load_config(), source)
         return load_model(source, getattr(torch, args.dtype), device)
+    except CheckpointNotFoundError as error:
+        if args.guide_model is not None:
+            raise
+        # The name is one that the checkpoint holds, and that the user may never have seen.
+        problem = "is not here" if not is_hub_id(name) and source.folder is None else f"cannot be loaded: {error}"
+        without = "--guide none --distill-weight 0" if teaches else "--guide none"
+        raise CheckpointNotFoundError(
+            f"{'distillation' if teaches else 'the guide'} needs the dense model that {args.model} was made from, which was "
+            f"{name} and {problem}; name it with --guide-model MODEL, or train without it: {without}"
+        ) from error
     except CheckpointError as error:
         withheld = args.trust_remote_code and not source.trust_remote_code
         if withheld and PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("auto_map"):

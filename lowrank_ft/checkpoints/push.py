@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub import errors as hub_errors
 
-from lowrank_ft.checkpoints.companions import companions
+from lowrank_ft.checkpoints.companions import companions, is_own_file, matches
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, PLACEHOLDER, RANK_MAP_FILE
 from lowrank_ft.checkpoints.names import is_hub_id
 from lowrank_ft.checkpoints.source import Source
@@ -32,6 +32,10 @@ _WRITTEN = (
 )  # fmt: skip
 
 
+_ONNX = ("*.onnx", "*.onnx_data", "*.onnx.data")  # what browsers load, in a folder of that name
+_TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".parquet")
+
+
 def push(
     folder: str | Path,
     repo_id: str,
@@ -42,13 +46,13 @@ def push(
     create_pr: bool = False,
     token: str | None = None,
 ) -> str:
-    """Create the repository if need be and upload the folder: safetensors, configs, tokenizer, loader, card.
+    """Create the repository if need be and upload the folder: safetensors, ONNX, configs, tokenizer, loader, card.
 
     Anything else in it stays here: training checkpoints, pickles, and files that this package does not know. What is
     uploaded is listed on stderr before.
 
     Args:
-        private: make a new repository private.
+        private: make a new repository private; one that is public already is refused.
         revision: branch to push to, made if there is none.
         create_pr: open a pull request against the default branch of a repository that exists.
 
@@ -58,7 +62,7 @@ def push(
     Raises:
         ConfigError: ``create_pr`` together with ``revision`` or ``private``.
         CheckpointNotFoundError, CheckpointError: the folder is not a whole checkpoint.
-        OutputError: the Hub refuses.
+        OutputError: the Hub refuses; or the repository is public, and ``private`` was asked for.
     """
     if create_pr and (private or revision is not None):
         given = "--private" if private else "--revision"
@@ -82,6 +86,11 @@ def push(
     try:
         if not create_pr:  # a pull request is made to what is there
             api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.repo_info(repo_id).private:  # it was there before
+                raise OutputError(
+                    f"{repo_id} is public already, and --private is for a new repository; make it private in its settings on "
+                    "the Hub, or leave --private out"
+                )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as staged:
@@ -111,6 +120,9 @@ def push(
 def _stage(folder: Path, staged: Path, repo_id: str) -> None:
     """Links to what is to be published; config, card and record are rewritten for readers elsewhere."""
     names = companions(folder, _WRITTEN)
+    for path in sorted((folder / "onnx").glob("*")):
+        if matches(path.name, _ONNX) and is_own_file(path, folder):
+            names.append(f"onnx/{path.name}")
     for name in names:
         if name not in ("config.json", "README.md", "adapter_config.json", CONVERSION_FILE):
             (staged / name).parent.mkdir(exist_ok=True)
@@ -119,14 +131,18 @@ def _stage(folder: Path, staged: Path, repo_id: str) -> None:
     if "README.md" in names:
         card = (folder / "README.md").read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
         (staged / "README.md").write_text(card if local is None else _without_local(card, local), encoding="utf-8")
+    base = None
     if "config.json" in names:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         entry = config.get("quantization_config")
-        if isinstance(entry, dict) and not is_hub_id(entry.get("base_model")):
-            entry.pop("base_model", None)
+        if isinstance(entry, dict):
+            if is_hub_id(entry.get("base_model")):
+                base = entry["base_model"]
+            else:
+                entry.pop("base_model", None)
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if CONVERSION_FILE in names:
-        record = _public_record((folder / CONVERSION_FILE).read_text(encoding="utf-8"))
+        record = _public_record((folder / CONVERSION_FILE).read_text(encoding="utf-8"), base)
         if record is not None:
             (staged / CONVERSION_FILE).write_text(record, encoding="utf-8")
 
@@ -165,15 +181,20 @@ def _announce(folder: Path, staged: Path, repo_id: str) -> None:
         print(f"not uploaded: {', '.join(left)}", file=sys.stderr)
 
 
-def _public_record(text: str) -> str | None:
-    """``conversion.json`` without local paths; None where it is damaged, which keeps it here."""
+def _public_record(text: str, base: str | None) -> str | None:
+    """``conversion.json`` without local paths; None where it is damaged, which keeps it here.
+
+    Args:
+        base: the dense model, if that is on the Hub. The record has the last part of a path, which may look like a Hub id.
+    """
     try:
         record = json.loads(text)
-        if not is_hub_id(record.get("base_model")):
+        if base is None or record.get("base_model") != base:
             record.pop("base_model", None)
         calibration = record.get("calibration") or {}
-        if Path(calibration.get("source") or "").is_absolute():
-            calibration["source"] = Path(calibration["source"]).name
+        source = Path(calibration.get("source") or "")
+        if source.suffix.lower() in _TEXT_FILES or (source.name and not is_hub_id(str(source))):
+            calibration["source"] = source.name
     except (ValueError, AttributeError, TypeError):
         return None
     return json.dumps(record) + "\n"

@@ -16,12 +16,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTok
 from lowrank_ft.checkpoints.adapters import ADAPTER_CONFIG, check_adapter
 from lowrank_ft.checkpoints.configs import read_config_file, refused
 from lowrank_ft.checkpoints.files import TensorInfo, no_safetensors, read_headers, safetensors_files
-from lowrank_ft.checkpoints.names import check_model_name, local_folder
+from lowrank_ft.checkpoints.names import check_model_name, local_folder, near_miss
 from lowrank_ft.errors import CheckpointError, CheckpointNotFoundError, LowRankError, first_line
 
 _DATA_FILES = (
-    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "LICENCE*", "NOTICE*",
-    "USE_POLICY*", "COPYING*", "README.md",
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "vocab.bpe", "bpe.codes", "LICENSE*",
+    "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*", "README.md",
 )  # fmt: skip
 
 
@@ -120,8 +120,10 @@ class Source:
         """Look for an adapter beside the weights, before those are read.
 
         Raises:
+            CheckpointNotFoundError: the name can only be that of a folder, and there is none.
             CheckpointError: there is one and ``adapter`` is not set, or the other way round.
         """
+        check_model_name(self.name)
         if self.folder is not None:
             found = (self.folder / ADAPTER_CONFIG).is_file()
         else:
@@ -233,21 +235,24 @@ class Source:
             ) from error
         except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
             raise CheckpointNotFoundError(
-                f"{self.name} is neither a folder here nor a model on the Hub; check the spelling, "
+                f"{self.name} is neither a folder here nor a model on the Hub{near_miss(self.name)}; check the spelling, "
                 "and run hf auth login if it is private"
             ) from error
         except hub_errors.RevisionNotFoundError as error:
             raise CheckpointNotFoundError(f"{self.name} has no revision {self.revision!r} on the Hub") from error
         except hub_errors.LocalEntryNotFoundError as error:
             raise _HubUnreachableError(
-                f"{self.name} is no folder here, and the Hub cannot be reached; check the path or the connection"
+                f"{self.name} is no folder here, and the Hub cannot be reached{near_miss(self.name)}; check the path or the "
+                "connection"
             ) from error
         except hub_errors.EntryNotFoundError as error:
             raise CheckpointNotFoundError(f"{self.name} has no config.json; it is not a transformers model") from error
         except hub_errors.NotASafetensorsRepoError:
             raise
         except Exception as error:  # offline mode, a failing Hub, or whatever the client's HTTP library raises
-            raise _HubUnreachableError(f"{self.name}: the Hub cannot be read ({first_line(error)})") from error
+            raise _HubUnreachableError(
+                f"{self.name}: the Hub cannot be read ({first_line(error)}){near_miss(self.name)}"
+            ) from error
 
 
 class _HubUnreachableError(CheckpointNotFoundError):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lowrank_ft.checkpoints.atomic import take_place, whole_file
-from lowrank_ft.checkpoints.folders import check_folder
+from lowrank_ft.checkpoints.folders import check_folder, check_replaceable
 from lowrank_ft.checkpoints.locks import exclusive
 from lowrank_ft.console import progress_bar
 from lowrank_ft.data.documents import Corpus, Piece, Position
@@ -88,6 +88,7 @@ def write_token_files(
         raise ConfigError(f"--max-shard-size is {max_shard_bytes} bytes; it must be {_LEAST_SHARD_BYTES} or more")
     output_dir = Path(output_dir)
     check_folder(output_dir, overwrite, INDEX_FILE, (INDEX_FILE, "tokens-*.safetensors"), "token files")
+    check_replaceable(output_dir)
     if corpus.would_read(output_dir / INDEX_FILE):
         raise OutputError(f"--output-dir {output_dir} is inside a folder that is read; write somewhere else")
     facts = tokenizer_facts(tokenizer, name)

@@ -148,7 +148,9 @@ def _row(name: str, model: PreTrainedModel, folder: Path, held_out: torch.Tensor
 
 
 def _measure_speed(rows: list[Row], held_out: torch.Tensor, rounds: int = 3) -> None:
-    """Forward tokens per second, the best of a few rounds in turn, so that a busy moment hits no model alone."""
+    """Forward tokens per second on the CPU, the best of a few rounds in turn, so that a busy moment hits no model alone."""
+    for row in rows:
+        row.model.to("cpu")  # a model that was trained may be on a GPU, those that were loaded are not
     for _ in range(rounds):
         for row in rows:
             speed = evaluate_blocks(row.model, held_out[:32]).tokens_per_second

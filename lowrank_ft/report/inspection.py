@@ -1,5 +1,7 @@
 """A compact checkpoint, read for what there is to say about it: counts, records, and on request its weights' spectra."""
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,7 +134,7 @@ def dense_folder(checkpoint: Checkpoint, baseline: str | None) -> str | None:
     if baseline is not None:
         return baseline
     base = checkpoint.base_model
-    return base if base and (Path(base).expanduser() / "config.json").is_file() else None
+    return base if base and os.path.isfile(os.path.join(os.path.expanduser(base), "config.json")) else None
 
 
 def linear_records(
@@ -161,7 +163,9 @@ def linear_records(
     except LowRankError as error:
         if baseline is not None:
             raise
-        return recorded, "", f"{error}; name the dense model with --baseline MODEL"
+        print(f"note: {error}", file=sys.stderr)  # it may tell a path, and the report may be published
+        title = Source(dense).title
+        return recorded, "", f"{title} does not load or does not fit; name the dense model with --baseline MODEL"
     measured = {
         n: replace(r, output_error=recorded[n].output_error) if n in recorded else r for n, r in measured.items()
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_ft.checkpoints.files import safetensors_files
-from lowrank_ft.checkpoints.names import is_hub_id
+from lowrank_ft.checkpoints.names import is_hub_id, local_folder
 from lowrank_ft.console import human_bytes, human_count
 from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
 from lowrank_ft.factorization.plan import LinearPlan, shape_text
@@ -77,8 +77,8 @@ def build_report(
 def _disk_row(checkpoint: Checkpoint, baseline: str | None) -> Row:
     after = sum(p.stat().st_size for p in safetensors_files(checkpoint.folder))
     dense = dense_folder(checkpoint, baseline)
-    folder = Path(dense).expanduser() if dense else None
-    files = sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else []
+    folder = local_folder(dense) if dense else None
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     if files:
         before = float(sum(p.stat().st_size for p in files))
         return Row("weights on disk", human_bytes(before), human_bytes(after), change(before, after))

@@ -2,6 +2,11 @@
 
 import json
 
+import torch
+from torch import nn
+
+from lowrank_ft.demo import demo
+from lowrank_ft.evaluation.perplexity import Evaluation
 from tests.conftest import ROOT
 
 
@@ -17,6 +22,28 @@ def test_the_demo(cli, tmp_path):
     assert tuned["perplexity"] < dense["perplexity"] < converted["perplexity"]
     assert (tmp_path / "demo" / "training.png").stat().st_size > 10_000
     assert "finetuned" in {p.name for p in (tmp_path / "demo").iterdir()}
+
+
+def test_speeds_are_compared_on_one_device(monkeypatch):
+    """A model that was trained on a GPU is still there, and those that were loaded are on the CPU."""
+
+    class Trained(nn.Module):
+        place = "cuda"
+
+        def to(self, device):
+            self.place = device
+            return self
+
+    model = Trained()
+    measured = []
+
+    def evaluate(model, blocks):
+        measured.append(model.place)
+        return Evaluation(1.0, 1, 1.0)
+
+    monkeypatch.setattr(demo, "evaluate_blocks", evaluate)
+    demo._measure_speed([demo.Row("LoRA", 1, 1, 1.0, model)], torch.zeros(1, 1), rounds=2)
+    assert measured == ["cpu", "cpu"]
 
 
 def test_the_model_was_trained_by_the_script_beside_its_log():

@@ -279,6 +279,21 @@ def test_what_the_hub_does_not_have(hub, command, tmp_path):
     assert not any(r.path.endswith(".bin") and r.method == "GET" for r in hub.requests)
 
 
+def test_nothing_private_goes_to_a_public_repository(hub, command, tmp_path):
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=8)
+    save_compact(model, tmp_path / "compact")
+    (tmp_path / "first").mkdir()
+    for name, private in (("public", False), ("private", True)):
+        hub.add_folder(f"me/{name}", tmp_path / "first", private=private)
+    done = command("push", tmp_path / "compact", "--repo-id", "me/public", "--private", check=False)
+    assert done.returncode == 1
+    assert "error: me/public is public already, and --private is for a new repository; make it private" in done.stderr
+    assert hub.files("me/public") == {}
+    command("push", tmp_path / "compact", "--repo-id", "me/private", "--private")
+    assert "model.safetensors" in hub.files("me/private")
+
+
 def test_pushing_needs_a_whole_checkpoint_and_a_token(hub, command, tmp_path):
     model = tiny_llama()
     lowrank_ft.convert(model, rank=8)

@@ -99,6 +99,30 @@ def test_push_says_what_it_uploads_and_leaves_strangers_here(source, tmp_path):
     assert "not uploaded: passwords.txt" in done.stderr
 
 
+def test_a_pushed_record_names_no_folder_and_no_private_text(source, tmp_path):
+    """In the record stands what the folder is called, which looks like a Hub id, and text as it was named."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    lowrank_ft.convert(model, rank=8)
+    calibration = {"source": "private/chats.jsonl", "tokens": 64}
+    for name, base in (("local", str(source)), ("public", "me/dense")):
+        record = {"format_version": 1, "base_model": base.removeprefix(f"{source.parent}/"), "calibration": calibration}
+        lowrank_ft.save_compact(model, tmp_path / name, base_model=base, companions_from=source)
+        (tmp_path / name / "conversion.json").write_text(json.dumps(record))
+    (tmp_path / "public" / "onnx").mkdir()
+    for name in ("model.onnx", "model.onnx.data", "notes.txt"):
+        (tmp_path / "public" / "onnx" / name).write_text("graph")
+    with FakeHub() as hub:
+        env = hub.environment(tmp_path / "hf", token=TOKEN)
+        for name in ("local", "public"):
+            run("push", name, "--repo-id", f"me/{name}", home=tmp_path, cwd=tmp_path, **env)
+        local, public = (json.loads(hub.files(f"me/{name}")["conversion.json"]) for name in ("local", "public"))
+        files = hub.files("me/public")
+    assert "base_model" not in local
+    assert public["base_model"] == "me/dense"
+    assert [r["calibration"]["source"] for r in (local, public)] == ["chats.jsonl", "chats.jsonl"]
+    assert {name for name in files if name.startswith("onnx/")} == {"onnx/model.onnx", "onnx/model.onnx.data"}
+
+
 def test_a_pushed_adapter_does_not_name_the_local_base(source, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(source), LowRankConfig(r=8))
     model.save_pretrained(tmp_path / "adapter")

@@ -190,14 +190,17 @@ def test_spectra_and_errors_are_read_from_the_dense_model(folder, tmp_path):
     )
 
 
-def test_a_baseline_that_does_not_fit(folder, tmp_path):
+def test_a_baseline_that_does_not_fit(folder, tmp_path, capsys):
     tiny_llama(hidden_size=16, intermediate_size=24).save_pretrained(tmp_path / "other")
     checkpoint = open_checkpoint(Source(str(folder)))
     with pytest.raises(CheckpointError, match="other has shape .* name the dense model that it came from"):
         build_report(checkpoint, baseline=str(tmp_path / "other"))
     edit_config(folder, base_model=str(tmp_path / "other"))  # not named by the user: said, and left out
-    page = Page(build_report(open_checkpoint(Source(str(folder)))))
-    assert "The spectra of the dense weights are not known" in page.words
+    text = build_report(open_checkpoint(Source(str(folder))))
+    assert "The spectra of the dense weights are not known" in Page(text).words
+    assert "other does not load or does not fit; name the dense model with --baseline MODEL" in Page(text).words
+    assert str(tmp_path) not in text  # the page may be published
+    assert f"{tmp_path / 'other'} has shape" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

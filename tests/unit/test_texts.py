@@ -11,7 +11,7 @@ from lowrank_ft_recipes.finetune import load_dense
 
 from lowrank_ft.data.documents import Corpus
 from lowrank_ft.data.sources import read_rows
-from lowrank_ft.errors import ConfigError, DataError
+from lowrank_ft.errors import CheckpointNotFoundError, ConfigError, DataError
 from lowrank_ft.evaluation.compare import EvaluationSettings, read_texts
 from lowrank_ft.training import ModelArguments
 from tests.conftest import tiny_llama
@@ -71,6 +71,21 @@ def test_code_of_a_guide_that_nobody_named_is_not_run_and_the_flag_is_named(tmp_
     (tmp_path / "own" / "mine.py").write_text("raise SystemExit('code that nobody trusted has run')")
     with pytest.raises(ConfigError, match=f"--guide-model {tmp_path / 'own'}"):
         load_dense(ModelArguments(model="compact", trust_remote_code=True), str(tmp_path / "own"), None, True)
+
+
+@pytest.mark.parametrize("teaches", [False, True])
+def test_a_dense_model_that_is_not_here_is_told_with_the_ways_out(tmp_path, teaches):
+    """The checkpoint was converted on another machine, and the user never typed that path."""
+    there = f"{tmp_path}/elsewhere/dense"
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        load_dense(ModelArguments(model="compact"), there, None, teaches)
+    needs, without = ("distillation", " --distill-weight 0") if teaches else ("the guide", "")
+    assert str(caught.value) == (
+        f"{needs} needs the dense model that compact was made from, which was {there} and is not here; "
+        f"name it with --guide-model MODEL, or train without it: --guide none{without}"
+    )
+    with pytest.raises(CheckpointNotFoundError, match=f"there is no folder {there}; check the path"):
+        load_dense(ModelArguments(model="compact", guide_model=there), there, None, teaches)
 
 
 def test_a_run_that_the_kernel_kills_has_failed_and_says_why(capsys):

@@ -361,7 +361,7 @@ def test_every_shard_is_within_its_bound(made):
     assert {p.stat().st_mode & 0o777 for p in made.iterdir()} == {(made / "index.json").stat().st_mode & 0o777}
 
 
-def test_numbers_out_of_range_and_output_in_the_way(tokenizer, folder, tmp_path):
+def test_numbers_out_of_range_and_output_in_the_way(tokenizer, folder, tmp_path, monkeypatch):
     rows = write_rows(tmp_path / "rows.jsonl", make_texts(4))
 
     def write(output, corpus=None, **options):
@@ -373,6 +373,10 @@ def test_numbers_out_of_range_and_output_in_the_way(tokenizer, folder, tmp_path)
         write(tmp_path / "new", max_shard_bytes=10)
     with pytest.raises(OutputError, match="is not empty"):
         write(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: path == tmp_path / "new")
+        with pytest.raises(OutputError, match="new is a mount point"):
+            write(tmp_path / "new")
     with pytest.raises(OutputError, match="inside a folder that is read"):
         write(tmp_path / "new", Corpus([str(tmp_path)]))
     (tmp_path / "notes").mkdir()
