@@ -1,6 +1,7 @@
 """What is refused before anything slow is imported: a model that is not there, an output that may not be written."""
 
 import argparse
+import os
 from pathlib import Path
 
 from lowrank_ft.checkpoints.atomic import check_output_dir
@@ -23,6 +24,6 @@ def choose_output_dir(options: argparse.Namespace, name: str) -> None:
         OutputError: the folder may not be written.
     """
     if options.output_dir is None:
-        options.output_dir = f"{Path(name).expanduser().resolve().name}-{options.output_suffix}"
-    options.output_dir = str(Path(options.output_dir).expanduser())
+        options.output_dir = f"{Path(os.path.expanduser(name)).resolve().name}-{options.output_suffix}"
+    options.output_dir = os.path.expanduser(options.output_dir)
     check_output_dir(options.output_dir, options.overwrite, keep=local_folder(name))

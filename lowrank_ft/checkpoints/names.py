@@ -45,7 +45,7 @@ def check_model_name(name: str) -> Path | None:
     if os.path.isfile(path):
         remedy = "name the folder of the model, or its Hub id"
         if path.suffix.lower() == ".gguf":
-            remedy = f"make a dense checkpoint of it first: lowrank-ft merge {path.name} --output-dir FOLDER"
+            remedy = f"make a dense checkpoint of it first: lowrank-ft merge {path} --output-dir FOLDER"
         raise CheckpointNotFoundError(f"{path} is a file; {remedy}")
     # A Hub id is `model` or `name/model`, whatever folders there are here; anything else means a path.
     if name.startswith((".", "/", "~")) or len(path.parts) > 2:
