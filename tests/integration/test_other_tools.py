@@ -196,9 +196,8 @@ def test_a_gguf_file_becomes_a_dense_checkpoint(command, gguf_file, tmp_path, id
 
 def test_gguf_files_that_cannot_be_read(command, gguf_file, tmp_path):
     done = command("convert", gguf_file, "--rank", "8", "--output-dir", tmp_path / "out")
-    assert_one_line_error(
-        done, "is a file; make a dense checkpoint of it first: gguf --output-dir"
-    )
+    remedy = f"is a file; make a dense checkpoint of it first: lowrank-ft merge {gguf_file} --output-dir"
+    assert_one_line_error(done, remedy)
     (tmp_path / "cut.gguf").write_bytes(gguf_file.read_bytes()[:1000])
     assert_one_line_error(command("merge", tmp_path / "cut.gguf", "--output-dir", tmp_path / "out"), "cannot be read")
     done = command("merge", tmp_path / "none.gguf", "--output-dir", tmp_path / "out")
