@@ -30,9 +30,8 @@ _CHECKS = 4
 _PATIENCE = 2
 _FACTOR = 3
 _RATES = [1e-3 / _FACTOR**i for i in reversed(range(7))]
-_LONG = (
-    300  # steps; the search judges one step, and a long run is better at the next higher rate (an encoder, 702 steps)
-)
+# Steps. The rate search judges one step, and a long run is better at the next higher rate (an encoder, 702 steps).
+_LONG = 300
 _LEAST_SEARCHED = 4_000  # tokens of the gradient that the rate is found by: of fewer it is noise, and the rate too low
 _JUDGES = 4  # of the batches that are trained on, where none is held out
 _POSITIONS_AT_ONCE = {"cpu": 512}  # logits of a large vocabulary are by far the largest tensors of a step
