@@ -273,14 +273,9 @@ def is_router(model: nn.Module, name: str) -> bool:
     config: Any = getattr(model, "config", None)
     texts = {**vars(config), **vars(config.get_text_config())} if hasattr(config, "get_text_config") else {}
     counts = {v for k, v in texts.items() if k.endswith("experts") and isinstance(v, int)}
-    module = model.get_submodule(name) if not is_parameter(model, name) else None
-    return "att" not in name.lower() and getattr(module, "out_features", 0) in counts - {0, 1}
-
-
-def is_parameter(model: nn.Module, name: str) -> bool:
-    """Whether a target is a stack of experts, which is a parameter, and not a module."""
     owner, _, leaf = name.rpartition(".")
-    return isinstance(getattr(model.get_submodule(owner), leaf, None), nn.Parameter)
+    module = getattr(model.get_submodule(owner), leaf)  # a stack of experts is a parameter, without out_features
+    return "att" not in name.lower() and getattr(module, "out_features", 0) in counts - {0, 1}
 
 
 def tied_partners(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
