@@ -240,9 +240,13 @@ class _Block:
                     stack.callback(module.register_forward_pre_hook(partial(received.note, name)).remove)
                 left.append(dense.forward(self.twin, self.name, i))
             for names, x in received.groups:
-                groups.append(Group(names, self.calibration.store() if self._is_anchored(names[0]) else None))
-                groups[-1].add(i, batch, x)
-                missing = {n: m for n, m in missing.items() if n not in names}
+                if new := [n for n in names if n in missing]:
+                    groups.append(Group(new, self.calibration.store() if self._is_anchored(new[0]) else None))
+                    groups[-1].add(i, batch, x)
+                    missing = {n: m for n, m in missing.items() if n not in new}
+                for group in groups:  # DeBERTa's linears read positions, too, after the hidden states
+                    if group.names[0] in names and group.names[0] not in new:
+                        group.add(i, batch, x)
         groups = self._of_all(groups)
         missing = {n: m for n, m in missing.items() if not any(n in g.names for g in groups)}
         if missing:

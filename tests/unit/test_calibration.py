@@ -23,6 +23,7 @@ from lowrank_ft.conversion.sampling import sample_blocks
 from lowrank_ft.conversion.sensitivity import output_gradients, squared_spectra
 from lowrank_ft.errors import ConfigError, DataError, DivergedError, LowRankError, NonFiniteError
 from lowrank_ft.factorization.plan import make_plan
+from lowrank_ft.factorization.solvers import Regression
 from lowrank_ft.factorization.targets import find_linears
 from lowrank_ft.nn import GUIDES, LowRankLinear, end_guidance, lowrank_layers, stored_form
 from lowrank_ft.nn.modes import evaluating
@@ -36,6 +37,10 @@ SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, interme
 SWIN = tf.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
 T5, WHISPER = tf.T5Config(**row.T5), tf.WhisperConfig(**row.WHISPER)
 ALBERT = tf.AlbertConfig(**{**SMALL, "num_hidden_layers": 3}, embedding_size=16)
+DEBERTA = tf.DebertaV2Config(
+    **SMALL, relative_attention=True, share_att_key=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
+    norm_rel_ebd="layer_norm",
+)  # fmt: skip
 SWITCH = tf.SwitchTransformersConfig(
     vocab_size=97, d_model=32, d_kv=8, d_ff=48, expert_capacity=64, num_layers=2, num_sparse_encoder_layers=1,
     num_decoder_layers=2, num_sparse_decoder_layers=1, num_heads=4, num_experts=4, decoder_start_token_id=0,
@@ -404,6 +409,41 @@ def test_moments_of_a_block_that_runs_for_every_layer():
             x = x.double()[batches[i // 3]["attention_mask"].bool()]
             total = total + x.T @ x
         torch.testing.assert_close(moments[name].inputs, total, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["activation", "anchored"])
+def test_a_linear_that_runs_twice_in_a_block_is_fitted_once_to_both(method, monkeypatch):
+    """DeBERTa's queries and keys read the hidden states, and the positions."""
+    torch.manual_seed(0)
+    model, batches = tf.DebertaV2Model(DEBERTA).eval(), padded()
+    fitted, stock = [], Regression.__call__
+
+    def watch(solver, weight, rank, name="weight", importance=None):
+        fitted.append(name)
+        return stock(solver, weight, rank, name, importance)
+
+    monkeypatch.setattr(Regression, "__call__", watch)
+    plan = convert(model, rank=4, method=method, calibration=bare(batches))
+    assert sorted(fitted) == sorted(f"{n}.weight" for n in plan.ranks)
+
+
+def test_moments_of_a_linear_that_runs_twice_are_those_of_both_calls():
+    torch.manual_seed(0)
+    model, batches = tf.DebertaV2Model(DEBERTA).eval(), tokens()
+    calibration, name = bare(batches), "encoder.layer.0.attention.self.query_proj"
+    total, calls = 0, []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda m, args: calls.append(args[0].flatten(0, -2).double())
+    )
+    for batch in batches:
+        answer(model, batch)
+    handle.remove()
+    assert len(calls) == 2 * len(batches)
+    for x in calls:
+        total = total + x.T @ x
+    entering = Stream(capture(model, ["encoder.layer.0"], batches, Activations()), calibration)
+    groups, _ = _Block(model, "encoder.layer.0", {name: 4}, "activation", calibration, {})._look(entering)
+    torch.testing.assert_close(groups[0].moments.inputs, total, atol=1e-4, rtol=1e-5)
 
 
 def test_experts_share_no_moments():
