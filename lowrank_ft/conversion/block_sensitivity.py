@@ -1,8 +1,10 @@
 """Allocation for a model on disk: the numbers of :mod:`lowrank_ft.conversion.sensitivity`, with one block in memory.
 
-forward     through the blocks, one after the other: moments of each linear, and what enters each block
-top         norm, head and loss, from what leaves the last block: the gradient there
-backward    through the blocks in reverse order: each runs once more from what entered it, and passes the gradient on
+forward     through the blocks, one after the other: what enters each block                          for loss alone
+top         norm, head and loss, from what leaves the last block: the gradient there                 for loss alone
+backward    through the blocks in reverse order: each runs from what entered it, and passes on
+            the gradient; the importance of each output                                              for loss alone
+forward     through the blocks once more: moments of each linear, and its spectrum
 """
 
 from collections.abc import Sequence
@@ -24,12 +26,10 @@ from lowrank_ft.conversion.received import dense_moments
 from lowrank_ft.conversion.sensitivity import (
     SENSITIVITY_TOKENS,
     GradientSquares,
-    all_weighted_squares,
-    as_shares,
     frozen,
     gradient_batches,
-    in_units_of_loss,
     own_loss,
+    spectra_of,
 )
 from lowrank_ft.conversion.stubs import Returns, stubs
 from lowrank_ft.errors import require_choice
@@ -46,8 +46,8 @@ def squared_spectra_on_disk(
 ) -> dict[str, Tensor]:
     """As :func:`lowrank_ft.conversion.experts.plan_spectra`.
 
-    Memory: one block, what enters it on 8,192 tokens; for ``loss``, also what enters each block on 4,096, where
-    ``calibration.activations_dir`` names no folder for it.
+    Memory: one block, what enters it on 8,192 tokens; for ``loss``, before that, what enters each block on 4,096,
+    where ``calibration.activations_dir`` names no folder for it.
 
     Args:
         returns: of the blocks, in their order.
@@ -55,27 +55,22 @@ def squared_spectra_on_disk(
         allocation: ``energy`` or ``loss``.
     """
     require_choice("allocation", allocation, ("energy", "loss"))
+    importance = None
+    if allocation == "loss":
+        importance = output_importance_on_disk(disk, returns, plan, calibration, progress)
     model, chain = disk.model, list(returns)
-    processes = calibration.processes
     batches = calibration.first(SENSITIVITY_TOKENS)
-    few = batches[: len(gradient_batches(calibration))] if allocation == "loss" else []
     with stubs(model, returns):
         stream = Stream(capture(model, chain, batches, calibration.store()), calibration)
     squares: dict[str, Tensor] = {}
-    entered: dict[str, Activations] = {}
     for name in progress_bar(chain, desc="allocate", unit="block", progress=progress):
-        entered[name] = calibration.store()
-        for i in range(len(few)):
-            entered[name].append(stream.hidden[i])
         with disk.loaded(name) as block, unfolded(model, part_of(plan, name)) as each:
             left, linears = calibration.store(), [p.name for p in each.linears]
-            moments = dense_moments(model, linears, batches, partial(_pass_on, stream, block, name, left), processes)
+            passed_on = partial(_pass_on, stream, block, name, left)
+            moments = dense_moments(model, linears, batches, passed_on, calibration.processes)
             stream.hidden = left
-            squares |= all_weighted_squares(model, moments, processes)
-    if allocation == "energy":
-        return summed(plan, as_shares(squares))
-    importance = _backward(disk, returns, plan, calibration, stream, entered, progress)
-    return summed(plan, in_units_of_loss(squares, importance))
+            squares |= spectra_of(model, moments, importance, calibration.processes)
+    return summed(plan, squares)
 
 
 def output_importance_on_disk(

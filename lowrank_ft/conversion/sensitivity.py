@@ -3,16 +3,14 @@
 Squared spectra, weighted by a linear's inputs and by how much its outputs matter:
 
     energy    s_i^2 of  W A^1/2, over their sum                A = mean over tokens of x x^T
-    loss      s_i^2 of  g W A^1/2                              g^2 = mean over tokens and outputs of a squared gradient
+    loss      s_i^2 of  G^1/2 W A^1/2                          G = diag(mean over tokens of a squared gradient)
 
 The gradient is that of the model's own loss at the linear's output. The tail of the second is the second-order estimate
 of what truncation adds to the loss: the Fisher information in its Kronecker-factored form (Martens and Grosse 2015,
-arXiv 1503.05671), with the output side reduced to one number. The loss is the negative log-likelihood of labels that
-the model draws itself, as the Fisher information wants it; a model without logits, or with one, takes a random
-projection of its output. The tail of the first is the share of a linear's output that is lost, all linears counting the
-same.
-
-The fit of the factors keeps one number for each output (:func:`output_importance`), which there makes a large difference.
+arXiv 1503.05671), with a diagonal output side. The fit of the factors has the same weights. The loss is the negative
+log-likelihood of labels that the model draws itself, as the Fisher information wants it; a model without logits, or
+with one, takes a random projection of its output. The tail of the first is the share of a linear's output that is lost,
+all linears counting the same.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +36,7 @@ SENSITIVITY_TOKENS = 8_192
 """Tokens of the moments that only weigh linears against each other."""
 GRADIENT_TOKENS = 4_096
 """Tokens of the gradients, of which each linear needs no more than the mean square."""
+_TINY = torch.finfo(torch.float64).tiny
 _MOMENT_BYTES = 2**30
 """Of moments that are collected in one run of the model; where more are wanted, there are more runs."""
 
@@ -58,44 +57,40 @@ def squared_spectra(
     require_choice("allocation", allocation, ("energy", "loss"))
     processes = calibration.processes
     batches = calibration.first(SENSITIVITY_TOKENS)
-    weights: dict[str, Tensor] = {}
+    importance: dict[str, Tensor] | None = None
     if allocation == "loss":
-        weights = output_importance(model, names, calibration, progress)
+        importance = output_importance(model, names, calibration, progress)
     squares: dict[str, Tensor] = {}
     bar = progress_bar(total=len(names), desc="allocate", unit="linear", progress=progress)
     for group in _in_runs(model, names):
         moments = dense_moments(model, group, batches, processes=processes)
-        squares |= all_weighted_squares(model, moments, processes)
+        squares |= spectra_of(model, moments, importance, processes)
         bar.update(len(group))
     bar.close()
-    return in_units_of_loss(squares, weights) if allocation == "loss" else as_shares(squares)
+    return squares
 
 
-def all_weighted_squares(model: nn.Module, moments: Mapping[str, Moments], processes: Processes) -> dict[str, Tensor]:
-    """:func:`weighted_squares` of each linear that got a token."""
+def spectra_of(
+    model: nn.Module, moments: Mapping[str, Moments], importance: Mapping[str, Tensor] | None, processes: Processes
+) -> dict[str, Tensor]:
+    """The squared spectra of the linears that got a token, each ``(min(out, in),)``, descending, float64 on the CPU.
+
+    Args:
+        importance: of the outputs, by name, for allocation by loss; a linear whose output moves nothing is left out.
+            None for allocation by energy: each spectrum is then divided by its sum.
+    """
 
     def work(name: str) -> tuple[Tensor]:
-        return (weighted_squares(model.get_submodule(name), moments[name], name),)
+        found, weights = moments[name], None if importance is None else importance[name]
+        assert found.inputs is not None
+        weight = dense_weight(model.get_submodule(name))
+        return (weighted_singular_values(weight, found.inputs / found.tokens, name, weights).square(),)
 
     reached = [name for name, found in moments.items() if found.inputs is not None]
-    return {name: squares for name, (squares,) in processes.deal(reached, work)}
-
-
-def weighted_squares(linear: nn.Module, moments: Moments, name: str) -> Tensor:
-    """``s_i^2`` of ``W A^1/2``, descending, float64 on the CPU."""
-    assert moments.inputs is not None
-    return weighted_singular_values(dense_weight(linear), moments.inputs / moments.tokens, name).square()
-
-
-def in_units_of_loss(squares: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Times the mean squared gradient; a linear whose output moves nothing is left out."""
-    reached = {n: g for n, g in gradients.items() if g.any()}
-    return {n: reached[n].mean().cpu() * s for n, s in squares.items() if n in reached}
-
-
-def as_shares(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Over their sum."""
-    return {n: s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) for n, s in squares.items()}
+    if importance is not None:
+        reached = [name for name in reached if name in importance and importance[name].any()]
+    squares = {name: found for name, (found,) in processes.deal(reached, work)}
+    return squares if importance is not None else {n: s / s.sum().clamp_min(_TINY) for n, s in squares.items()}
 
 
 def output_importance(

@@ -193,9 +193,16 @@ def gram_singular_values(weight: Tensor, name: str = "weight") -> Tensor:
     return _roots(matrix @ matrix.T)
 
 
-def weighted_singular_values(weight: Tensor, moments: Tensor, name: str = "weight") -> Tensor:
-    """Singular values of ``W A^1/2`` for ``W (out, in)`` and ``A (in, in)``, as :func:`gram_singular_values`."""
+def weighted_singular_values(
+    weight: Tensor, moments: Tensor, name: str = "weight", importance: Tensor | None = None
+) -> Tensor:
+    """Singular values of ``W A^1/2`` for ``W (out, in)`` and ``A (in, in)``, as :func:`gram_singular_values`.
+
+    With the ``importance`` ``g (out,)`` of each output, of ``diag(g)^1/2 W A^1/2``.
+    """
     matrix, moments = _working_copy(weight, name), _working_copy(moments, f"inputs of {name}:")
+    if importance is not None:
+        matrix = importance.to(matrix).sqrt()[:, None] * matrix
     if matrix.shape[0] <= matrix.shape[1]:
         return _roots(matrix @ moments @ matrix.T)
     root = whitening(moments)[1]

@@ -912,7 +912,7 @@ def test_spectra_are_those_of_the_weighted_matrix(allocation):
         x = torch.cat([inputs_of(model, [name], b)[name].flatten(0, -2).double() for b in batches])
         outputs = dense_weight(model.get_submodule(name)).double() @ x.T / len(x) ** 0.5
         if allocation == "loss":
-            outputs = gradients[name].mean().sqrt() * outputs
+            outputs = gradients[name].double().sqrt()[:, None] * outputs
         wanted = torch.linalg.svdvals(outputs).square()[: len(spectra[name])]
         wanted = wanted if allocation == "loss" else wanted / wanted.sum()
         torch.testing.assert_close(spectra[name], wanted, rtol=1e-3, atol=1e-5 * wanted[0].item())
