@@ -111,14 +111,14 @@ class Regression:
 
         Raises:
             RankError: ``rank`` is out of range.
-            NonFiniteError: the weight holds NaN or infinity.
+            NonFiniteError: the weight or the importance holds NaN or infinity.
         """
         rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
         if self._whiten is None:
             return truncated_svd(weight, rank, name)
         matrix = _working_copy(weight, name)
         target = matrix @ self._mixed.to(matrix.device)
-        roots = None if importance is None else importance_roots(importance.to(matrix))
+        roots = None if importance is None else importance_roots(_of_numbers(importance, name).to(matrix))
         if roots is not None:
             target = roots[:, None] * target
         # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
@@ -202,7 +202,7 @@ def weighted_singular_values(
     """
     matrix, moments = _working_copy(weight, name), _working_copy(moments, f"inputs of {name}:")
     if importance is not None:
-        matrix = importance.to(matrix).sqrt()[:, None] * matrix
+        matrix = _of_numbers(importance, name).to(matrix).sqrt()[:, None] * matrix
     if matrix.shape[0] <= matrix.shape[1]:
         return _roots(matrix @ moments @ matrix.T)
     root = whitening(moments)[1]
@@ -256,6 +256,15 @@ def _working_copy(weight: Tensor, name: str) -> Tensor:
             "repair or re-download the checkpoint, or exclude that module"
         )
     return exact(weight)
+
+
+def _of_numbers(importance: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(importance).all():
+        raise NonFiniteError(
+            f"the gradients of the loss at the outputs of {name} hold NaN or infinity on the calibration data; convert in "
+            "float32 or bfloat16 (--dtype), or leave that module dense with --exclude-modules"
+        )
+    return importance
 
 
 def _result(factor: Tensor, like: Tensor) -> Tensor:

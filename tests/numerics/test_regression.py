@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from lowrank_ft.errors import NonFiniteError, RankError
-from lowrank_ft.factorization.solvers import Factors, Regression, regression_factors, truncated_svd, whitening
+from lowrank_ft.factorization.solvers import (
+    Factors,
+    Regression,
+    regression_factors,
+    truncated_svd,
+    weighted_singular_values,
+    whitening,
+)
 from tests.numerics.test_solvers import assert_balanced, naive, random_matrix
 
 SHAPES = [(12, 9), (9, 12), (10, 10)]
@@ -181,3 +188,25 @@ def test_bad_input():
     with pytest.raises(RankError, match="exceeds"):
         regression_factors(weight, 10, moments)
     assert isinstance(regression_factors(weight, 3, moments), Factors)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_tail_of_the_weighted_spectrum_is_the_error_of_the_fit(shape):
+    weight, x, _, importance = weighted(shape, False)
+    squares = weighted_singular_values(weight, x @ x.T, importance=importance).square()
+    scale = importance.sqrt()[:, None]
+    for rank in (1, 4, 8):
+        u, v = Regression(x @ x.T)(weight, rank, importance=importance)
+        error = (scale * (weight.double() - u.double() @ v.double()) @ x).square().sum()
+        torch.testing.assert_close(squares[rank:].sum(), error, rtol=1e-4, atol=1e-5 * squares[0].item())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_importance_that_is_not_a_number_is_refused_by_name(bad):
+    weight, x, _, importance = weighted((12, 9), False)
+    importance[3] = bad
+    message = r"the gradients of the loss at the outputs of layers\.3\.q_proj hold NaN or infinity"
+    with pytest.raises(NonFiniteError, match=message):
+        Regression(x @ x.T)(weight, 3, "layers.3.q_proj", importance)
+    with pytest.raises(NonFiniteError, match=message):
+        weighted_singular_values(weight, x @ x.T, "layers.3.q_proj", importance)
