@@ -109,6 +109,9 @@ def _backward(
     chain, processes = list(returns), calibration.processes
     few = gradient_batches(calibration)
     gradients, tokens = _from_the_top(disk, returns, stream.hidden, few, calibration.seed, processes)
+    if tokens is None:
+        calibration.importance[disk.model] = {}
+        return {}
     sums = GradientSquares(processes)
     for name in progress_bar(chain[::-1], desc="sensitivity", unit="block", progress=progress):
         first, part = name == chain[0], part_of(plan, name)
@@ -136,9 +139,12 @@ def _pass_on(stream: Stream, block: nn.Module, name: str, left: Activations, bat
 
 def _from_the_top(
     disk: OnDisk, returns: Returns, left: Activations, batches: Sequence[Batch], seed: int, processes: Processes
-) -> tuple[list[Tensor], int]:
-    """The gradient of the model's own loss at what leaves its last block, per batch; and how many tokens it sums over."""
-    generator, tokens, gradients = torch.Generator().manual_seed(seed), 0, list[Tensor]()
+) -> tuple[list[Tensor], int | None]:
+    """The gradient of the model's own loss at what leaves its last block, per batch; and how many tokens it sums over.
+
+    None where the loss is not a number, in any process: see :func:`lowrank_ft.conversion.sensitivity.output_gradients`.
+    """
+    generator, tokens, gradients, wrong = torch.Generator().manual_seed(seed), 0, list[Tensor](), 0
     last = list(returns)[-1]
     with frozen(disk.model), torch.enable_grad():
         for i, batch in enumerate(batches):
@@ -149,4 +155,5 @@ def _from_the_top(
             assert hidden.grad is not None
             gradients.append(hidden.grad)
             tokens += counted
-    return gradients, tokens
+            wrong += not torch.isfinite(loss)
+    return gradients, None if processes.total(wrong) else tokens

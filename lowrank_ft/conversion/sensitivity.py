@@ -121,9 +121,12 @@ def output_gradients(
     progress: bool = False,
     processes: Processes = ONE,
 ) -> dict[str, Tensor]:
-    """Mean over tokens of the squared gradient of the model's own loss at each linear's output, ``(out,)`` each."""
+    """Mean over tokens of the squared gradient of the model's own loss at each linear's output, ``(out,)`` each.
+
+    None at all where that loss is not a number: the moments, taken next, say in which linear that begins.
+    """
     squares = GradientSquares(processes)
-    generator, tokens = torch.Generator().manual_seed(seed), 0
+    generator, tokens, wrong = torch.Generator().manual_seed(seed), 0, 0
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         stack.enter_context(torch.enable_grad())
@@ -133,7 +136,9 @@ def output_gradients(
             loss, counted = own_loss(run(model, batch), batch, generator, processes)
             loss.backward()
             tokens += counted
-    return squares.mean(tokens)
+            wrong += not torch.isfinite(loss)
+    found = squares.mean(tokens)
+    return {} if processes.total(wrong) else found
 
 
 class GradientSquares:

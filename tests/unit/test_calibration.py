@@ -1077,11 +1077,15 @@ def test_bad_input():
     assert not list(lowrank_layers(model))
 
 
-def test_not_a_number_is_named():
+@pytest.mark.parametrize("allocation", ["uniform", "loss"])
+def test_not_a_number_is_named(allocation):
     model, batches = build("llama")
     model.model.layers[1].input_layernorm.weight.data[0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"the inputs of model\.layers\.1\.self_attn\.q_proj hold NaN"):
-        convert(model, rank=4, calibration=bare(batches))
+        convert(model, rank=4, calibration=bare(batches), allocation=allocation)
+
+
+def test_a_training_that_diverges_is_named():
     model, batches = build("llama")
     with pytest.raises(DivergedError, match=r"the loss of the factors is (nan|inf) after \d+ of \d+ steps"):
         convert(model, rank=4, calibration=settings(batches, refine_learning_rate=1e30, refine_epochs=4))
