@@ -88,13 +88,18 @@ def find_chains(model: nn.Module, blocks: Sequence[str], batch: Batch) -> list[l
         if counts[name] != 1 or not isinstance(hidden, Tensor) or not isinstance(output, Tensor):
             previous = None
             continue
-        follows = previous is not None and previous.shape == hidden.shape and torch.equal(previous, hidden)
+        follows = previous is not None and same(previous, hidden)
         if follows:
             chains[-1].append(name)
         else:
             chains.append([name])
         previous = output
     return chains
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same; where both have NaN, too, so that what is wrong with a model is said later."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def chains_with(model: nn.Module, names: Sequence[str], batch: Batch) -> tuple[list[list[str]], list[str]]:

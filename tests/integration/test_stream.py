@@ -310,3 +310,13 @@ def test_a_truncated_shard_is_named(command, tmp_path):
     done = command("convert", source, *SVD, "--stream", "--output-dir", tmp_path / "out")
     assert_one_line_error(done, f"{file} is truncated or corrupt")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_no_number_is_named(command, tmp_path, fit):
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    model.model.layers[2].input_layernorm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, tmp_path / "source")
+    done = command("convert", tmp_path / "source", *fit[0], "--stream", "--output-dir", tmp_path / "out")
+    assert_one_line_error(done, "model.layers.2: input_layernorm.weight (128,) holds 1 NaN or infinite values")
