@@ -98,6 +98,7 @@ class _OverFactors(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
+        _keep_unpacked(model)
         self._tell_what_stays(model)
         # transformers 5.23 reverses every conversion when it saves, and these cannot be reversed. Packed parts are saved
         # under the names that they have, so no conversion is needed.
@@ -125,6 +126,17 @@ class _OverFactors(HfQuantizer):
         self.factored.quantized = None
         model.config.quantization_config = self.factored
         take_marks_off(model)
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first pass on a CPU that multiplies in bfloat16.
+
+    It stops at weights whose rows are no multiple of 32, or whose columns are no whole blocks (0.50.2): few ranks fit.
+    And repacking rounds the scales, so a model saved or dequantized after a pass would not be the one that was loaded.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def take_marks_off(model: PreTrainedModel) -> None:

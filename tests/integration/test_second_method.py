@@ -123,6 +123,20 @@ def test_saved_and_loaded_again_bit_for_bit(compact, tmp_path, ids, python, bits
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("bits", ["nf4", "fp4"])
+def test_cpus_that_repack_weights_get_the_same_model(compact, tmp_path, ids, monkeypatch, bits):
+    """On CPUs that multiply in bfloat16, bitsandbytes repacks 4-bit weights, and stops at ranks that are not of 32."""
+    expected = logits(load(compact, bits), ids)
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = load(compact, bits)
+    assert torch.equal(logits(model, ids), expected)
+    model.save_pretrained(tmp_path / "both")
+    again = load(tmp_path / "both")
+    assert torch.equal(logits(again, ids), expected)
+    assert error(logits(again.dequantize(), ids), expected) < 1e-2
+
+
+@needs_bitsandbytes
 def test_factors_are_stored_in_their_bits(compact, tmp_path):
     sizes = {}
     for bits in (None, "8bit", "nf4"):
