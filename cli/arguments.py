@@ -55,7 +55,7 @@ def add_fields(parser: argparse.ArgumentParser, declared: Any, leave_out: Collec
         shown = help if field.default is None else f"{help} (default: {field.default})"
         groups[title].add_argument(
             _flag(field.name), default=field.default, metavar=field.metadata["metavar"], help=shown,
-            **_KINDS[field.type],
+            **({"action": "append"} if field.metadata.get("repeated") else _KINDS[field.type]),
         )  # fmt: skip
 
 

@@ -20,13 +20,12 @@ from lowrank_ft.checkpoints.on_disk import OnDisk, open_on_disk
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.checkpoints.unfinished import Unfinished, fingerprint, open_unfinished
 from lowrank_ft.console import human_bytes, shown_command
-from lowrank_ft.conversion.batches import SELF
 from lowrank_ft.conversion.block_sensitivity import squared_spectra_on_disk
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.convert import check_plan, default_allocation, spectrum_of, spend
 from lowrank_ft.conversion.effort import EFFORTS
 from lowrank_ft.conversion.estimate import streamed_bytes
-from lowrank_ft.conversion.options import CalibrationOptions
+from lowrank_ft.conversion.options import SELF, CalibrationOptions
 from lowrank_ft.conversion.prepare import prepare
 from lowrank_ft.conversion.processes import Processes
 from lowrank_ft.conversion.record import ConversionRecord
@@ -55,7 +54,7 @@ def check_streams(options: argparse.Namespace, calibrated: CalibrationOptions) -
     given = next((flag for flag, value in needs.items() if value), None)
     if given is not None:
         raise ConfigError(f"{given} needs the whole model in memory, and --stream keeps one block there; leave one out")
-    if calibrated.method != "svd" and calibrated.calibration_data in (None, SELF):
+    if calibrated.method != "svd" and calibrated.sources == [SELF]:
         raise ConfigError(
             "with --stream the model cannot write its own calibration text; give --calibration-data FILE, or --method "
             "svd, which needs no text and makes a much worse model"

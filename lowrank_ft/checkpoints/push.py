@@ -192,9 +192,14 @@ def _public_record(text: str, base: str | None) -> str | None:
         if base is None or record.get("base_model") != base:
             record.pop("base_model", None)
         calibration = record.get("calibration") or {}
-        source = Path(calibration.get("source") or "")
-        if source.suffix.lower() in _TEXT_FILES or (source.name and not is_hub_id(str(source))):
-            calibration["source"] = source.name
+        if calibration.get("source"):
+            calibration["source"] = ", ".join(map(_public_source, calibration["source"].split(", ")))
     except (ValueError, AttributeError, TypeError):
         return None
     return json.dumps(record) + "\n"
+
+
+def _public_source(name: str) -> str:
+    """What calibration data are called in public: a local file or folder by the last part of its path."""
+    path = Path(name)
+    return path.name if path.suffix.lower() in _TEXT_FILES or not is_hub_id(name) else name

@@ -28,7 +28,6 @@ from lowrank_ft.data.examples import Example, TokenizedData, collate
 from lowrank_ft.data.sources import require_column
 from lowrank_ft.errors import ConfigError, DataError
 
-SELF = "self"
 CALIBRATION_TOKENS = 262_144
 BLOCK_SIZE = 512
 LEAST_TOKENS = 1_024

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SELF = "self"
+"""Calibration data that the model writes itself."""
 _GROUP = "calibration"
 
 
-def _option(default: Any, help: str, metavar: str | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "group": _GROUP, "metavar": metavar})
+def _option(default: Any, help: str, metavar: str | None = None, repeated: bool = False) -> Any:
+    facts = {"help": help, "group": _GROUP, "metavar": metavar, "repeated": repeated}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class CalibrationOptions:
         "(convert: loss with --param-ratio, else uniform)",
         "NAME",
     )
-    calibration_data: str | None = _option(
+    calibration_data: str | list[str] | None = _option(
         None,
         "a sample of the text or chats your model will see: a text, jsonl or parquet file, a dataset on the Hub, or "
-        "self: text, and chats if it has a chat template, that the model writes (default)",
+        "self: text, and chats if it has a chat template, that the model writes (default); again for more of them, with "
+        "equal shares of the tokens",
         "DATA",
+        repeated=True,
     )
     calibration_split: str = _option("train", "split of a dataset on the Hub")
     calibration_config: str | None = _option(None, "configuration of a dataset on the Hub")
@@ -78,6 +83,11 @@ class CalibrationOptions:
         from lowrank_ft.factorization.allocation import ALLOCATIONS
 
         require_choice("--effort", self.effort, tuple(EFFORTS))
+        if len(self.sources) > 1 and SELF in self.sources:
+            raise ConfigError(
+                f"--calibration-data {SELF} stands beside {next(s for s in self.sources if s != SELF)}; leave it out, and "
+                f"give the share that the model writes itself: --own-share {1 / len(self.sources):.2g}"
+            )
         if self.method is not None:
             require_choice("--method", self.method, METHODS)
         if self.own_share is not None and not 0 <= self.own_share < 1:
@@ -92,6 +102,12 @@ class CalibrationOptions:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
         if self.activations_dir is not None and not Path(self.activations_dir).is_dir():
             raise ConfigError(f"--activations-dir {self.activations_dir} is no folder; create it first")
+
+    @property
+    def sources(self) -> list[str]:
+        """The names under ``calibration_data``: files, datasets, or :data:`SELF`, which is the default."""
+        data = self.calibration_data
+        return [data] if isinstance(data, str) else list(data or [SELF])
 
     def wants_data(self, writes_text: bool) -> bool:
         """Whether calibration data are needed, by what was asked for or by default.

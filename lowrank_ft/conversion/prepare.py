@@ -16,7 +16,6 @@ from lowrank_ft.checkpoints.architecture import writes_text
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.conversion.batches import (
     LEAST_TOKENS,
-    SELF,
     calibration_length,
     own_batches,
     read_batches,
@@ -25,7 +24,7 @@ from lowrank_ft.conversion.batches import (
 from lowrank_ft.conversion.calibration import Calibration
 from lowrank_ft.conversion.chains import Batch
 from lowrank_ft.conversion.effort import EFFORTS, ENCODER_TOKENS
-from lowrank_ft.conversion.options import CalibrationOptions
+from lowrank_ft.conversion.options import SELF, CalibrationOptions
 from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.sampling import generates
 from lowrank_ft.data.sources import read_rows
@@ -42,14 +41,14 @@ class Prepared:
     """Calibration data that are read, but for what the model has yet to write.
 
     Attributes:
-        given: batches of the data that were named; none where the model writes all.
+        given: batches of each of the data that were named; none where the model writes all.
         own_tokens: tokens for the model to write.
         length: tokens per sequence.
         settings: further arguments of :class:`Calibration`.
         tokenizer: the model's, for chats of its own; None where it has none.
     """
 
-    given: list[Batch]
+    given: list[list[Batch]]
     own_tokens: int
     length: int | None
     settings: dict[str, Any]
@@ -58,7 +57,7 @@ class Prepared:
     def sample(self, model: Any) -> Batch:
         """A batch like those to come, for measurements."""
         if self.given:
-            return self.given[0]
+            return self.given[0][0]
         size = model.config.get_text_config().vocab_size
         length = calibration_length(model, self.length)
         return {"input_ids": torch.arange(length)[None] % size}
@@ -66,10 +65,11 @@ class Prepared:
     def outline(self) -> Calibration:
         """What the calibration will be like; the model's own text is missing."""
         sequence = {"input_ids": torch.zeros(1, max(1, self.own_tokens), dtype=torch.long)}
-        return Calibration([*self.given, *([sequence] if self.own_tokens else [])], **self.settings)
+        given = [batch for part in self.given for batch in part]
+        return Calibration([*given, *([sequence] if self.own_tokens else [])], **self.settings)
 
     def calibration(self, model: Any, progress: bool = False, processes: Processes = ONE) -> Calibration:
-        """Let the model write its part, mix both parts, and hold some of each out.
+        """Let the model write its part, mix all parts, and hold some of each out.
 
         Args:
             processes: who shares the work. Batches have a row for each of them.
@@ -81,7 +81,7 @@ class Prepared:
         own = []
         if self.own_tokens:
             own = own_batches(model, self.own_tokens, self.length, seed, progress, self.tokenizer, processes)
-        parts = [_hold_out(part, processes.count) for part in (self.given, own) if part]
+        parts = [_hold_out(part, processes.count) for part in (*self.given, own) if part]
         batches = [b for fitted, _ in parts for b in fitted]
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
         held_out = [b for _, held in parts for b in held]
@@ -89,30 +89,31 @@ class Prepared:
 
 
 def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared:
-    """Read the data that the options name.
+    """Read the data that the options name. Several of them have equal shares of the tokens.
 
     Raises:
         DataError: they are missing, too short, or not this model's.
     """
     effort = EFFORTS[options.effort]
-    name = options.calibration_data or SELF
+    names = options.sources
     distill = effort.distill_epochs if options.distill_epochs is None else options.distill_epochs
     tokens = options.calibration_tokens
     if tokens is None:
         tokens = effort.tokens * (ENCODER_TOKENS if distill and _encodes_text(model) else 1)
     length = options.calibration_block_size
     share = effort.own_share if options.own_share is None else options.own_share
-    own = tokens if name == SELF else round(share * tokens) if writes_text(model.config) else 0
-    own = 0 if own < max(LEAST_TOKENS, calibration_length(model, length)) and name != SELF else own
-    given: list[Batch] = []
-    if name != SELF:
-        rows = read_rows(name, options.calibration_split, options.calibration_config)
+    own = tokens if names == [SELF] else round(share * tokens) if writes_text(model.config) else 0
+    own = 0 if own < max(LEAST_TOKENS, calibration_length(model, length)) and names != [SELF] else own
+    given: list[list[Batch]] = []
+    if names != [SELF]:
         preprocessor = source.load_preprocessor(model)
-        column, seed = options.calibration_column, options.seed
-        given = read_batches(model, rows, name, preprocessor, tokens - own, length, column, seed)
+        column, seed, each = options.calibration_column, options.seed, (tokens - own) // len(names)
+        for name in names:
+            rows = read_rows(name, options.calibration_split, options.calibration_config)
+            given.append(read_batches(model, rows, name, preprocessor, each, length, column, seed))
     refine = effort.refine_epochs if options.refine_epochs is None else options.refine_epochs
     settings = {
-        "source": Path(name).name if Path(name).is_absolute() else name,
+        "source": ", ".join(Path(name).name if Path(name).is_absolute() else name for name in names),
         "method": options.method or effort.method,
         "fit_tokens": effort.fit_tokens,
         "refine_epochs": refine,
@@ -124,14 +125,15 @@ def prepare(options: CalibrationOptions, source: Source, model: Any) -> Prepared
 
 
 def load_calibration(
-    model: Any, data: str = SELF, *, effort: str = "default", progress: bool = False, **options: Any
+    model: Any, data: str | list[str] = SELF, *, effort: str = "default", progress: bool = False, **options: Any
 ) -> Calibration:
     """What ``lowrank-ft convert --calibration-data DATA`` fits a model to, for :func:`lowrank_ft.convert`.
 
     Args:
         model: a causal language model, encoder or image model of transformers, which has not been converted. Its
             tokenizer or image processor is read from where it came from.
-        data: a text, jsonl or parquet file, a dataset on the Hub, or ``self``: text that the model writes.
+        data: a text, jsonl or parquet file, a dataset on the Hub, or ``self``: text that the model writes. A list of
+            files and datasets shares the tokens equally.
         effort: one of ``EFFORTS``.
         progress: show progress bars on stderr.
         options: further fields of :class:`CalibrationOptions`, such as ``calibration_tokens`` and ``own_share``.

@@ -206,6 +206,11 @@ BAD = [
     (["--calibration-data", "nowhere.txt"], "there is no file nowhere.txt; check the path"),
     (["--calibration-data", "text.doc"], "has the file extension '.doc'; supported are .txt"),
     (["--calibration-data", "empty.txt"], "empty.txt is empty"),
+    (["--calibration-data", "long.txt", "--calibration-data", "empty.txt"], "empty.txt is empty"),
+    (
+        ["--calibration-data", "self", "--calibration-data", "long.txt"],
+        "--calibration-data self stands beside long.txt;",
+    ),
     (
         ["--calibration-data", "short.txt"],
         "short.txt has 401 tokens; calibration needs at least 1024, and some ten thousand do",
@@ -281,6 +286,16 @@ def test_chats_are_calibration_data(command, chat_model, texts, tmp_path):
     assert re.search(r"calibration: [\d,]+ tokens of chats.jsonl", done.stderr)
     assert "chats.jsonl are left out: 1 x it has no assistant's reply\n" in done.stderr or "left out" not in done.stderr
     assert json.loads((tmp_path / "read" / "conversion.json").read_text())["calibration"]["source"] == "chats.jsonl"
+    both = [
+        *flags,
+        tmp_path / "chats.jsonl",
+        "--calibration-data",
+        texts / "read.txt",
+        "--output-dir",
+        tmp_path / "both",
+    ]
+    done = command("convert", chat_model, *both)
+    assert "calibration: 2,048 tokens of chats.jsonl, read.txt\n" in done.stderr
 
     own = ["convert", chat_model, *flags, "self", "--calibration-tokens", "2048", "--output-dir"]
     assert command(*own, tmp_path / "own").returncode == 0

@@ -103,7 +103,7 @@ def test_a_pushed_record_names_no_folder_and_no_private_text(source, tmp_path):
     """In the record stands what the folder is called, which looks like a Hub id, and text as it was named."""
     model = AutoModelForCausalLM.from_pretrained(source)
     lowrank_ft.convert(model, rank=8)
-    calibration = {"source": "private/chats.jsonl", "tokens": 64}
+    calibration = {"source": "private/chats.jsonl, me/chats, private/b.txt", "tokens": 64}
     for name, base in (("local", str(source)), ("public", "me/dense")):
         record = {"format_version": 1, "base_model": base.removeprefix(f"{source.parent}/"), "calibration": calibration}
         lowrank_ft.save_compact(model, tmp_path / name, base_model=base, companions_from=source)
@@ -119,7 +119,7 @@ def test_a_pushed_record_names_no_folder_and_no_private_text(source, tmp_path):
         files = hub.files("me/public")
     assert "base_model" not in local
     assert public["base_model"] == "me/dense"
-    assert [r["calibration"]["source"] for r in (local, public)] == ["chats.jsonl", "chats.jsonl"]
+    assert [r["calibration"]["source"] for r in (local, public)] == ["chats.jsonl, me/chats, b.txt"] * 2
     assert {name for name in files if name.startswith("onnx/")} == {"onnx/model.onnx", "onnx/model.onnx.data"}
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import json
 import math
 from types import SimpleNamespace
 
@@ -261,13 +262,35 @@ def test_the_model_writes_its_share(tmp_path):
     options = CalibrationOptions(calibration_data=str(text), calibration_tokens=8192, own_share=0.25)
     prepared = prepare(options, source, model)
     assert prepared.own_tokens == 2048
-    assert sum(b["input_ids"].numel() for b in prepared.given) == 6144
+    assert sum(b["input_ids"].numel() for part in prepared.given for b in part) == 6144
     calibration = prepared.calibration(model)
     assert calibration.tokens + sum(b["input_ids"].numel() for b in calibration.held_out) == 8192
     assert sum(len(b["input_ids"]) for b in calibration.held_out) == 2 + 2  # of the text, and of the model's own
     assert prepare(dataclasses.replace(options, own_share=0.0), source, model).own_tokens == 0
     fast = prepare(dataclasses.replace(options, own_share=None, effort="fast"), source, model)
     assert (fast.own_tokens, fast.settings["distill_epochs"]) == (0, 0)
+
+
+def test_several_data_share_the_tokens(tmp_path):
+    """Equal shares, of each a part held out; the model's own text stands beside them."""
+    model = tiny_llama(vocab_size=VOCABULARY, max_position_embeddings=128)
+    model.save_pretrained(tmp_path)
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "a.txt").write_text("aaa " * 9000)
+    (tmp_path / "z.jsonl").write_text("\n".join([json.dumps({"text": "zzz " * 200})] * 60))
+    names = [str(tmp_path / name) for name in ("a.txt", "z.jsonl")]
+    options = CalibrationOptions(calibration_data=names, calibration_tokens=12_288, own_share=0.25)
+    prepared = prepare(options, Source(str(tmp_path)), model)
+    assert [sum(b["input_ids"].numel() for b in part) for part in prepared.given] == [4608, 4608]
+    assert (prepared.own_tokens, prepared.settings["source"]) == (3072, "a.txt, z.jsonl")
+    letters = [set(tokenizer.decode(torch.cat([b["input_ids"].flatten() for b in part]))) for part in prepared.given]
+    assert "a" in letters[0] - letters[1]
+    assert "z" in letters[1] - letters[0]
+    held_out = [row for b in prepared.calibration(model).held_out for row in b["input_ids"]]
+    shown = [tokenizer.decode(row) for row in held_out]
+    assert [sum(mark in text for text in shown) for mark in ("aaa aaa", "zzz zzz")] == [2, 2]
+    assert len(shown) == 6
 
 
 def test_encoders_of_text_are_distilled_on_more(tmp_path, monkeypatch):
@@ -288,6 +311,7 @@ def test_encoders_of_text_are_distilled_on_more(tmp_path, monkeypatch):
     ({"effort": "quick"}, "--effort 'quick' is unknown; choose one of fast, default, best"),
     ({"own_share": 1.0}, "--own-share is 1.0; it must be at least 0 and below 1"),
     ({"own_share": -0.1}, "--own-share is -0.1"),
+    ({"calibration_data": ["a.txt", "self"]}, "--calibration-data self stands beside a.txt; leave it out, and give the share"),
 ])  # fmt: skip
 def test_bad_options(options, message):
     with pytest.raises(ConfigError) as error:

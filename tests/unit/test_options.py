@@ -130,6 +130,7 @@ def test_flags_are_the_fields_of_the_options(declared):
         ({}, True, True), ({}, False, False), ({"method": "svd"}, True, False), ({"method": "anchored"}, False, True),
         ({"method": "svd", "allocation": "loss"}, False, True), ({"method": "svd", "refine_epochs": 0}, True, False),
         ({"method": "svd", "distill_epochs": 0.5}, True, True), ({"calibration_data": "self"}, False, True),
+        ({"calibration_data": ["a.txt", "b.txt"]}, False, True),
     ],
 )  # fmt: skip
 def test_when_calibration_data_are_wanted(given, writes_text, wanted):
