@@ -42,13 +42,13 @@ def truncated_svd(weight: Tensor, rank: int, name: str = "weight") -> Factors:
         NonFiniteError: the matrix holds NaN or infinity.
     """
     rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
-    matrix = _working_copy(weight, name)
+    matrix = _finite(_where_float64_is(weight), name)
     tall = matrix.shape[0] > matrix.shape[1]
     if tall:
         matrix = matrix.T
     basis, projection = leading_part(matrix, rank)
     # Row norms are the singular values, to the accuracy of the matrix and not of its square.
-    scale = projection.norm(dim=1).sqrt()
+    scale = torch.linalg.vector_norm(projection, dim=1, dtype=torch.float64).sqrt().to(projection.dtype)
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     left, right = basis * scale, projection / safe[:, None]
     if tall:
@@ -223,7 +223,11 @@ def retained_energy(values: Tensor, rank: int) -> float:
 
 def exact(tensor: Tensor) -> Tensor:
     """In float64, for a decomposition: where it is, or on the CPU where the device has no float64."""
-    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device).double()
+    return _where_float64_is(tensor).double()
+
+
+def _where_float64_is(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device)
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
@@ -249,13 +253,17 @@ def _inverse_root(moments: Tensor) -> Tensor:
 
 
 def _working_copy(weight: Tensor, name: str) -> Tensor:
-    if not torch.isfinite(weight).all():
+    return _finite(exact(weight), name)
+
+
+def _finite(weight: Tensor, name: str) -> Tensor:
+    if not all(torch.isfinite(end) for end in torch.aminmax(weight)):  # one pass; NaN is either end
         count = int((~torch.isfinite(weight)).sum())
         raise NonFiniteError(
             f"{name} {tuple(weight.shape)} holds {count} NaN or infinite values; "
             "repair or re-download the checkpoint, or exclude that module"
         )
-    return exact(weight)
+    return weight
 
 
 def _of_numbers(importance: Tensor, name: str) -> Tensor:

@@ -20,6 +20,7 @@ _HUGE = 2048  # of the shorter side; below, the Gram matrix is faster than a few
 _LOW = 16  # the shorter side over the rank, from which on the range finder is tried
 _LEAST_LOST = 0.02  # of the energy; where less is lost, float32 cannot tell how much
 _MOST_ROUNDS = 12
+_PARTS, _LEAST_ROWS = 8, 128  # of a Gram matrix, so that its upper half is left out
 
 
 def leading_part(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -28,32 +29,47 @@ def leading_part(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     The columns of ``Q`` are orthonormal, and are the leading left singular vectors, largest first.
 
     Args:
-        matrix: ``M``, finite, float64, which both results are, too.
+        matrix: ``M``, finite, on a device that has float64. The results are float64, but float32 where ``M`` is of at
+            most 32 bits and a float32 solver was enough.
     """
     small = min(matrix.shape)
-    if small >= _LARGE and rank < small and matrix.dtype == torch.float64:
-        scale = matrix.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        single = (matrix / scale).float()  # squares of small numbers would not be float32 numbers
+    if small >= _LARGE and rank < small:
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        scale = _scale(matrix)
+        single = (matrix.to(dtype) / scale if scale != 1 else matrix).float()
         found = _range_finder(single, rank) if small >= _HUGE and rank * _LOW <= small else None
         found = _checked_gram(single, rank) if found is None else found
         if found is not None:
-            return found[0].double(), found[1].double() * scale
+            basis, projection = (part.to(dtype) for part in found)
+            return basis, projection * scale if scale != 1 else projection
+    matrix = matrix.double()
     basis = _gram(matrix, rank)[0]
-    return basis, basis.T @ matrix
+    return basis, _projection(basis, matrix)
 
 
 def _gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The basis by the smaller Gram matrix, and all of its eigenvalues, largest first."""
     wide = matrix.shape[0] <= matrix.shape[1]
-    values, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+    values, vectors = torch.linalg.eigh(_lower_half(matrix if wide else matrix.T))
     leading = vectors.flip(-1)[:, :rank]
     return leading if wide else torch.linalg.qr(matrix @ leading).Q, values.flip(-1)
+
+
+def _lower_half(matrix: Tensor) -> Tensor:
+    """``M M^T``, of which ``eigh`` reads the lower half; little more than that is computed."""
+    rows = len(matrix)
+    gram = matrix.new_zeros(rows, rows)
+    step = max(_LEAST_ROWS, -(-rows // _PARTS))
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        gram[start:end, :end] = matrix[start:end] @ matrix[:end].T
+    return gram
 
 
 def _checked_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """None where what is lost cannot be told from rounding, or is more than the eigenvalues left over say."""
     basis, values = _gram(matrix, rank)
-    projection = basis.T @ matrix
+    projection = _projection(basis, matrix)
     total = _energy(matrix)
     lost = total - _energy(projection)
     least = values[rank:].clamp_min(0).double().sum().item()
@@ -85,5 +101,19 @@ def _range_finder(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+def _projection(basis: Tensor, matrix: Tensor) -> Tensor:
+    """``Q^T M``, laid out as ``M`` is, so that no transposed copy is made later."""
+    return basis.T @ matrix if matrix.is_contiguous() else (matrix.T @ basis).T
+
+
+def _scale(matrix: Tensor) -> float:
+    """The largest size of an entry where its square is far from 1, and may be no float32 number; else 1."""
+    low, high = torch.aminmax(matrix)
+    largest = max(-low.item(), high.item())
+    return 1.0 if largest == 0 or 1e-6 < largest < 1e6 else largest
+
+
 def _energy(matrix: Tensor) -> float:
-    return matrix.square().sum(dtype=torch.float64).item()
+    """The sum of squares: of each row in the dtype of the matrix, of the rows in float64."""
+    rows = matrix if matrix.is_contiguous() else matrix.T
+    return torch.linalg.vector_norm(rows, dim=1).double().square().sum().item()

@@ -111,13 +111,18 @@ class Bench:
     def dense(self) -> Any:
         return common.load(self.options.model, self.options.device)
 
+    @staticmethod
+    def calibration_data(options: argparse.Namespace, method: dict[str, Any]) -> list[str]:
+        """What a conversion is fitted to."""
+        return [options.other]
+
     def build(self, method: dict[str, Any]) -> Any:
         model = self.dense()
         if method["kind"] == "full":
             return model.train()
         guide = None if method.get("guide") in (None, "none") else method["guide"]
         if method["kind"] == "ours":
-            converted = common.load(str(conversion_folder(self.options, method["ratio"])), self.options.device)
+            converted = common.load(str(conversion_folder(self.options, method)), self.options.device)
             unpivot(converted)
             if guide is not None:
                 attach_guides(converted, model, guide)
@@ -171,16 +176,19 @@ class Bench:
         }
 
 
-def conversion_folder(options: argparse.Namespace, ratio: float) -> Path:
-    return options.work / f"{Path(options.model).name}-{ratio}"
+def conversion_folder(options: argparse.Namespace, method: dict[str, Any]) -> Path:
+    both = "-and-training-data" if method.get("calibrated_on_both") else ""
+    return options.work / f"{Path(options.model).name}-{method['ratio']}{both}"
 
 
-def convert_all(options: argparse.Namespace, ratios: list[float]) -> None:
+def convert_all(options: argparse.Namespace, methods: list[dict[str, Any]], kind: type[Bench]) -> None:
     """The conversions that fine-tuning starts from, by the command; kept in ``--work`` for the next time."""
-    for ratio in ratios:
-        folder = conversion_folder(options, ratio)
+    for method in methods:
+        folder = conversion_folder(options, method)
         if not folder.is_dir():
-            command = ["convert", options.model, "--param-ratio", str(ratio), "--calibration-data", options.other]
+            command = ["convert", options.model, "--param-ratio", str(method["ratio"])]
+            for data in kind.calibration_data(options, method):
+                command += ["--calibration-data", data]
             command += ["--output-dir", str(folder), "--device", options.device]
             subprocess.run([sys.executable, "-m", "lowrank_ft_cli.main", *command], check=True)
 
@@ -295,7 +303,7 @@ def measure_all(options: argparse.Namespace, kind: type[Bench]) -> dict[str, Any
     def save() -> None:
         common.write_json(options.output, report)
 
-    convert_all(options, sorted({table[n]["ratio"] for n in chosen if table[n]["kind"] == "ours"}))
+    convert_all(options, [table[n] for n in chosen if table[n]["kind"] == "ours"], kind)
     with workers(options, kind) as pool:
         families = list(dict.fromkeys(table[n].get("rate_of", n) for n in chosen))
         rates = choose_rates(pool, families, report, save, table)

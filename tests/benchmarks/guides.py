@@ -16,7 +16,7 @@ from typing import Any
 
 from lowrank_ft.console import print_table
 from tests.benchmarks import common
-from tests.benchmarks.finetune import add_arguments, bench, convert_all, workers
+from tests.benchmarks.finetune import Bench, add_arguments, bench, convert_all, workers
 
 # The winners of finetune.py, for ours at 0.6 and 0.4; at 0.8 it is next to the winner.
 RATES = {"ours": 2e-3, "svd": 2e-3, "full": 1e-3}
@@ -69,7 +69,7 @@ def main() -> None:
     report["summary"] = summary(report["rows"])
     have = [{k: v for k, v in r.items() if k != "test_perplexity"} for r in report["rows"]]
     jobs = [(s, seed) for seed in options.seeds for s in settings(options.max_steps) if {**s, "seed": seed} not in have]
-    convert_all(options, list(RATIOS))
+    convert_all(options, [{"ratio": r} for r in RATIOS], Bench)
     with workers(options) as pool:
         for _, row in common.as_completed(pool, measure, jobs):
             report["rows"].append(row)

@@ -8,8 +8,9 @@ rate of a grid, judged on chats that are not trained on; the peers that train th
 the second best rate. Each then runs in full, and is measured on chats of the test set (perplexity of the replies) and
 on general text, for what it forgot. A run that is broken off goes on where it was.
 
-The conversions that ours starts from are made by the command, on general text, and kept in DIR. "Fitted to the chats" is
-``finetune`` from the dense model instead: a fit to the chats, without training, and then the run.
+The conversions that ours starts from are made by the command, on general text, and kept in DIR. "Converted on both" is on
+general text and the training chats. "Fitted to the chats" is ``finetune`` from the dense model instead: a fit to the
+chats, without training, and then the run.
 """
 
 import argparse
@@ -47,8 +48,12 @@ def chat_methods() -> dict[str, dict[str, Any]]:
         "LoRA r64": {"kind": "lora", "rank": 64, "grid": _ADAPTERS},
         ours: {"kind": "ours", "ratio": 0.8, "guide": "residual", "grid": _DENSE},
     }
-    for ratio, guide in ((0.9, "residual"), (0.6, "residual")):
-        table[f"ours {ratio}"] = {"kind": "ours", "ratio": ratio, "guide": guide, "rate_of": ours}
+    for ratio in (0.9, 0.6):
+        table[f"ours {ratio}"] = {"kind": "ours", "ratio": ratio, "guide": "residual", "rate_of": ours}
+    for ratio in (0.8, 0.6):
+        table[f"ours {ratio}, converted on both"] = {
+            "kind": "ours", "ratio": ratio, "guide": "residual", "calibrated_on_both": True, "rate_of": ours,
+        }  # fmt: skip
     table["ours 0.8, fitted to the chats"] = {"kind": "direct", "ratio": 0.8, "guide": "residual", "rate_of": ours}
     table["ours 0.8, distilled on general text"] = {
         "kind": "ours", "ratio": 0.8, "guide": "none", "distill": 0.5, "rate_of": ours,
@@ -84,6 +89,10 @@ class ChatBench(Bench):
         self.general = general[torch.linspace(0, len(general) - 1, options.general_blocks).long()]
         self.other = pack(token_ids([common.read_text(options.other)], self.tokenizer), options.block_size)
 
+    @staticmethod
+    def calibration_data(options: argparse.Namespace, method: dict[str, Any]) -> list[str]:
+        return [options.other, *([str(chats_file(options, "train"))] if method.get("calibrated_on_both") else [])]
+
     def build(self, method: dict[str, Any]) -> Any:
         if method["kind"] != "svd-lora":
             return super().build(method)
@@ -105,16 +114,22 @@ class ChatBench(Bench):
         }
 
     def _chats(self, part: str) -> TokenizedData:
-        path = self.options.work / f"gsm8k-{part}.jsonl"
-        if not path.is_file():
-            rows = [json.loads(line) for line in (common.SHARED / "data" / path.name).open(encoding="utf-8")]
-            chats = [[("user", r["question"]), ("assistant", r["answer"])] for r in rows]
-            lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in chats]
-            draft = path.with_suffix(f".{time.monotonic_ns()}")
-            draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            draft.replace(path)
+        path = chats_file(self.options, part)
         args = DataArguments(dataset=str(path), eval_ratio=0, block_size=self.options.block_size)
         return load_data(args, self.tokenizer)[0]
+
+
+def chats_file(options: argparse.Namespace, part: str) -> Path:
+    """GSM8K's questions and answers as chats: ``train`` or ``test``."""
+    path: Path = options.work / f"gsm8k-{part}.jsonl"
+    if not path.is_file():
+        rows = [json.loads(line) for line in (common.SHARED / "data" / path.name).open(encoding="utf-8")]
+        chats = [[("user", r["question"]), ("assistant", r["answer"])] for r in rows]
+        lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in chats]
+        draft = path.with_suffix(f".{time.monotonic_ns()}")
+        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        draft.replace(path)
+    return path
 
 
 @torch.no_grad()

@@ -128,6 +128,22 @@ def test_the_fast_solvers_lose_no_more_than_they_have_to(monkeypatch, shape, ran
     assert (gram - gram.diagonal().diag()).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(64, 80), (80, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_few_bits_take_the_fast_solvers_as_they_are(monkeypatch, shape, dtype):
+    """No rounding is added to that of the weight."""
+    monkeypatch.setattr(subspace, "_LARGE", 32)
+    used = spies(monkeypatch)
+    weight = (slow_matrix(*shape) * 1e-20).to(dtype)
+    factors = truncated_svd(weight, 20)
+    assert used == ["_checked_gram"]
+    assert all(f.is_contiguous() for f in factors)
+    scaled = weight.double() * 1e20
+    product = factors.U.double() @ factors.V.double() * 1e20
+    torch.testing.assert_close(product, naive(scaled, 20), atol=3e-6, rtol=1e-4)
+    assert_balanced(Factors(factors.U * 1e10, factors.V * 1e10))
+
+
 def spies(monkeypatch):
     """The fast solvers that gave a result, in order."""
     used = []
