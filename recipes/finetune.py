@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
@@ -25,7 +26,7 @@ from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.conversion.batches import training_calibration
 from lowrank_ft.conversion.calibration import Calibration
-from lowrank_ft.conversion.convert import default_allocation
+from lowrank_ft.conversion.convert import allocate, default_allocation
 from lowrank_ft.conversion.restore import shape_factors, shape_guides
 from lowrank_ft.costs.flops import compare
 from lowrank_ft.data.examples import TokenizedData, context_length
@@ -168,13 +169,16 @@ def prepare_model(
                 shape_guides(model, guide, args.guide_bits)
             return model, source.name, teacher
         calibration = calibration_of(args, train_data)
+        allocation = args.allocation or default_allocation(args.param_ratio, calibration is not None)
+        plan = allocate(model, plan, allocation, calibration, progress=True)
+        # Sums on GPUs differ from one process to the next in their last digits, and ranks may follow; DDP needs equal shapes.
+        plan = broadcast_object_list([plan])[0]
         lowrank_ft.convert(
             model,
-            **sizes_and_targets,
+            plan=plan,
             guide=guide,
             guide_bits=args.guide_bits if guide else None,
             method=args.method,
-            allocation=args.allocation or default_allocation(args.param_ratio, calibration is not None),
             calibration=calibration,
             progress=True,
         )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lowrank_ft.schedule import alpha_at, keeps_guide
 from lowrank_ft.training.metrics import read_metrics
-from tests.conftest import DEMO_MODEL, ROOT
+from tests.conftest import DEMO_MODEL, ROOT, tiny_llama
 from tests.distributed import stochastic_driver
 
 OPTIONS = {
@@ -70,6 +70,20 @@ def test_two_processes_give_the_losses_of_one(tmp_path, guide, flags):
     assert weights_one.keys() == weights_two.keys()
     for name in weights_one:
         torch.testing.assert_close(weights_two[name], weights_one[name], atol=2e-3, rtol=2e-2)
+
+
+def test_all_processes_take_the_ranks_of_the_main_one(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "tests.distributed.plan_driver", str(tmp_path),
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    main, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert set(main.values()) == {6}
+    assert other == main
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
