@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     formatwarning = warnings.formatwarning
     _quieten(options)
     signal.signal(signal.SIGTERM, _interrupt)  # so that half-written output is cleaned up
+    hangup = getattr(signal, "SIGHUP", None)  # the terminal is closed; there is none on Windows
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(hangup, _interrupt)
     try:
         code = launch_command(arguments, launch) if launch else int(COMMANDS[options.command].run(options) or 0)
         sys.stdout.flush()  # a reader that is gone is found out here, and not at exit

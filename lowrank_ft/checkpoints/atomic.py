@@ -20,15 +20,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank_ft.checkpoints.companions import COMPANION_FOLDERS, COMPANIONS
-from lowrank_ft.checkpoints.folders import check_folder, check_name, check_replaceable, check_writable
+from lowrank_ft.checkpoints.folders import (
+    check_folder,
+    check_name,
+    check_replaceable,
+    check_writable,
+    where_it_leads,
+)
 from lowrank_ft.checkpoints.locks import exclusive, explain_refused_writes
 from lowrank_ft.errors import OutputError
 
 # --overwrite replaces a folder only where each entry looks like a part of a checkpoint.
 _CHECKPOINT_PARTS = (
     *COMPANIONS, *COMPANION_FOLDERS,
-    "*.json", "*.safetensors", "README.md", "lowrank_plugin.py", "checkpoints", "metrics.jsonl", "training.png", "rank_map.png",
-    "report.html", "[0-9]_*",
+    "config.json", "conversion.json", "run.json", "adapter_config.json", "model.safetensors.index.json",
+    "adapter_model.safetensors.index.json", "model*.safetensors", "adapter_model*.safetensors", "README.md",
+    "lowrank_plugin.py", "checkpoints", "metrics.jsonl", "training.png", "rank_map.png", "report.html", "[0-9]_[A-Z]*",
 )  # fmt: skip
 
 
@@ -44,7 +51,7 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
     """
     path = Path(path)
     check_name(path)
-    _recover(path)
+    _recover(where_it_leads(path))
     check_replaceable(path)
     if keep is not None and Path(keep).exists() and Path(keep).resolve().is_relative_to(path.resolve()):
         raise OutputError(f"--output-dir {path} holds the source {keep}; write somewhere else")
@@ -56,7 +63,8 @@ def check_output_dir(path: str | Path, overwrite: bool = False, keep: str | Path
 def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool = False) -> Iterator[Path]:
     """Write into a hidden folder beside ``path``; it takes the name ``path`` only when the block ends well.
 
-    After an error, a full disk or an interrupt, nothing is left and an earlier folder is as it was.
+    A link stays, and what it points to is replaced. After an error, a full disk or an interrupt, nothing is left and an
+    earlier folder is as it was.
 
     Args:
         overwrite: see :func:`check_output_dir`.
@@ -71,7 +79,8 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
         check_output_dir(path, overwrite)
     busy = f"another command is writing {path}; wait for it, or choose another --output-dir"
     remedy = "Nothing was left behind; free some space or choose another --output-dir"
-    with exclusive(path.parent / f".{path.name}.lock", busy), explain_refused_writes(path, remedy):
+    shown, path = path, where_it_leads(path)
+    with exclusive(path.parent / f".{path.name}.lock", busy), explain_refused_writes(shown, remedy):
         for left in _hidden_beside(path, "partial"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         draft = _hidden_folder(path)

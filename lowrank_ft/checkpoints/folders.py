@@ -47,21 +47,28 @@ def check_name(path: Path) -> None:
         raise OutputError(f"nothing can be called {str(path)[:60]!r}... ({reason}); name another") from None
 
 
+def where_it_leads(path: Path) -> Path:
+    """The folder behind a link, which is what is replaced: it may be on another disk, and the link has to stay."""
+    return path.resolve() if path.is_symlink() else path
+
+
 def check_replaceable(path: Path) -> None:
     """Refuse, before any work is done, a folder beside which none can be made to take its place at the end.
 
     Raises:
         OutputError: it is a mount point, or the folder above belongs to somebody else.
     """
-    if os.path.ismount(path):
+    real = where_it_leads(path)
+    if os.path.ismount(real):
         raise OutputError(
             f"--output-dir {path} is a mount point, and a finished folder cannot take its place; name a folder inside it, "
             f"such as {path / 'model'}"
         )
-    if path.exists() and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+    above = real.absolute().parent
+    if real.exists() and not os.access(above, os.W_OK | os.X_OK):
         raise OutputError(
-            f"--output-dir {path} cannot be replaced: no permission in {path.absolute().parent}, where the new folder is "
-            f"prepared; name a folder inside it, such as {path / 'model'}"
+            f"--output-dir {path} cannot be replaced: no permission in {above}, where the new folder is prepared; name a "
+            f"folder inside it, such as {path / 'model'}"
         )
 
 
@@ -72,6 +79,7 @@ def check_writable(path: Path) -> None:
         OutputError: it, or one above it, is a file, or belongs to somebody else; or there can be none of that name.
     """
     check_name(path)
+    path = where_it_leads(path)
     nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not os.path.isdir(nearest):
         raise OutputError(f"the output folder {path} cannot be made: {nearest} is no folder; name another")

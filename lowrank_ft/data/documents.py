@@ -99,6 +99,7 @@ class Corpus:
     ) -> None:  # fmt: skip
         self.sources: list[_Source] = []
         self.names, self._globs = list(names), globs
+        self._reading = {"text column": column, "config": config, "split": split}
         seen: set[Path] = set()
         for name in names:
             files = _files(name, globs, exclude)
@@ -111,6 +112,10 @@ class Corpus:
                 seen.add(file.resolve())
                 table = BUILDERS.get(file.suffix.lower(), "text") != "text"
                 self.sources.append(_Table(str(file), BUILDERS[file.suffix.lower()], column) if table else _Text(file))
+
+    def reading(self) -> dict[str, Any]:
+        """What decides which text of the sources is read; nothing where they are plain text."""
+        return self._reading if any(isinstance(source, _Table) for source in self.sources) else {}
 
     def versions(self) -> dict[str, Any]:
         """Of every source what changes with its content: size and time of a file, the commit of a Hub dataset."""

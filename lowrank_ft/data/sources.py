@@ -51,20 +51,27 @@ def read_rows(name: str, split: str = "train", config: str | None = None) -> Dat
 
 
 def _read_lines(path: Path) -> Dataset | None:
-    """JSON lines of different shapes: what is no string is kept as JSON, and a broken line is a row of nulls.
+    """JSON lines of different shapes. A broken line is a row of nulls; None where not one line is an object.
 
-    None where not one line is an object.
+    In a column whose values have no type in common, what is no string is kept as JSON.
     """
-    rows: list[dict[str, str | None]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    rows: list[dict[str, Any]] = []
+    # Unlike splitlines(), which also cuts at characters such as U+2028 inside of strings.
+    for text in path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n"):
         try:
             row = json.loads(text)
         except ValueError:
             row = None
-        row = row if isinstance(row, dict) else {}
-        rows.append({k: v if isinstance(v, str) or v is None else json.dumps(v) for k, v in row.items()})
-    columns = {k: None for row in rows for k in row}
-    return Dataset.from_list([{**columns, **row} for row in rows]) if columns else None
+        rows.append(row if isinstance(row, dict) else {})
+    columns: dict[str, list[Any]] = {
+        k: [row.get(k) for row in rows] for k in dict.fromkeys(k for row in rows for k in row)
+    }
+    for name, values in columns.items():
+        try:
+            Dataset.from_dict({name: values})
+        except Exception:  # pyarrow's, of several kinds
+            columns[name] = [v if isinstance(v, str) or v is None else json.dumps(v) for v in values]
+    return Dataset.from_dict(columns) if columns else None
 
 
 def require_column(name: str, wanted: Sequence[str], found: Iterable[str] | None, fix: str) -> None:

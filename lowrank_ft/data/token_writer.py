@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lowrank_ft.checkpoints.atomic import take_place, whole_file
-from lowrank_ft.checkpoints.folders import check_folder, check_replaceable
+from lowrank_ft.checkpoints.folders import check_folder, check_replaceable, where_it_leads
 from lowrank_ft.checkpoints.locks import exclusive
 from lowrank_ft.console import progress_bar
 from lowrank_ft.data.documents import Corpus, Piece, Position
@@ -97,7 +97,11 @@ def write_token_files(
         "max_shard_bytes": max_shard_bytes, "format_version": FORMAT_VERSION,
         **{library: version(library) for library in _LIBRARIES},
     }  # fmt: skip
-    run = {"settings": {**settings, "tokenizer": shown_tokenizer(facts)}, "inputs": corpus.versions()}
+    run = {
+        "settings": {**settings, **corpus.reading(), "tokenizer": shown_tokenizer(facts)},
+        "inputs": corpus.versions(),
+    }
+    output_dir = where_it_leads(output_dir)
     work = output_dir.with_name(f".{output_dir.name}.partial")
     try:
         with exclusive(

@@ -198,12 +198,13 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing(dense, tmp_path, number):
     """Interrupted while the weights are being written."""
     code = (
         # A shell starts background jobs with SIGINT ignored, and tests may be one.
         "import signal, sys, time, transformers; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # nohup, too
         "from lowrank_ft_cli.main import main;"
         "save = transformers.PreTrainedModel.save_pretrained;"
         "transformers.PreTrainedModel.save_pretrained = "
@@ -221,6 +222,16 @@ def test_an_interrupt_leaves_nothing(dense, tmp_path, number):
     assert process.returncode == 1
     assert "error: interrupted; nothing was left behind" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+def test_nohup_is_respected():
+    code = (
+        "import signal; from lowrank_ft_cli.main import main;"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); main(['help']);"
+        "main(['plan', 'nowhere', '--rank', '8']); assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_whole_way(dense, tmp_path, command):

@@ -216,6 +216,8 @@ def test_a_changed_run_is_refused(source, arguments, command, tmp_path):
     options = ["0.2" if a == "0.1" else "30kB" if a == SHARD else a for a in mine]
     message = refused(*options, output)
     assert "differs: held_out 0.1 -> 0.2; max_shard_bytes 20000 -> 30000; use its settings" in message
+    other = refused(*mine, output, "--text-column", "body")
+    assert "differs: text column text -> body; use its settings" in other
     assert f"{source / 'long.txt'} [" in refused(*[a for a in mine if not a.endswith("long.txt")], output)
     with own.open("a") as file:
         file.write('{"text": "one more"}\n')

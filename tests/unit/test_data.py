@@ -273,6 +273,17 @@ def test_a_broken_line_and_null_texts_are_counted(tokenizer, tmp_path, capsys):
         load_data(DataArguments(dataset=str(tmp_path / "latin.jsonl")), tokenizer)
 
 
+def test_rows_beside_a_broken_line_are_what_they_were(tmp_path):
+    rows = [{"text": "one\u2028two\u0085three"}, {"text": "four", "messages": CHAT}, {"text": "five"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(["\ufeff" + lines[0], *lines[1:], '{"text": "cut']), encoding="utf-8")
+    found = read_rows(str(tmp_path / "a.jsonl"))
+    assert found["text"] == ["one\u2028two\u0085three", "four", "five", None]
+    assert found["messages"] == [None, CHAT, None, None]
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": ["b"]}\n{"text": "cut')
+    assert read_rows(str(tmp_path / "b.jsonl"))["text"] == ["a", '["b"]', None]
+
+
 def test_sharegpt_columns_and_tools(tokenizer, tmp_path):
     tokenizer.chat_template = "{% if tools %}[{{ tools[0].name }}]{% endif %}" + PLAIN
     tools = [{"name": "clock", "parameters": {"zone": "text"}}]

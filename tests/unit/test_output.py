@@ -83,6 +83,41 @@ def test_an_export_into_a_run_leaves_no_stale_weights(tmp_path):
     assert listing(tmp_path) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_stays_and_the_folder_behind_it_is_written(tmp_path, keep, exists):
+    """The draft lies beside that folder, which may be on another disk."""
+    behind, link = tmp_path / "disk" / "model", tmp_path / "here" / "out"
+    link.parent.mkdir()
+    behind.parent.mkdir()
+    if exists:
+        behind.mkdir()
+    link.symlink_to(behind)
+    with whole_folder(link, keep_existing=keep) as draft:
+        assert draft.parent == behind.parent
+        fill(draft)
+    assert link.is_symlink()
+    assert (listing(link.parent), listing(behind.parent), listing(behind)) == (["out"], ["model"], ["config.json"])
+
+
+def test_a_link_to_a_mount_point_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
+    with pytest.raises(OutputError, match="out is a mount point"):
+        check_output_dir(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["chats.json", "lora.safetensors", "1_notes"])
+def test_what_no_checkpoint_has_is_not_overwritten(tmp_path, name):
+    fill(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    check_output_dir(tmp_path, overwrite=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"holds {name}, and --overwrite replaces nothing but checkpoints"):
+        check_output_dir(tmp_path, overwrite=True)
+
+
 def test_refusals(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
