@@ -22,6 +22,7 @@ from lowrank_ft.checkpoints.architecture import check_headers, model_class
 from lowrank_ft.checkpoints.files import read_headers
 from lowrank_ft.checkpoints.models import check_finite, load_model, remember_origin
 from lowrank_ft.checkpoints.source import Source
+from lowrank_ft.memory import give_back
 
 _Place = tuple[Any, str]
 
@@ -67,6 +68,7 @@ class OnDisk:
         """Let the weights of a module go; :meth:`load` reads them again."""
         for _, parent, leaf, parameter in _parameters(self.model.get_submodule(name)):
             parent.register_parameter(leaf, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+        give_back()
 
     def unhook(self, name: str = "") -> None:
         """From here on, the weights of this module do not come by themselves."""

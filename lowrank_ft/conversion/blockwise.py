@@ -30,6 +30,7 @@ from lowrank_ft.conversion.refine import refine_block, squares
 from lowrank_ft.conversion.sensitivity import output_importance
 from lowrank_ft.conversion.stubs import capture_of_first
 from lowrank_ft.factorization.solvers import Factors, Regression, truncated_svd
+from lowrank_ft.memory import give_back
 from lowrank_ft.nn.replace import dense_weight, factorized
 
 METHODS = ("svd", "activation", "anchored")
@@ -76,6 +77,7 @@ def convert_blocks(
             converted = Stream(capture(model, chain, batches, calibration.store()), calibration)
         for name in chain:
             convert_block(model, name, members[name], dense, converted, method, calibration, importance, record)
+            give_back()
             bar.update()
     bar.close()
 
