@@ -49,20 +49,20 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a local checkpoint, all of them present.
+    """The weight files of a local checkpoint, all of them present: those that transformers loads.
 
     Raises:
         CheckpointError: none, only pickles, or a shard that the index names is missing.
     """
     index, single = folder / INDEX_FILE, folder / "model.safetensors"
+    if single.is_file():  # an index beside it is not read by transformers, nor by the Hub's client
+        return [single]
     if index.is_file():
         names = _indexed_files(index)
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
             raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names; download it again")
         return [folder / n for n in names]
-    if single.is_file():
-        return [single]
     raise no_safetensors(str(folder), [p.name for p in folder.iterdir()])
 
 
