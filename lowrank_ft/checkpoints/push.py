@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub import errors as hub_errors
 
 from lowrank_ft.checkpoints.companions import companions, is_own_file, matches
+from lowrank_ft.checkpoints.files import check_adapter_file
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, PLACEHOLDER, RANK_MAP_FILE
 from lowrank_ft.checkpoints.names import is_hub_id
 from lowrank_ft.checkpoints.source import Source
@@ -75,7 +76,9 @@ def push(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"{folder} is not a folder; push what convert or finetune wrote")
-    if not (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
+        check_adapter_file(folder)
+    else:
         config_file = folder / "config.json"
         if not config_file.is_file():
             raise CheckpointNotFoundError(f"{folder} has no config.json; push what convert or finetune wrote")

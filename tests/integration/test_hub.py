@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from transformers import NomicBertConfig, NomicBertModel
 
 import lowrank_ft
 from lowrank_ft.checkpoints.push import push
-from lowrank_ft.errors import ConfigError
+from lowrank_ft.errors import CheckpointError, ConfigError
 from lowrank_ft.export import save_compact
 from lowrank_ft.nn.forms import stored_as
 from tests.conftest import DEMO_MODEL, tiny_llama
@@ -240,6 +241,21 @@ assert torch.equal(there, here)
 """
         online("-c", load, tmp_path / name)
     assert "deleting" not in command("push", tmp_path / "single", "--repo-id", "me/x").stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "has an adapter_config.json and no adapter_model.safetensors; save the adapter again"),
+        (["adapter_model.bin"], "holds its weights as pickle only (adapter_model.bin)"),
+        (["adapter_model.safetensors"], "adapter_model.safetensors is truncated or corrupt"),
+    ],
+)
+def test_an_adapter_without_readable_weights_is_not_pushed(files, message, tmp_path):
+    for name in ("adapter_config.json", *files):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        push(tmp_path, "me/x")
 
 
 @pytest.mark.parametrize("more", [{"revision": "v1"}, {"private": True}])
