@@ -94,6 +94,15 @@ def safetensors_files(folder: Path) -> list[Path]:
     raise no_safetensors(str(folder), [p.name for p in folder.iterdir()])
 
 
+def weight_bytes(folder: Path) -> int:
+    """The size of what is loaded: not of a second copy beside it, such as Mistral's ``consolidated.safetensors``.
+
+    Raises:
+        CheckpointError: see :func:`safetensors_files`.
+    """
+    return sum(file.stat().st_size for file in safetensors_files(folder))
+
+
 def _indexed_files(index: Path) -> list[str]:
     """The files that an index names, each beside it."""
     table = read_object(index, CheckpointError).get("weight_map")

@@ -120,6 +120,15 @@ def test_stride_and_max_tokens(evaluate, data):
     assert strided["perplexity"] < plain["perplexity"]  # more context
 
 
+def test_a_second_copy_of_the_weights_does_not_count(evaluate, tmp_path, data):
+    """Downloads of Mistral and Llama hold all weights twice, in ``consolidated.safetensors``, too."""
+    shutil.copytree(DEMO_MODEL, tmp_path / "dense")
+    shutil.copy(tmp_path / "dense" / "model.safetensors", tmp_path / "dense" / "consolidated.safetensors")
+    flags = ["--data", data, "--block-size", "64", "--max-tokens", "64", "--json"]
+    found = json.loads(evaluate(tmp_path / "dense", *flags).stdout)["model"]
+    assert found["bytes"] == (DEMO_MODEL / "model.safetensors").stat().st_size
+
+
 def test_agreement_with_the_baseline(evaluate, compact, data):
     flags = ["--baseline", DEMO_MODEL, "--data", data, "--block-size", "64", "--dtype", "float32"]
     found = json.loads(evaluate(compact, *flags, "--json").stdout)
