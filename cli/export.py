@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the checkpoint is of another tool, whose factors have these names: svd-llm, ab, or patterns of U, of V and of the "
         "linear, such as '*.B,*.A,*'",
     )  # fmt: skip
+    parser.add_argument(
+        "--base-model", metavar="MODEL",
+        help="folder or Hub id of a PEFT adapter's base model (default: what adapter_config.json names; its Python code is "
+        "never run)",
+    )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a compact checkpoint on the Hub")
     parser.add_argument("--token", help="Hub token (default: the stored one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code in the checkpoint")
@@ -42,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     from lowrank_ft.checkpoints.push import push
     from lowrank_ft.checkpoints.source import Source
     from lowrank_ft.console import human_bytes, shown_command
-    from lowrank_ft.errors import CheckpointNotFoundError
+    from lowrank_ft.errors import CheckpointNotFoundError, ConfigError
     from lowrank_ft.export import save_compact
 
     source = Source(options.checkpoint, options.revision, options.trust_remote_code, options.token)
@@ -51,10 +56,13 @@ def run(options: argparse.Namespace) -> None:
     folder = source.download()
     base_model: str | None = None
     companions = folder
+    is_adapter = options.factor_names is None and (folder / "adapter_config.json").is_file()
+    if options.base_model is not None and not is_adapter:
+        raise ConfigError(f"--base-model applies to a PEFT adapter, which {options.checkpoint} is not; leave it out")
     if options.factor_names is not None:
         model = load_foreign(folder, factor_names(options.factor_names), options.trust_remote_code)
-    elif (folder / "adapter_config.json").is_file():
-        model, base_model, companions = load_adapter(folder, options.trust_remote_code)
+    elif is_adapter:
+        model, base_model, companions = load_adapter(folder, options.trust_remote_code, options.base_model)
     elif (folder / "trainer_state.json").is_file():
         model, base_model, companions = load_training_checkpoint(folder, options.trust_remote_code)
     elif (folder / "config.json").is_file():

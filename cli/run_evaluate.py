@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from typing import Any
 
 from lowrank_ft_cli.options import device_of, dtype_of, evaluation_settings, source_of
@@ -16,9 +17,18 @@ def evaluate(options: argparse.Namespace) -> None:
     baseline = source_of(options, options.baseline) if options.baseline else None
     results = compare(source_of(options), baseline, settings, dtype_of(options), device, progress=True)
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps(_without_nan(results), indent=2, allow_nan=False))
     else:
         print_results(results, options)
+
+
+def _without_nan(value: Any) -> Any:
+    """None for NaN and infinity, which JSON has no words for; a metric of a task may be undefined."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_results(results: dict[str, Any], options: argparse.Namespace) -> None:

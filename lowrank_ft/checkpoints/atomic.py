@@ -113,7 +113,7 @@ def _hidden_folder(path: Path) -> Path:
 
 def _move_in(draft: Path, path: Path) -> None:
     for stale in (path / "config.json", *path.glob("model*.safetensors*")):
-        stale.unlink(missing_ok=True)  # shards of an earlier export would win over a single new file
+        stale.unlink(missing_ok=True)  # a single file of an earlier export would win over new shards
     for file in sorted(draft.iterdir(), key=lambda p: p.name == "config.json"):
         target = path / file.name
         if target.is_dir():

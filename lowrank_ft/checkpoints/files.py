@@ -36,34 +36,71 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """
     tensors: dict[str, TensorInfo] = {}
     for file in safetensors_files(folder):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    view = handle.get_slice(name)
-                    tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()), file)
-        except Exception as error:  # safetensors' own, or of a type of numbers that torch does not know
-            raise CheckpointError(
-                f"{file} is truncated or corrupt ({first_line(error)}); download it again or restore it from a backup"
-            ) from error
+        tensors |= _header(file)
+    return tensors
+
+
+def check_adapter_file(folder: Path) -> None:
+    """Look at the header of an adapter's weights, in the one file that PEFT and transformers read.
+
+    Raises:
+        CheckpointError: it is missing, truncated or corrupt, or there is only a pickle.
+    """
+    file = folder / "adapter_model.safetensors"
+    if file.is_file():
+        _header(file)
+    elif (folder / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"{folder} holds its weights as pickle only (adapter_model.bin), which can run code when it is opened; it is "
+            "refused. Load it once with PeftModel.from_pretrained in an environment that you trust, then "
+            "model.save_pretrained(folder) writes safetensors"
+        )
+    else:
+        raise CheckpointError(
+            f"{folder} has an adapter_config.json and no {file.name}; save the adapter again with "
+            "model.save_pretrained(folder)"
+        )
+
+
+def _header(file: Path) -> dict[str, TensorInfo]:
+    tensors = {}
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                view = handle.get_slice(name)
+                tensors[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()), file)
+    except Exception as error:  # safetensors' own, or of a type of numbers that torch does not know
+        raise CheckpointError(
+            f"{file} is truncated or corrupt ({first_line(error)}); download it again or restore it from a backup"
+        ) from error
     return tensors
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a local checkpoint, all of them present.
+    """The weight files of a local checkpoint, all of them present: those that transformers loads.
 
     Raises:
         CheckpointError: none, only pickles, or a shard that the index names is missing.
     """
     index, single = folder / INDEX_FILE, folder / "model.safetensors"
+    if single.is_file():  # an index beside it is not read by transformers, nor by the Hub's client
+        return [single]
     if index.is_file():
         names = _indexed_files(index)
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
             raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names; download it again")
         return [folder / n for n in names]
-    if single.is_file():
-        return [single]
     raise no_safetensors(str(folder), [p.name for p in folder.iterdir()])
+
+
+def weight_bytes(folder: Path) -> int:
+    """The size of what is loaded: not of a second copy beside it, such as Mistral's ``consolidated.safetensors``.
+
+    Raises:
+        CheckpointError: see :func:`safetensors_files`.
+    """
+    return sum(file.stat().st_size for file in safetensors_files(folder))
 
 
 def _indexed_files(index: Path) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lowrank_ft.checkpoints import sharded as tensor_files
 from lowrank_ft.checkpoints.architecture import is_compact, model_class
@@ -106,11 +106,23 @@ def _base_of_adapter(source: Source, task: str | None, folder: Path) -> PreTrain
     return load_model(source, auto_class=getattr(transformers, _HEADS[task][0]), num_labels=labels)
 
 
-def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, str, Path]:
+def _needs_code(source: Source) -> bool:
+    fields: dict[str, Any] = PreTrainedConfig.get_config_dict(source.name, revision=source.revision)[0]
+    own = [name for name in fields.get("architectures") or [""] if not hasattr(transformers, name)]
+    return bool(own and fields.get("auto_map"))
+
+
+def load_adapter(
+    folder: Path, trust_remote_code: bool = False, base_model: str | None = None
+) -> tuple[PreTrainedModel, str, Path]:
     """The compact model of a PEFT adapter of type LOWRANK, its base model's name, and that model's folder.
 
+    Args:
+        trust_remote_code: run Python code of a base model that the caller names; never of one that only the adapter names.
+        base_model: folder or Hub id of the base model; None for what ``adapter_config.json`` names.
+
     Raises:
-        CheckpointError: the adapter is of another type.
+        CheckpointError: the adapter is of another type, or its base model needs code that may not be run.
         CheckpointNotFoundError: its base model is not named or not there.
     """
     from peft import PeftModel
@@ -121,11 +133,22 @@ def load_adapter(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrai
             f"{folder} is a {entry.get('peft_type')} adapter; export takes LOWRANK ones "
             "(merge the other into its base model, then convert that)"
         )
-    name = entry.get("base_model_name_or_path")
+    name = base_model or entry.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise CheckpointNotFoundError(f"{folder}/adapter_config.json names no base model; add base_model_name_or_path")
-    source = Source(name, entry.get("revision"), trust_remote_code)
-    base = _base_of_adapter(source, entry.get("task_type"), folder)
+        raise CheckpointNotFoundError(f"{folder}/adapter_config.json names no base model; name it with --base-model")
+    if base_model is None:  # an adapter may name any repository
+        source = Source(name, entry.get("revision"))
+    else:
+        source = Source(name, None, trust_remote_code)
+    try:
+        base = _base_of_adapter(source, entry.get("task_type"), folder)
+    except CheckpointError as error:
+        if base_model is None and _needs_code(source):
+            raise CheckpointError(
+                f"{name}, which {folder}/adapter_config.json names as its base model, needs its own Python code; if you "
+                f"trust its author, name it yourself: --base-model {name} --trust-remote-code"
+            ) from error
+        raise
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub import errors as hub_errors
 
 from lowrank_ft.checkpoints.companions import companions, is_own_file, matches
+from lowrank_ft.checkpoints.files import check_adapter_file
 from lowrank_ft.checkpoints.format import CONVERSION_FILE, PLACEHOLDER, RANK_MAP_FILE
 from lowrank_ft.checkpoints.names import is_hub_id
 from lowrank_ft.checkpoints.source import Source
@@ -30,8 +31,9 @@ _WRITTEN = (
     "model*.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model*.safetensors",
     "adapter_model.safetensors.index.json",
 )  # fmt: skip
-
-
+# What save_pretrained calls weights. Files of these names that an earlier push left would be loaded in their place.
+_MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_ADAPTER = re.compile(r"adapter_config\.json|adapter_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _ONNX = ("*.onnx", "*.onnx_data", "*.onnx.data")  # what browsers load, in a folder of that name
 _TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".parquet")
 
@@ -49,7 +51,8 @@ def push(
     """Create the repository if need be and upload the folder: safetensors, ONNX, configs, tokenizer, loader, card.
 
     Anything else in it stays here: training checkpoints, pickles, and files that this package does not know. What is
-    uploaded is listed on stderr before.
+    uploaded is listed on stderr before. In the repository, weights of an earlier push that have other names are deleted
+    in the same commit, and named on stderr, too; nothing else is.
 
     Args:
         private: make a new repository private; one that is public already is refused.
@@ -73,7 +76,9 @@ def push(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"{folder} is not a folder; push what convert or finetune wrote")
-    if not (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
+        check_adapter_file(folder)
+    else:
         config_file = folder / "config.json"
         if not config_file.is_file():
             raise CheckpointNotFoundError(f"{folder} has no config.json; push what convert or finetune wrote")
@@ -95,10 +100,13 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as staged:
             _stage(folder, Path(staged), repo_id)
-            _announce(folder, Path(staged), repo_id)
+            names = {p.relative_to(staged).as_posix() for p in Path(staged).rglob("*") if p.is_file()}
+            stale = _stale(names, api.list_repo_files(repo_id, revision=revision))
+            _announce(folder, Path(staged), repo_id, names, stale)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=staged,
+                delete_patterns=stale or None,
                 revision=revision,
                 commit_message=commit_message or "Upload low-rank model",
                 create_pr=create_pr,
@@ -170,12 +178,22 @@ def _strip_adapter(folder: Path, staged: Path) -> str | None:
     return local
 
 
-def _announce(folder: Path, staged: Path, repo_id: str) -> None:
-    files = [p for p in sorted(staged.rglob("*")) if p.is_file()]
-    names = {p.relative_to(staged).as_posix() for p in files}
+def _stale(names: set[str], present: list[str]) -> list[str]:
+    """The files of a repository that loaders would read in place of the weights in ``names``, or together with them.
+
+    transformers prefers a single file to shards, and an adapter to the model beside it. The base model beside an adapter
+    stays, because it may be what the adapter belongs to.
+    """
+    kinds = [_ADAPTER] if "adapter_config.json" in names else [_MODEL_WEIGHTS, _ADAPTER]
+    return sorted(n for n in present if n not in names and any(kind.fullmatch(n) for kind in kinds))
+
+
+def _announce(folder: Path, staged: Path, repo_id: str, names: set[str], stale: list[str]) -> None:
     print(f"uploading to {repo_id}:", file=sys.stderr)
-    for path in files:
-        print(f"  {path.relative_to(staged).as_posix()}  {human_bytes(path.stat().st_size)}", file=sys.stderr)
+    for name in sorted(names):
+        print(f"  {name}  {human_bytes((staged / name).stat().st_size)}", file=sys.stderr)
+    if stale:
+        print(f"deleting there, because they are of an earlier push: {', '.join(stale)}", file=sys.stderr)
     left = sorted(p.name for p in folder.iterdir() if not any(n.split("/")[0] == p.name for n in names))
     if left:
         print(f"not uploaded: {', '.join(left)}", file=sys.stderr)

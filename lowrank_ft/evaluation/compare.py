@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ft.checkpoints.architecture import check_causal_lm
+from lowrank_ft.checkpoints.files import weight_bytes
 from lowrank_ft.checkpoints.models import check_finite, load_model
 from lowrank_ft.checkpoints.names import is_hub_id
 from lowrank_ft.checkpoints.source import Source
@@ -235,7 +236,7 @@ def measure(
     numbers: dict[str, Any] = {
         "name": source.name,
         "parameters": count_parameters(model),
-        "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        "bytes": weight_bytes(folder),
     }
     compared = None
     if rows is not None and block_size is not None:

@@ -129,7 +129,7 @@ def sequences(
 
     Raises:
         ConfigError: ``block_size`` is too small for ``begin`` and two tokens; or see :func:`windows`.
-        DataError: see :func:`to_blocks`.
+        DataError: see :func:`to_blocks`; or no token but those of ``begin`` could be predicted.
     """
     room = block_size - len(begin)
     if begin and room < 2:
@@ -144,6 +144,11 @@ def sequences(
     labels = (blocks if labels is None else labels).clone()
     labels[:, 0] = IGNORED
     labels[torch.isin(labels, torch.tensor(begin))] = IGNORED  # of documents further on
+    if not (labels != IGNORED).any():  # the end of a text may be the same token as its beginning
+        raise DataError(
+            f"the text has {len(ids)} tokens, and none of them can be predicted from tokens of its own before it; "
+            "perplexity needs at least 2 such tokens, so give a longer text"
+        )
     return with_begin(blocks, begin), F.pad(labels, (len(begin), 0), value=IGNORED)
 
 

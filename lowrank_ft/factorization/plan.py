@@ -5,6 +5,7 @@ them through a callable. It can be written as JSON, edited by hand and read back
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -301,11 +302,19 @@ def reallocate(plan: Plan, squared_spectra: Mapping[str, Tensor]) -> Plan:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; a weight that is tied, or declared tied (as on the meta device), counts once."""
+    """Parameters of a model; a weight that is tied, or declared tied (as on the meta device), counts once.
+
+    One that bitsandbytes has packed in 4 bits counts as the matrix it was, as in transformers' ``num_parameters``.
+    """
     tied_to = dict(getattr(model, "all_tied_weights_keys", None) or {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    counted = {id(p): p.numel() for name, p in parameters.items() if tied_to.get(name) not in parameters}
+    counted = {id(p): _unpacked(p) for name, p in parameters.items() if tied_to.get(name) not in parameters}
     return sum(counted.values())
+
+
+def _unpacked(parameter: nn.Parameter) -> int:
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)
 
 
 def _linear_plan(spec: LinearSpec, rank: int, keep_full_rank: bool) -> LinearPlan:

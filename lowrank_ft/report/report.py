@@ -6,13 +6,15 @@ Every part but the size is optional, and where one is missing the page says how 
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lowrank_ft.checkpoints.files import safetensors_files
+from lowrank_ft.checkpoints.files import weight_bytes
 from lowrank_ft.checkpoints.names import is_hub_id, local_folder
 from lowrank_ft.console import human_bytes, human_count
 from lowrank_ft.conversion.record import ConversionRecord, LinearRecord
+from lowrank_ft.errors import CheckpointError
 from lowrank_ft.factorization.plan import LinearPlan, shape_text
 from lowrank_ft.report import plots
 from lowrank_ft.report.inspection import Checkpoint, dense_folder, linear_records
@@ -75,12 +77,14 @@ def build_report(
 
 
 def _disk_row(checkpoint: Checkpoint, baseline: str | None) -> Row:
-    after = sum(p.stat().st_size for p in safetensors_files(checkpoint.folder))
+    after = weight_bytes(checkpoint.folder)
     dense = dense_folder(checkpoint, baseline)
     folder = local_folder(dense) if dense else None
-    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    if files:
-        before = float(sum(p.stat().st_size for p in files))
+    before = 0.0
+    if folder is not None:
+        with suppress(CheckpointError):  # an origin may lie there without its weights
+            before = float(weight_bytes(folder))
+    if before:
         return Row("weights on disk", human_bytes(before), human_bytes(after), change(before, after))
     counts = checkpoint.comparison
     before = after * counts.dense.parameters / max(1, counts.compact.parameters)

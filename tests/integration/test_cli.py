@@ -70,6 +70,7 @@ def without_a_tensor(folder):
 
 
 def with_missing_shard(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import sys
 from functools import partial
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_ft.checkpoints.models import load_model
 from lowrank_ft.checkpoints.source import Source
+from lowrank_ft.evaluation.lm_eval import Score
 from tests.conftest import DEMO_MODEL, ROOT
 
 harness = pytest.mark.skipif(
@@ -118,6 +120,15 @@ def test_stride_and_max_tokens(evaluate, data):
     assert plain["tokens"] % 63 == 0
     assert strided["tokens"] > plain["tokens"]
     assert strided["perplexity"] < plain["perplexity"]  # more context
+
+
+def test_a_second_copy_of_the_weights_does_not_count(evaluate, tmp_path, data):
+    """Downloads of Mistral and Llama hold all weights twice, in ``consolidated.safetensors``, too."""
+    shutil.copytree(DEMO_MODEL, tmp_path / "dense")
+    shutil.copy(tmp_path / "dense" / "model.safetensors", tmp_path / "dense" / "consolidated.safetensors")
+    flags = ["--data", data, "--block-size", "64", "--max-tokens", "64", "--json"]
+    found = json.loads(evaluate(tmp_path / "dense", *flags).stdout)["model"]
+    assert found["bytes"] == (DEMO_MODEL / "model.safetensors").stat().st_size
 
 
 def test_agreement_with_the_baseline(evaluate, compact, data):
@@ -306,6 +317,18 @@ def test_a_task_file_of_ones_own(evaluate, tmp_path):
     (tmp_path / "cloze.jsonl").unlink()
     done = evaluate(DEMO_MODEL, "--tasks", tmp_path / "mine.yaml")
     assert_one_line_error(done, f"there is no file {tmp_path / 'cloze.jsonl'}; check the path")
+
+
+def test_a_metric_that_is_undefined_is_null_in_json(evaluate, monkeypatch):
+    """The harness gives NaN, such as for an F1 without a positive item; strict readers of JSON refuse it."""
+    scores = {"mine": {"f1": Score(math.nan, None, True, 4), "ppl": Score(math.inf, 0.5, False, 4)}}
+    monkeypatch.setattr("lowrank_ft.evaluation.compare.load_tasks", lambda names: {"tasks": {}})
+    monkeypatch.setattr("lowrank_ft.evaluation.compare.run_tasks", lambda *_: scores)
+    done = evaluate(DEMO_MODEL, "--baseline", DEMO_MODEL, "--tasks", "mine", "--json")
+    found = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert found["difference"]["tasks"]["mine"] == {"f1": None, "ppl": None}
+    assert [found["model"]["tasks"]["mine"][m]["value"] for m in ("f1", "ppl")] == [None, None]
+    assert found["model"]["tasks"]["mine"]["ppl"]["stderr"] == 0.5
 
 
 @harness

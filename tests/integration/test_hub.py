@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from transformers import NomicBertConfig, NomicBertModel
 
 import lowrank_ft
 from lowrank_ft.checkpoints.push import push
-from lowrank_ft.errors import ConfigError
+from lowrank_ft.errors import CheckpointError, ConfigError
 from lowrank_ft.export import save_compact
 from lowrank_ft.nn.forms import stored_as
 from tests.conftest import DEMO_MODEL, tiny_llama
@@ -206,6 +207,55 @@ def test_branches_and_pull_requests(hub, command, tmp_path):
     assert done.stdout.strip() == f"{hub.endpoint}/me/x/discussions/1"
     assert "model.safetensors" not in hub.files("me/x")
     assert "model.safetensors" in hub.files("me/x", "refs/pr/1")
+
+
+def test_a_push_leaves_no_weights_of_an_earlier_one(hub, online, command, tmp_path):
+    """transformers prefers a single file to shards, and an adapter to a model; what others put there stays."""
+    own = {"notes.md", "model-Q4_K_M.gguf", "picture.png", "model.fp16.safetensors", "model/old.safetensors"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    (tmp_path / "seed" / "model").mkdir(parents=True)
+    for name in own | adapter:
+        (tmp_path / "seed" / name).write_text("{}")
+    hub.add_folder("me/x", tmp_path / "seed")
+    model = tiny_llama()
+    lowrank_ft.convert(model, rank=8)
+    save_compact(model, tmp_path / "single")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    save_compact(model, tmp_path / "shards", max_shard_size="20KB")
+    pushed = {}
+    for name in ("single", "shards", "single"):
+        done = command("push", tmp_path / name, "--repo-id", "me/x")
+        weights = {p.name for p in (tmp_path / name).glob("model*")}
+        found = hub.files("me/x")
+        assert {n for n in found if n.startswith(("model", "adapter"))} - own == weights
+        assert own <= set(found)
+        gone = ", ".join(sorted(pushed.get("weights", adapter)))
+        assert f"deleting there, because they are of an earlier push: {gone}\n" in done.stderr
+        pushed["weights"] = weights
+        load = """
+import sys, lowrank_ft, torch
+from transformers import AutoModelForCausalLM
+there, here = (AutoModelForCausalLM.from_pretrained(name).lm_head.weight for name in ("me/x", sys.argv[1]))
+assert torch.equal(there, here)
+"""
+        online("-c", load, tmp_path / name)
+    assert "deleting" not in command("push", tmp_path / "single", "--repo-id", "me/x").stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "has an adapter_config.json and no adapter_model.safetensors; save the adapter again"),
+        (["adapter_model.bin"], "holds its weights as pickle only (adapter_model.bin)"),
+        (["adapter_model.safetensors"], "adapter_model.safetensors is truncated or corrupt"),
+    ],
+)
+def test_an_adapter_without_readable_weights_is_not_pushed(files, message, tmp_path):
+    for name in ("adapter_config.json", *files):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        push(tmp_path, "me/x")
 
 
 @pytest.mark.parametrize("more", [{"revision": "v1"}, {"private": True}])

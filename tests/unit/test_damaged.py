@@ -134,6 +134,36 @@ def test_an_adapter_with_a_part_missing_or_no_numbers(adapter):
         load_adapter(adapter)
 
 
+def test_code_of_a_base_model_that_only_the_adapter_names_is_not_run(adapter, dense, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.Mine"}
+    change(dense / "config.json", model_type="mine", architectures=["Mine"], auto_map=own)
+    (dense / "mine.py").write_text("raise SystemExit('this code has run')")
+    export = ["export", adapter, "--output-dir", tmp_path / "out", "--trust-remote-code"]
+    done = command(*export)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: {dense}, which {adapter}/adapter_config.json names as its base model, needs its own Python code; if you "
+        f"trust its author, name it yourself: --base-model {dense} --trust-remote-code\n"
+    )
+    with pytest.raises(SystemExit, match="this code has run"):
+        load_adapter(adapter, True, str(dense))
+
+
+def test_the_base_model_of_an_adapter_is_named_by_a_flag(adapter, dense, command, tmp_path):
+    change(adapter / "adapter_config.json", base_model_name_or_path=None)
+    done = command("export", adapter, "--output-dir", tmp_path / "out")
+    assert "adapter_config.json names no base model; name it with --base-model" in done.stderr
+    done = command("export", adapter, "--output-dir", tmp_path / "out", "--base-model", dense)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["base_model"] == str(dense)
+    done = command("export", tmp_path / "out", "--output-dir", tmp_path / "again", "--base-model", dense)
+    assert (
+        f"error: --base-model applies to a PEFT adapter, which {tmp_path / 'out'} is not; leave it out" in done.stderr
+    )
+
+
 GOOD = {"step": 2, "guided": True, "best_loss": None, "best_step": None, "must_match": {}, "scaler": {}}
 
 

@@ -109,6 +109,13 @@ def test_one_token_is_too_short():
         windows(text(1), 16, 4)
 
 
+@pytest.mark.parametrize("stride", [None, 4])
+def test_one_token_between_a_begin_and_the_same_end_is_too_short(stride):
+    """Some tokenizers have one token for both; it counts nowhere."""
+    with pytest.raises(DataError, match="the text has 2 tokens, and none of them can be predicted"):
+        sequences(torch.tensor([1, 5, 1]), 16, stride, [1])
+
+
 @torch.no_grad()
 def naive_agreement(model, baseline, blocks: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, int]:
     kl, same, tokens = 0.0, 0, 0

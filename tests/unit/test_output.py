@@ -73,14 +73,20 @@ def test_keeping_existing_files_of_a_run(tmp_path):
     assert (tmp_path / "config.json").read_text() == "new"
 
 
-def test_an_export_into_a_run_leaves_no_stale_weights(tmp_path):
+SINGLE = ["model.safetensors"]
+SHARDS = ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize(("old", "new"), [(SHARDS, SINGLE), (SINGLE, SHARDS)], ids=["shards", "single"])
+def test_an_export_into_a_run_leaves_no_stale_weights(tmp_path, old, new):
     fill(tmp_path, "old")
-    for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors"):
+    for name in old:
         (tmp_path / name).write_text("old")
     with whole_folder(tmp_path, keep_existing=True) as draft:
         fill(draft)
-        (draft / "model.safetensors").write_text("new")
-    assert listing(tmp_path) == ["config.json", "model.safetensors"]
+        for name in new:
+            (draft / name).write_text("new")
+    assert listing(tmp_path) == ["config.json", *new]
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lowrank_ft.conversion.convert import spectrum_of
 from lowrank_ft.errors import PlanError, RankError
@@ -34,6 +35,18 @@ def test_the_converted_size_is_what_conversion_gives():
         with stored_as(model, "pivoted"):
             assert count_parameters(model) == plan.converted_model_parameters
         assert 0.45 < plan.param_ratio <= 0.5
+
+
+def test_weights_in_4_bits_count_as_the_matrices_that_they_were(tmp_path, ids):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; pip install 'lowrank-ft[quantized]'")
+    dense = tiny_llama(hidden_size=64, intermediate_size=128)
+    dense.save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert sum(p.numel() for p in model.parameters()) < 0.7 * count_parameters(dense)
+    assert count_parameters(model) == count_parameters(dense) == model.num_parameters()
+    with torch.no_grad():
+        model(ids)  # some CPUs pack the weights anew
+    assert count_parameters(model) == count_parameters(dense)
 
 
 def test_full_rank_stays_dense_and_says_so():

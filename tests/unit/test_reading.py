@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from lowrank_ft.checkpoints.architecture import skeleton
 from lowrank_ft.checkpoints.files import INDEX_FILE, safetensors_files
@@ -97,6 +99,7 @@ def test_what_is_no_object_is_refused_wherever_one_is_read(copy, name, content, 
         INDEX_FILE: lambda: Source(str(copy)).tensors(),
         "plan.json": lambda: Plan.load(copy / "plan.json"),
     }[name]
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
     (copy / name).write_bytes(content)
     with pytest.raises((CheckpointError, PlanError)) as caught:
         read()
@@ -110,14 +113,28 @@ def test_what_is_no_object_is_refused_wherever_one_is_read(copy, name, content, 
 )
 def test_an_index_names_files_beside_it_only(copy, file):
     (copy.parent / "other").mkdir()
-    shutil.copy(copy / "model.safetensors", copy.parent / "other")
+    (copy / "model.safetensors").rename(copy.parent / "other" / "model.safetensors")
     (copy / INDEX_FILE).write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
     with pytest.raises(CheckpointError, match="must be a .safetensors file in the same folder"):
         safetensors_files(copy)
 
 
+def test_the_files_that_are_read_are_those_that_transformers_loads(whole, copy):
+    """It takes the single file where there are an index and shards, too, as of an earlier save by another tool."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    model.save_pretrained(copy.parent / "shards", max_shard_size="20KB")
+    for path in (copy.parent / "shards").glob("model*"):
+        path.rename(copy / path.name)
+    assert safetensors_files(copy) == [copy / "model.safetensors"]
+    loaded, single = LlamaForCausalLM.from_pretrained(copy), LlamaForCausalLM.from_pretrained(whole)
+    assert torch.equal(loaded.lm_head.weight, single.lm_head.weight)
+
+
 @pytest.mark.parametrize("table", [None, [], {}, "x"])
 def test_an_index_without_a_table(copy, table):
+    (copy / "model.safetensors").unlink()
     (copy / INDEX_FILE).write_text(json.dumps({"weight_map": table}))
     with pytest.raises(CheckpointError, match=r"index\.json: weight_map is"):
         safetensors_files(copy)

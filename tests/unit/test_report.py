@@ -1,6 +1,7 @@
 """The report's parts against hand-made checkpoints and independent counts."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -188,6 +189,15 @@ def test_spectra_and_errors_are_read_from_the_dense_model(folder, tmp_path):
     assert (
         page.row("weights on disk")[0] == f"{(tmp_path / 'dense' / 'model.safetensors').stat().st_size / 1000:.3g} kB"
     )
+
+
+def test_a_second_copy_of_the_dense_weights_does_not_count(folder, tmp_path):
+    """Downloads of Mistral and Llama hold all weights twice, in ``consolidated.safetensors``, too."""
+    checkpoint = open_checkpoint(Source(str(folder)))
+    dense = tmp_path / "dense"
+    row = Page(build_report(checkpoint, baseline=str(dense))).row("weights on disk")
+    shutil.copy(dense / "model.safetensors", dense / "consolidated.safetensors")
+    assert Page(build_report(checkpoint, baseline=str(dense))).row("weights on disk") == row
 
 
 def test_a_baseline_that_does_not_fit(folder, tmp_path, capsys):
