@@ -312,7 +312,8 @@ class Trainer:
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         resume.read_rng(checkpoint, self.accelerator.process_index)
-        self.step, self._best.loss, self._best.step = state.step, state.best_loss, state.best_step
+        self.step = state.step
+        self._best.restore(state.best_loss, state.best_step)
         self.accelerator.wait_for_everyone()  # no process may still refuse the checkpoint
         if self.accelerator.is_main_process:
             later = resume.remove_later(self.output_dir, checkpoint, self.step)

@@ -15,7 +15,7 @@ from lowrank_ft.conversion.convert import convert
 from lowrank_ft.costs.flops import step_cost
 from lowrank_ft.data.examples import StepBatches, pack
 from lowrank_ft.errors import ConfigError, DivergedError, OutputError, TrainingStateError
-from lowrank_ft.evaluation.perplexity import summed_loss
+from lowrank_ft.evaluation.perplexity import Evaluation, summed_loss
 from lowrank_ft.integrations.peft import LowRankConfig
 from lowrank_ft.nn import compact_state_dict, guided_layers, set_alpha
 from lowrank_ft.pretraining.options import PretrainArguments
@@ -345,6 +345,22 @@ def test_the_best_weights_are_kept(tmp_path, data):
     if trainer.best_step:
         for name, value in model.state_dict().items():
             assert torch.equal(value, states[trainer.best_step][name]), name
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, data, monkeypatch):
+    """Neither the first one nor that of a checkpoint: every later number is better."""
+    losses = iter([math.nan, 3.0, math.nan, 2.0, 4.0, math.nan])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: Evaluation(next(losses), 1, 1.0))
+    options = dict(eval_steps=1, save_steps=4, load_best_model_at_end=True, max_steps=4)
+    trainer = Trainer(guided(), arguments(tmp_path, **options), *data.split(4))
+    trainer.train()
+    assert (trainer.best_loss, trainer.best_step) == (2.0, 3)
+
+    path = tmp_path / "run" / "checkpoints" / "step-00000004" / "trainer_state.json"
+    path.write_text(path.read_text().replace('"best_loss": 2.0', '"best_loss": NaN'))
+    again = Trainer(guided(), arguments(tmp_path, **options, resume_from_checkpoint="auto"), *data.split(4))
+    again.train()
+    assert (again.best_loss, again.best_step) == (None, None)
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path, data):
