@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from lowrank_ft.integrations.peft import LowRankConfig
 from lowrank_ft.nn import compact_state_dict, guided_layers, set_alpha
 from lowrank_ft.pretraining.options import PretrainArguments
 from lowrank_ft.schedule import alpha_at, keeps_guide, lr_factor_at
-from lowrank_ft.training import TrainArguments, Trainer
+from lowrank_ft.training import TrainArguments, Trainer, resume
 from lowrank_ft.training.arguments import parse_args
 from lowrank_ft.training.metrics import read_metrics
 from lowrank_ft.training.resume import find_checkpoints, load_optimizer_tensors, optimizer_tensors
@@ -373,6 +376,53 @@ def test_only_the_newest_checkpoints_stay(tmp_path, data):
         "rng-0.safetensors",
         "config.json",
         "trainer_state.json",
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the names of open files in /proc")
+def test_a_checkpoint_is_on_the_disk_before_the_older_one_goes(tmp_path, data, monkeypatch):
+    """Names relative to the run's folder, in the order in which they are synced, renamed and removed."""
+    events, home = [], tmp_path.resolve()
+    stock = {name: getattr(module, name) for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree"))}
+
+    def named(path):
+        found = Path(path).resolve()
+        return found.relative_to(home).as_posix() if found.is_relative_to(home) else ""
+
+    def watch(module, event, place=named):
+        def watched(*given, **options):
+            events.append((event, place(given[0])))
+            return stock[event](*given, **options)
+
+        monkeypatch.setattr(module, event, watched)
+
+    Trainer(guided(), arguments(tmp_path, save_steps=4, max_steps=4), data).train()
+    watch(os, "fsync", lambda handle: named(os.readlink(f"/proc/self/fd/{handle}")))
+    watch(os, "replace")
+    watch(shutil, "rmtree")
+    monkeypatch.setattr("lowrank_ft.checkpoints.atomic._exchange", lambda *_: False)
+
+    folder = tmp_path / "run" / "checkpoints"
+    draft = folder / ".step-00000008.partial"
+    shutil.copytree(folder / "step-00000004", draft)
+    files = {f"run/checkpoints/{draft.name}/{p.name}" for p in draft.iterdir()}
+    resume.commit(draft, folder / "step-00000008", keep=1)
+    written, rest = events[: len(files)], [e for e in events[len(files) :] if e[1] != named(draft) or e[0] != "rmtree"]
+    assert {path for _, path in written} == files
+    assert rest == [
+        ("fsync", named(draft)), ("replace", named(draft)), *(("fsync", p) for p in ("run/checkpoints", "run", ".")),
+        ("rmtree", "run/checkpoints/step-00000004"),
+    ]  # fmt: skip
+
+    events.clear()
+    resume.write_best(tmp_path / "run", tiny_llama(), Accelerator(), False, 7)
+    best = "run/checkpoints/best"
+    assert [e for e in events if e[0] != "rmtree"][-9:] == [
+        ("fsync", f"{best}/.draft"), ("fsync", best), ("replace", f"{best}/.draft/model.safetensors"), ("fsync", best),
+        ("replace", f"{best}/.draft/best.json"), *(("fsync", p) for p in (best, "run/checkpoints", "run", ".")),
+    ]  # fmt: skip
+    assert {path for event, path in events if event == "fsync"} >= {
+        f"{best}/.draft/{name}" for name in ("model.safetensors", "best.json")
     }
 
 
