@@ -27,8 +27,8 @@ COMPANIONS = (
     "USE_POLICY.*", "COPYING", "COPYING.*",
 )  # fmt: skip
 COMPANION_FOLDERS = ("additional_chat_templates",)
-# What a run and its export write beside weights and checkpoints; what says that it is a run is removed last.
-_OF_A_RUN = ("README.md", "conversion.json", "training.png", "rank_map.png", "report.html", "metrics.jsonl", RUN_FILE)
+# What a run and its export write beside weights, checkpoints and what says that it is a run, which is written anew.
+_OF_A_RUN = ("README.md", "conversion.json", "training.png", "rank_map.png", "report.html")
 _IN_FOLDERS = ("*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "*.model")
 
 

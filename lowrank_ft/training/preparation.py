@@ -32,7 +32,8 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
     Raises:
         TrainingStateError: it does not exist.
         OutputError: ``output_dir`` cannot be written, or not be replaced when the run ends; or it holds an earlier run or
-            somebody else's files, and neither resuming nor overwriting was asked for.
+            somebody else's files, and neither resuming that run nor overwriting was asked for. The checkpoint of another
+            run wants a folder of its own, too.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
@@ -44,13 +45,18 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
     # resume: the first time, and after it was killed before its first checkpoint.
     begins = resume.is_auto(args.resume_from_checkpoint) and not resume.find_checkpoints(folder)
     begins = begins and (args.overwrite_output_dir or not used or _broken_off(folder, used))
+    checkpoint = None
     if args.resume_from_checkpoint and not begins:
-        return resume.resolve_checkpoint(folder, str(args.resume_from_checkpoint))
-    home = folder.resolve()
-    if source is not None and (source.resolve() == home or source.resolve().is_relative_to(home / resume.FOLDER)):
-        raise OutputError(
-            f"the run starts from {source}, which is in --output-dir {folder} and would be replaced; name another --output-dir"
-        )
+        checkpoint = resume.resolve_checkpoint(folder, str(args.resume_from_checkpoint))
+        if resume.is_of_run(checkpoint, folder):
+            return checkpoint
+    home, steps = folder.resolve(), (folder / resume.FOLDER).resolve()
+    for path in (source, checkpoint):
+        if path is not None and (path.resolve() == home or path.resolve().is_relative_to(steps)):
+            raise OutputError(
+                f"the run starts from {path}, which is in --output-dir {folder} and would be replaced; name another "
+                "--output-dir"
+            )
     if used and not begins and not args.overwrite_output_dir:
         if METRICS_FILE in used or "config.json" in used:
             can_go_on = bool(resume.find_checkpoints(folder))
@@ -64,7 +70,7 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
             f"{folder} holds {used[0]}, and a run wants a folder of its own; name another --output-dir, or add "
             "--overwrite-output-dir"
         )
-    return None
+    return checkpoint
 
 
 def _broken_off(folder: Path, used: list[str]) -> bool:
@@ -77,11 +83,12 @@ def prepare_folder(output_dir: str | Path, source: Path, export_dtype: torch.dty
 
     Args:
         source: the model's folder, with its tokenizer.
-        checkpoint: where the run goes on from, so that nothing is taken away; None for a fresh start.
+        checkpoint: where the run goes on from. Nothing is taken away where it is one of this folder; None for a fresh start.
     """
-    if checkpoint is None:
+    goes_on = resume.is_of_run(checkpoint, Path(output_dir))
+    if not goes_on:
         resume.remove_all(Path(output_dir))
-    begin_run(output_dir, source, export_dtype, resumes=checkpoint is not None)
+    begin_run(output_dir, source, export_dtype, resumes=goes_on)
 
 
 @contextmanager

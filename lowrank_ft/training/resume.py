@@ -31,6 +31,7 @@ from lowrank_ft.checkpoints.sharded import is_sharded, unique_tensors
 from lowrank_ft.errors import TrainingStateError
 from lowrank_ft.nn import compact_state_dict
 from lowrank_ft.reading import kind_of, read_object
+from lowrank_ft.training.metrics import METRICS_FILE
 from lowrank_ft.training.optimizers import restore_state, saved_state
 
 FOLDER = "checkpoints"
@@ -92,9 +93,12 @@ def remove_drafts(output_dir: Path) -> None:
 
 
 def remove_all(output_dir: Path) -> None:
-    """Remove the weights and the checkpoints of a run, finished or not, and nothing else."""
+    """Remove the weights, the checkpoints and the records of a run, finished or not, and nothing else."""
+    weights = [path for pattern in ("config.json", "model*.safetensors*") for path in output_dir.glob(pattern)]
+    if weights or (output_dir / FOLDER).is_dir() or (output_dir / METRICS_FILE).exists():
+        (output_dir / METRICS_FILE).write_text("", encoding="utf-8")  # says that this is a run if it is killed here
     # The config first: weights without one do not load, so they are not taken for the result of the next run.
-    for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
+    for path in weights:
         path.unlink(missing_ok=True)
     folder = output_dir / FOLDER
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -102,6 +106,11 @@ def remove_all(output_dir: Path) -> None:
             path.name == BEST or _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".partial"))
         ):
             shutil.rmtree(path)
+
+
+def is_of_run(checkpoint: Path | None, output_dir: Path) -> bool:
+    """Whether this is one of the run in ``output_dir``, and not of another run, nor None."""
+    return checkpoint is not None and checkpoint.resolve().parent == (output_dir / FOLDER).resolve()
 
 
 def is_auto(wanted: object) -> bool:
@@ -349,9 +358,9 @@ def remove_later(output_dir: Path, checkpoint: Path, step: int) -> list[str]:
     They belong to a continuation that was given up: ``auto`` would take them for this one's. Nothing happens where
     ``checkpoint``, from which the run was restored, lies in another folder.
     """
-    folder = output_dir / FOLDER
-    if checkpoint.resolve().parent != folder.resolve():
+    if not is_of_run(checkpoint, output_dir):
         return []
+    folder = output_dir / FOLDER
     later = sorted(p for p in folder.iterdir() if (named := _NAME.fullmatch(p.name)) and int(named[1]) > step)
     for path in later:
         shutil.rmtree(path)

@@ -156,7 +156,7 @@ class Trainer:
             TrainingStateError, OutputError: see :meth:`starting_point`.
         """
         (checkpoint, state), self._start = self._start or self.starting_point(), None
-        if checkpoint is None and self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and not resume.is_of_run(checkpoint, self.output_dir):
             resume.remove_all(self.output_dir)  # those of a run that is being replaced would be taken for this one's
         self.accelerator.wait_for_everyone()
         # The model must have the checkpoint's shape before the optimizer is made and before weights are loaded.

@@ -443,17 +443,40 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_forgets_the_later_ones(tm
 
 
 def test_a_checkpoint_that_has_just_been_written_stays(tmp_path, data):
-    """Those of another run in the same folder have higher numbers, and are not touched while there is room."""
-    Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
-    (tmp_path / "run" / "checkpoints" / "step-00000004").rename(tmp_path / "step-00000004")
-    seen = {}
+    """Others in the same folder may have higher numbers."""
+    Trainer(guided(), arguments(tmp_path, save_steps=4), data).train()
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "step-00000004", folder / ".step-00000005.partial")
+    resume.commit(folder / ".step-00000005.partial", folder / "step-00000005", keep=1)
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000005"]
 
-    def look(step, trainer):
-        seen[step] = [int(p.name[5:]) for p in find_checkpoints(tmp_path / "run")]
 
-    args = arguments(tmp_path, save_steps=1, save_total_limit=1, resume_from_checkpoint=str(tmp_path / "step-00000004"))
-    Trainer(guided(), args, data, on_step_end=look).train()
-    assert seen[5] == [5]
+def test_the_checkpoint_of_another_run_does_not_run_over_this_one(tmp_path, data):
+    options = dict(save_steps=2, save_total_limit=9)
+    for name in ("one", "two"):
+        Trainer(guided(), arguments(tmp_path / name, **options), data).train()
+    two = tmp_path / "two" / "run"
+    (two / "model.safetensors").write_text("weights")
+    early = tmp_path / "one" / "run" / "checkpoints" / "step-00000004"
+    options |= dict(resume_from_checkpoint=str(early))
+    before = {p: p.read_bytes() for p in two.rglob("*") if p.is_file()}
+    again = Trainer(guided(), arguments(tmp_path / "two", **options), data)
+    with pytest.raises(OutputError, match="run holds an earlier run; add --resume-from-checkpoint auto to resume it, --over"):
+        again.train()
+    assert {p: p.read_bytes() for p in two.rglob("*") if p.is_file()} == before
+
+    again = Trainer(guided(), arguments(tmp_path / "two", **options, overwrite_output_dir=True), data)
+    again.train()
+    assert [p.name for p in find_checkpoints(two)] == ["step-00000006", "step-00000008"]
+    assert [e["step"] for e in records(tmp_path / "two")] == [5, 6, 7, 8]
+    assert not (two / "model.safetensors").exists()
+    assert len(find_checkpoints(tmp_path / "one" / "run")) == 4
+    Trainer(guided(), arguments(tmp_path / "new", **options), data).train()  # a folder of its own is fine
+
+    into = arguments(tmp_path, **options, output_dir=str(early), overwrite_output_dir=True)
+    with pytest.raises(OutputError, match="the run starts from .*step-00000004, which is in --output-dir"):
+        Trainer(guided(), into, data).train()
+    assert (early / "model.safetensors").exists()
 
 
 def test_optimizer_state_goes_by_name():
