@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import lowrank_ft
 from lowrank_ft.checkpoints.architecture import check_causal_lm, is_compact, refuse_quantized
 from lowrank_ft.checkpoints.models import check_finite, load_model
-from lowrank_ft.checkpoints.names import is_hub_id
+from lowrank_ft.checkpoints.names import is_hub_id, local_folder
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.conversion.batches import training_calibration
@@ -56,10 +56,11 @@ def main() -> None:
     source.check_adapter()
 
     # Refuses a folder in use before any work is done.
-    checkpoint = checkpoint_to_resume(train_args, source.folder)
+    checkpoint_to_resume(train_args, folders_read(model_args))
 
     # 1. The data first: a misspelt column should not cost the time of a conversion.
     config = source.load_config()
+    checkpoint = checkpoint_to_resume(train_args, folders_read(model_args, config))
     check_causal_lm(config, source)
     refuse_quantized(config, source.name)
     folder = source.download()
@@ -204,6 +205,13 @@ def prepare_model(
     else:  # a teacher may be any model of the same vocabulary, and then it is not where the factors came from
         base_model = origin.base_model or base_model
     return model, base_model, dense if distill else None
+
+
+def folders_read(args: ModelArguments, config: Any = None) -> list[Path | None]:
+    """The folders of the model, of that which guides and teaches, and of the one that ``config`` says it was made from."""
+    origin = getattr(config, "quantization_config", None) or {}
+    base_model = origin.get("base_model") if isinstance(origin, dict) else getattr(origin, "base_model", None)
+    return [local_folder(name) for name in (args.model, args.guide_model, base_model) if isinstance(name, str)]
 
 
 def conversion_facts(args: ModelArguments) -> dict[str, Any]:

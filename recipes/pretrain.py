@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
+from lowrank_ft.checkpoints.names import local_folder
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.data.encoding import tokenizer_facts
@@ -48,11 +49,12 @@ def main() -> None:
     scratch, data_args, train_args = parse_groups((ScratchArguments, DataArguments, PretrainArguments), None, __doc__)
     if data_args.distill_dataset or train_args.distill_weight:
         raise ConfigError("from scratch there is no dense model to distil from; leave distill_weight and _dataset out")
-    checkpoint_to_resume(train_args)  # refuses a folder in use before any work is done
+    read = [local_folder(scratch.config_name)] if scratch.config_name else []
+    checkpoint_to_resume(train_args, read)  # refuses a folder in use before any work is done
 
     # 1. The tokenizer decides how many embeddings there are, so it comes first; then the data.
     source = Source(tokenizer_name(scratch, data_args), trust_remote_code=scratch.trust_remote_code)
-    checkpoint_to_resume(train_args, source.folder)
+    checkpoint_to_resume(train_args, [source.folder, *read])
     folder, tokenizer = source.download(), source.load_tokenizer()
     config = build_config(scratch, tokenizer_facts(tokenizer, source.name)["vocab_size"])
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

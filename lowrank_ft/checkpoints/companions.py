@@ -40,7 +40,8 @@ def begin_run(output_dir: str | Path, source: Path, export_dtype: "torch.dtype",
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if not resumes and (folder / RUN_FILE).exists():  # a tokenizer of another model would be taken for this one's
+    earlier = any((folder / name).exists() for name in (RUN_FILE, "metrics.jsonl"))
+    if earlier and not resumes:  # a tokenizer of another model would be taken for this one's
         for name in COMPANION_FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
         for path in [p for pattern in (*COMPANIONS, *_OF_A_RUN) for p in folder.glob(pattern) if not p.is_dir()]:

@@ -1,6 +1,6 @@
 """What a run needs before its first step: where it goes on from, its Accelerator, its optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,27 +13,30 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.companions import begin_run
+from lowrank_ft.checkpoints.files import RUN_FILE
 from lowrank_ft.checkpoints.folders import check_replaceable, check_writable
+from lowrank_ft.checkpoints.format import QUANT_METHOD
 from lowrank_ft.checkpoints.locks import is_write_failure, refused_write
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
+from lowrank_ft.reading import read_object
 from lowrank_ft.training import fsdp, resume
 from lowrank_ft.training.metrics import METRICS_FILE
 from lowrank_ft.training.optimizers import build_adamw, check_optimizer
 from lowrank_ft.training.options import TrainArguments
 
 
-def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Path | None:
+def checkpoint_to_resume(args: TrainArguments, reads: Sequence[Path | None] = ()) -> Path | None:
     """The checkpoint that the options mean, or None for a fresh start.
 
     Args:
-        source: the folder with the model from which the run starts; it may not be in what a fresh start removes.
+        reads: the folders of the models that the run reads, None for those on the Hub; a fresh start may remove none of them.
 
     Raises:
         TrainingStateError: it does not exist.
         OutputError: ``output_dir`` cannot be written, or not be replaced when the run ends; or it holds an earlier run or
-            somebody else's files, and neither resuming that run nor overwriting was asked for. The checkpoint of another
-            run wants a folder of its own, too.
+            a compact checkpoint, and neither resuming that run nor overwriting was asked for; or somebody else's files. The
+            checkpoint of another run wants a folder of its own, too.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
@@ -51,26 +54,37 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
         if resume.is_of_run(checkpoint, folder):
             return checkpoint
     home, steps = folder.resolve(), (folder / resume.FOLDER).resolve()
-    for path in (source, checkpoint):
+    for path in (*reads, checkpoint):
         if path is not None and (path.resolve() == home or path.resolve().is_relative_to(steps)):
             raise OutputError(
-                f"the run starts from {path}, which is in --output-dir {folder} and would be replaced; name another "
+                f"the run reads {path}, which is in --output-dir {folder} and would be replaced; name another "
                 "--output-dir"
             )
+    if used and not _is_ours(folder):
+        rule = "a run wants a folder of its own"
+        if args.overwrite_output_dir:
+            rule = "--overwrite-output-dir replaces nothing but runs and compact checkpoints"
+        raise OutputError(f"{folder} holds {used[0]}, and {rule}; name another --output-dir")
     if used and not begins and not args.overwrite_output_dir:
-        if METRICS_FILE in used or "config.json" in used:
-            can_go_on = bool(resume.find_checkpoints(folder))
-            state = "" if can_go_on else " without a checkpoint"
-            go_on = "--resume-from-checkpoint auto to resume it, " if can_go_on else ""
-            raise OutputError(
-                f"{folder} holds an earlier run{state}; add {go_on}--overwrite-output-dir to start anew, or name another "
-                "--output-dir"
-            )
+        can_go_on = bool(resume.find_checkpoints(folder))
+        state = "" if can_go_on else " without a checkpoint"
+        go_on = "--resume-from-checkpoint auto to resume it, " if can_go_on else ""
         raise OutputError(
-            f"{folder} holds {used[0]}, and a run wants a folder of its own; name another --output-dir, or add "
-            "--overwrite-output-dir"
+            f"{folder} holds an earlier run{state}; add {go_on}--overwrite-output-dir to start anew, or name another "
+            "--output-dir"
         )
     return checkpoint
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run wrote it, finished or not, or an export of a compact checkpoint: what overwriting may remove."""
+    if (folder / METRICS_FILE).exists() or (folder / RUN_FILE).exists() or resume.find_checkpoints(folder):
+        return True
+    try:
+        entry = read_object(folder / "config.json", OutputError).get("quantization_config")
+    except OutputError:
+        return False
+    return isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
 
 
 def _broken_off(folder: Path, used: list[str]) -> bool:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from lowrank_ft_recipes import finetune
 from transformers import AutoModelForCausalLM
 
+import lowrank_ft
 from lowrank_ft.training.metrics import MetricsLog
 from tests.reliability.materials import SHORT, make_dense
 
@@ -38,7 +40,7 @@ def recipe(inputs, tmp_path, monkeypatch, capfd, fresh_accelerate):
                     do()
 
             MetricsLog.write = hooked
-            sys.argv = ["finetune.py", *(f"--{k}={v}" for k, v in {**fixed, **options}.items()), *flags]
+            sys.argv = ["finetune.py", *(f"--{k}={v}" for k, v in {**fixed, **options}.items() if v is not None), *flags]
             finetune.main()
 
         capfd.readouterr()
@@ -106,3 +108,25 @@ def test_a_run_does_not_start_from_what_it_would_remove(recipe, tmp_path):
     code, error = recipe("--overwrite-output-dir", model=str(tmp_path / "run"))
     assert (code, "which is in --output-dir run and would be replaced" in error) == (1, True)
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_run_does_not_remove_the_model_that_guides_it(recipe, inputs, tmp_path):
+    """Neither where the user names it nor where the compact checkpoint does, nor where it is nobody's run."""
+    dense = tmp_path / "mine"
+    shutil.copytree(inputs / "dense", dense)
+    (dense / "metrics.jsonl").write_text("")  # as a training from scratch leaves it
+    code, error = recipe("--overwrite-output-dir", guide_model=str(dense), output_dir="mine")
+    assert (code, f"the run reads {dense}, which is in --output-dir mine and would be replaced" in error) == (1, True)
+
+    compact = tmp_path / "compact"
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    lowrank_ft.convert(model, rank=4)
+    lowrank_ft.save_compact(model, compact, companions_from=dense, base_model="mine")
+    code, error = recipe("--overwrite-output-dir", model=str(compact), rank=None, output_dir="mine")
+    assert (code, "the run reads mine, which is in --output-dir mine and would be replaced" in error) == (1, True)
+
+    (dense / "metrics.jsonl").unlink()
+    code, error = recipe("--overwrite-output-dir", output_dir="mine")
+    assert (code, "replaces nothing but runs and compact checkpoints; name another" in error) == (1, True)
+    assert (dense / "config.json").exists()
+    assert (dense / "model.safetensors").exists()

@@ -1,6 +1,7 @@
 """The loop in one process: schedules, accumulation, the drop, evaluation, best weights, refusals."""
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -474,7 +475,7 @@ def test_the_checkpoint_of_another_run_does_not_run_over_this_one(tmp_path, data
     Trainer(guided(), arguments(tmp_path / "new", **options), data).train()  # a folder of its own is fine
 
     into = arguments(tmp_path, **options, output_dir=str(early), overwrite_output_dir=True)
-    with pytest.raises(OutputError, match="the run starts from .*step-00000004, which is in --output-dir"):
+    with pytest.raises(OutputError, match="the run reads .*step-00000004, which is in --output-dir"):
         Trainer(guided(), into, data).train()
     assert (early / "model.safetensors").exists()
 
@@ -588,8 +589,57 @@ def test_files_of_others_are_not_run_over(tmp_path, data, name):
     mine = tmp_path / "run" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("x")
-    with pytest.raises(OutputError, match=f"holds {mine.relative_to(tmp_path / 'run').parts[0]}, and a run wants"):
+    name = mine.relative_to(tmp_path / "run").parts[0]
+    with pytest.raises(OutputError, match=f"holds {name}, and a run wants"):
         Trainer(guided(), arguments(tmp_path), data).train()
+    for more in ({}, {"resume_from_checkpoint": "auto"}):
+        again = arguments(tmp_path, overwrite_output_dir=True, **more)
+        with pytest.raises(OutputError, match=f"holds {name}, and --overwrite-output-dir replaces nothing but runs and"):
+            Trainer(guided(), again, data).train()
+    assert mine.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [
+        ({"quantization_config": {"quant_method": "lowrank"}}, True),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, False),
+        ({"model_type": "llama"}, False),
+    ],
+)
+def test_overwriting_replaces_a_compact_checkpoint_and_no_other_model(tmp_path, data, config, ours):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "model.safetensors").write_text("x")
+    trainer = Trainer(guided(), arguments(tmp_path, overwrite_output_dir=True, max_steps=2), data)
+    if ours:
+        trainer.train()
+    else:
+        with pytest.raises(OutputError, match=r"holds config\.json, and --overwrite-output-dir replaces nothing but"):
+            trainer.train()
+    assert (run / "model.safetensors").exists() == (not ours)
+
+
+def test_a_run_that_is_killed_while_it_removes_another_can_begin_anew(tmp_path, data, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"quantization_config": {"quant_method": "lowrank"}}')
+    (run / "model.safetensors").write_text("x")
+    args = arguments(tmp_path, overwrite_output_dir=True, max_steps=2)
+    unlink = Path.unlink
+
+    def die(path, *given, **options):
+        if path.name == "model.safetensors":
+            raise KeyboardInterrupt
+        unlink(path, *given, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", die)
+        Trainer(guided(), args, data).train()
+    assert not (run / "config.json").exists()
+    Trainer(guided(), args, data).train()
+    assert not (run / "model.safetensors").exists()
 
 
 def test_overwriting_removes_nothing_but_checkpoints_of_runs(tmp_path, data):
@@ -597,6 +647,7 @@ def test_overwriting_removes_nothing_but_checkpoints_of_runs(tmp_path, data):
         path = tmp_path / "run" / "checkpoints" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
     Trainer(guided(), arguments(tmp_path, overwrite_output_dir=True), data).train()
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["important.pt", "steps"]
 
