@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -36,7 +36,9 @@ from lowrank_ft.factorization.remainder import notes
 from lowrank_ft.factorization.targets import as_patterns
 from lowrank_ft.nn import check_guide_bits, guided_layers
 from lowrank_ft.training import (
+    DataArguments,
     ModelArguments,
+    TrainArguments,
     Trainer,
     checkpoint_to_resume,
     load_data,
@@ -45,13 +47,21 @@ from lowrank_ft.training import (
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
 from lowrank_ft.training.fsdp import uses_fsdp
-from lowrank_ft.training.preparation import prepare_folder, writes_explained
+from lowrank_ft.training.preparation import folder_alone, prepare_folder, writes_explained
 from lowrank_ft.training.progress import outline
 
 
 @one_line_errors
 def main() -> None:
     model_args, data_args, train_args = parse_args(description=__doc__)
+    accelerator = make_accelerator(train_args)
+    with folder_alone(train_args.output_dir, accelerator):
+        train_and_export(model_args, data_args, train_args, accelerator)
+
+
+def train_and_export(
+    model_args: ModelArguments, data_args: DataArguments, train_args: TrainArguments, accelerator: Accelerator
+) -> None:
     source = Source(model_args.model, model_args.revision, model_args.trust_remote_code, adapter=model_args.adapter)
     source.check_adapter()
 
@@ -67,7 +77,6 @@ def main() -> None:
     tokenizer = source.load_tokenizer()
     positions = getattr(config, "max_position_embeddings", None)
     data_args.block_size = context_length(data_args.block_size, positions, source.name)
-    accelerator = make_accelerator(train_args)
     check_guide_bits(model_args.guide_at(1.0), model_args.guide_bits, accelerator.device)
     with accelerator.local_main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)

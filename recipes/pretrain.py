@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
@@ -35,7 +36,7 @@ from lowrank_ft.pretraining.presets import Preset, preset
 from lowrank_ft.training import Trainer, checkpoint_to_resume, load_data, make_accelerator
 from lowrank_ft.training.arguments import as_rank, parse_groups
 from lowrank_ft.training.options import DataArguments
-from lowrank_ft.training.preparation import prepare_folder, writes_explained
+from lowrank_ft.training.preparation import folder_alone, prepare_folder, writes_explained
 
 _OPTIONS_INSTEAD = {
     "rank": "--rank", "dense_first_block": "--no-dense-first-block", "tokens": "--max-steps",
@@ -49,6 +50,14 @@ def main() -> None:
     scratch, data_args, train_args = parse_groups((ScratchArguments, DataArguments, PretrainArguments), None, __doc__)
     if data_args.distill_dataset or train_args.distill_weight:
         raise ConfigError("from scratch there is no dense model to distil from; leave distill_weight and _dataset out")
+    accelerator = make_accelerator(train_args)
+    with folder_alone(train_args.output_dir, accelerator):
+        train_and_export(scratch, data_args, train_args, accelerator)
+
+
+def train_and_export(
+    scratch: ScratchArguments, data_args: DataArguments, train_args: PretrainArguments, accelerator: Accelerator
+) -> None:
     read = [local_folder(scratch.config_name)] if scratch.config_name else []
     checkpoint_to_resume(train_args, read)  # refuses a folder in use before any work is done
 
@@ -60,7 +69,6 @@ def main() -> None:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     positions = getattr(config, "max_position_embeddings", None)
     data_args.block_size = context_length(data_args.block_size, positions, "the model")
-    accelerator = make_accelerator(train_args)
     with accelerator.local_main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
     check_embeddings(config.vocab_size, train_data, eval_data)

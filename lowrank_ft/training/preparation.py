@@ -1,14 +1,15 @@
-"""What a run needs before its first step: where it goes on from, its Accelerator, its optimizer."""
+"""What a run needs before its first step: a folder for it alone, where it goes on from, its Accelerator, its optimizer."""
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from lowrank_ft.checkpoints.companions import begin_run
 from lowrank_ft.checkpoints.files import RUN_FILE
 from lowrank_ft.checkpoints.folders import check_replaceable, check_writable
 from lowrank_ft.checkpoints.format import QUANT_METHOD
-from lowrank_ft.checkpoints.locks import is_write_failure, refused_write
+from lowrank_ft.checkpoints.locks import exclusive, is_write_failure, refused_write
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
 from lowrank_ft.reading import read_object
@@ -24,6 +25,34 @@ from lowrank_ft.training import fsdp, resume
 from lowrank_ft.training.metrics import METRICS_FILE
 from lowrank_ft.training.optimizers import build_adamw, check_optimizer
 from lowrank_ft.training.options import TrainArguments
+
+
+@contextmanager
+def folder_alone(output_dir: str | Path, accelerator: Accelerator) -> Iterator[None]:
+    """Inside, no other run may use the folder; all processes call this, and the main one holds a lock until the end.
+
+    The lock is a file beside the folder, so that it is no part of what is exported or pushed.
+
+    Raises:
+        OutputError: on all processes: another run uses the folder, or it cannot be written or replaced.
+    """
+    folder = Path(output_dir)
+    path = Path(os.path.abspath(folder))
+    problem = None
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            try:
+                check_writable(folder)
+                check_replaceable(folder)
+                busy = f"another run is training into {folder}; wait for it or end it, or name another --output-dir"
+                # Exports have a lock of their own, .NAME.lock, which a run takes at its end.
+                held.enter_context(exclusive(path.with_name(f".{path.name}.lock-run"), busy))
+            except OutputError as error:
+                problem = str(error)
+        problem = broadcast_object_list([problem])[0]
+        if problem is not None:
+            raise OutputError(problem)
+        yield
 
 
 def checkpoint_to_resume(args: TrainArguments, reads: Sequence[Path | None] = ()) -> Path | None:

@@ -132,7 +132,9 @@ def _judge(folder: Path, command: list[str], older: str, records: str, wanted: s
         return "half", f"after going on: {problem}"
     if _hash(out) != wanted:
         return "silent", "after going on, other weights than those of an undisturbed run"
-    left = [p.name for p in folder.rglob(".*") if p.name.endswith((".partial", ".replaced", ".lock", ".draft"))]
+    left = [
+        p.name for p in folder.rglob(".*") if p.name.endswith((".partial", ".replaced", ".lock", ".lock-run", ".draft"))
+    ]
     if left:
         return "leftovers", f"after going on: {left}"
     return "ok", " / ".join(said)

@@ -64,7 +64,8 @@ def end(seconds):
 
 
 @pytest.mark.parametrize(
-    ("rank", "waits", "said"), [("0", end, "error: "), ("1", end, ""), ("1", lambda seconds: None, "error: process 1: ")]
+    ("rank", "waits", "said"),
+    [("0", end, "error: "), ("1", end, ""), ("1", lambda seconds: None, "error: process 1: ")],
 )
 def test_what_is_wrong_with_the_command_is_said_by_the_main_process(
     command, monkeypatch, tmp_path, rank, waits, said

@@ -462,7 +462,9 @@ def test_the_checkpoint_of_another_run_does_not_run_over_this_one(tmp_path, data
     options |= dict(resume_from_checkpoint=str(early))
     before = {p: p.read_bytes() for p in two.rglob("*") if p.is_file()}
     again = Trainer(guided(), arguments(tmp_path / "two", **options), data)
-    with pytest.raises(OutputError, match="run holds an earlier run; add --resume-from-checkpoint auto to resume it, --over"):
+    with pytest.raises(
+        OutputError, match="run holds an earlier run; add --resume-from-checkpoint auto to resume it, --over"
+    ):
         again.train()
     assert {p: p.read_bytes() for p in two.rglob("*") if p.is_file()} == before
 
@@ -594,7 +596,9 @@ def test_files_of_others_are_not_run_over(tmp_path, data, name):
         Trainer(guided(), arguments(tmp_path), data).train()
     for more in ({}, {"resume_from_checkpoint": "auto"}):
         again = arguments(tmp_path, overwrite_output_dir=True, **more)
-        with pytest.raises(OutputError, match=f"holds {name}, and --overwrite-output-dir replaces nothing but runs and"):
+        with pytest.raises(
+            OutputError, match=f"holds {name}, and --overwrite-output-dir replaces nothing but runs and"
+        ):
             Trainer(guided(), again, data).train()
     assert mine.read_text() == "x"
 
