@@ -95,8 +95,9 @@ def remove_drafts(output_dir: Path) -> None:
 def remove_all(output_dir: Path) -> None:
     """Remove the weights, the checkpoints and the records of a run, finished or not, and nothing else."""
     weights = [path for pattern in ("config.json", "model*.safetensors*") for path in output_dir.glob(pattern)]
-    if weights or (output_dir / FOLDER).is_dir() or (output_dir / METRICS_FILE).exists():
-        (output_dir / METRICS_FILE).write_text("", encoding="utf-8")  # says that this is a run if it is killed here
+    metrics = output_dir / METRICS_FILE
+    if weights or (output_dir / FOLDER).is_dir():
+        metrics.touch()  # says that this is a run, for the next one if this one is killed here
     # The config first: weights without one do not load, so they are not taken for the result of the next run.
     for path in weights:
         path.unlink(missing_ok=True)
@@ -106,6 +107,8 @@ def remove_all(output_dir: Path) -> None:
             path.name == BEST or _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".partial"))
         ):
             shutil.rmtree(path)
+    if metrics.exists():
+        metrics.write_text("", encoding="utf-8")  # not before: weights never lie beside the records of another run
 
 
 def is_of_run(checkpoint: Path | None, output_dir: Path) -> bool:

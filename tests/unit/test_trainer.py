@@ -625,11 +625,14 @@ def test_overwriting_replaces_a_compact_checkpoint_and_no_other_model(tmp_path, 
     assert (run / "model.safetensors").exists() == (not ours)
 
 
-def test_a_run_that_is_killed_while_it_removes_another_can_begin_anew(tmp_path, data, monkeypatch):
+@pytest.mark.parametrize("records_of_it", ["", '{"step": 1, "loss": 2.5}\n'])
+def test_a_run_that_is_killed_while_it_removes_another_can_begin_anew(tmp_path, data, monkeypatch, records_of_it):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text('{"quantization_config": {"quant_method": "lowrank"}}')
     (run / "model.safetensors").write_text("x")
+    if records_of_it:
+        (run / "metrics.jsonl").write_text(records_of_it)
     args = arguments(tmp_path, overwrite_output_dir=True, max_steps=2)
     unlink = Path.unlink
 
@@ -642,6 +645,7 @@ def test_a_run_that_is_killed_while_it_removes_another_can_begin_anew(tmp_path, 
         patch.setattr(Path, "unlink", die)
         Trainer(guided(), args, data).train()
     assert not (run / "config.json").exists()
+    assert (run / "metrics.jsonl").read_text() == records_of_it  # weights never lie beside the records of another run
     Trainer(guided(), args, data).train()
     assert not (run / "model.safetensors").exists()
 
