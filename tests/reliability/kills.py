@@ -181,7 +181,7 @@ def _hash(folder: Path) -> str:
 def _state(folder: Path) -> list[tuple[str, int]]:
     found = []
     for parent, folders, files in os.walk(folder):  # unlike rglob, it bears that a folder vanishes meanwhile
-        for name in (*folders, *files):
+        for name in (*folders, *(f for f in files if not f.endswith(".lock-run"))):  # that comes before any work
             path = os.path.join(parent, name)
             with suppress(FileNotFoundError):
                 found.append((path, os.lstat(path).st_mtime_ns))
