@@ -44,14 +44,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: interrupted; {str(stop) or 'nothing was left behind'}", file=sys.stderr)
         return 1
     except Exception as error:
-        from lowrank_ft.console import one_line, reader_is_gone  # it is imported by now, or quick to
+        from lowrank_ft.console import print_error, reader_is_gone  # it is imported by now, or quick to
 
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             return 1
         if options.debug:
             raise
-        if (process := _process_of(error)) is not None:
-            print(f"error: {process}{one_line(error, '--debug')}", file=sys.stderr)
+        print_error(error, "--debug")
         return 1
     finally:
         warnings.formatwarning = formatwarning
@@ -72,21 +71,6 @@ def _quieten(options: argparse.Namespace) -> None:
 
 def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _process_of(error: Exception) -> str | None:
-    """Which of several processes says so; None where the main process says the same.
-
-    Before they work together, all of them find the same faults in what was asked for.
-    """
-    from lowrank_ft.errors import LowRankError
-
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        return ""
-    torch = sys.modules.get("torch")
-    together = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return f"process {rank}: " if together or not isinstance(error, LowRankError) else None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import select
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -18,14 +19,11 @@ from lowrank_ft.errors import LowRankError, first_line
 
 _NO_END = 1_000_000
 _SECONDS_BETWEEN_LINES = 60
+_SECONDS_TO_BE_ENDED = 5
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn an error into one line on stderr and exit code 1; ``LOWRANK_FT_DEBUG=1`` keeps tracebacks.
-
-    A :class:`LowRankError` is the same in all processes of a run, so the first one prints it; any other may be that
-    of one process only, which then says so.
-    """
+    """Turn an error into one line on stderr and exit code 1; ``LOWRANK_FT_DEBUG=1`` keeps tracebacks."""
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -40,16 +38,28 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
                 sys.exit(1)
             if os.environ.get("LOWRANK_FT_DEBUG"):
                 raise
-            rank = os.environ.get("RANK", "0")
-            if rank == "0":
-                print(f"error: {one_line(error)}", file=sys.stderr)
-            elif not isinstance(error, LowRankError):
-                print(f"error: process {rank}: {one_line(error)}", file=sys.stderr)
+            print_error(error)
             sys.exit(1)
         finally:
             warnings.formatwarning = formatwarning
 
     return wrapped
+
+
+def print_error(error: BaseException, debug: str = "LOWRANK_FT_DEBUG=1") -> None:
+    """One line on stderr that says which process it is of, unless that is the main one.
+
+    A :class:`LowRankError` is often the same in all processes. So the first one of each machine prints it at once; when
+    that has ended, the launcher ends the others there. They wait for this, and what is left after some seconds is the
+    error of a process alone, which prints it.
+    """
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, LowRankError) and os.environ.get("LOCAL_RANK", rank) != "0":
+        try:
+            time.sleep(_SECONDS_TO_BE_ENDED)
+        except KeyboardInterrupt:  # as a command takes the launcher's signal
+            return
+    print(f"error: {'' if rank == '0' else f'process {rank}: '}{one_line(error, debug)}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException, debug: str = "LOWRANK_FT_DEBUG=1") -> str:

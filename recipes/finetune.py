@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
 from lowrank_ft.checkpoints.architecture import check_causal_lm, is_compact, refuse_quantized
 from lowrank_ft.checkpoints.models import check_finite, load_model
-from lowrank_ft.checkpoints.names import is_hub_id
+from lowrank_ft.checkpoints.names import is_hub_id, local_folder
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.conversion.batches import training_calibration
@@ -36,7 +36,9 @@ from lowrank_ft.factorization.remainder import notes
 from lowrank_ft.factorization.targets import as_patterns
 from lowrank_ft.nn import check_guide_bits, guided_layers
 from lowrank_ft.training import (
+    DataArguments,
     ModelArguments,
+    TrainArguments,
     Trainer,
     checkpoint_to_resume,
     load_data,
@@ -45,28 +47,36 @@ from lowrank_ft.training import (
 )
 from lowrank_ft.training.arguments import as_rank, parse_args
 from lowrank_ft.training.fsdp import uses_fsdp
-from lowrank_ft.training.preparation import prepare_folder, writes_explained
+from lowrank_ft.training.preparation import folder_alone, prepare_folder, writes_explained
 from lowrank_ft.training.progress import outline
 
 
 @one_line_errors
 def main() -> None:
     model_args, data_args, train_args = parse_args(description=__doc__)
+    accelerator = make_accelerator(train_args)
+    with folder_alone(train_args.output_dir, accelerator):
+        train_and_export(model_args, data_args, train_args, accelerator)
+
+
+def train_and_export(
+    model_args: ModelArguments, data_args: DataArguments, train_args: TrainArguments, accelerator: Accelerator
+) -> None:
     source = Source(model_args.model, model_args.revision, model_args.trust_remote_code, adapter=model_args.adapter)
     source.check_adapter()
 
     # Refuses a folder in use before any work is done.
-    checkpoint = checkpoint_to_resume(train_args, source.folder)
+    checkpoint_to_resume(train_args, folders_read(model_args))
 
     # 1. The data first: a misspelt column should not cost the time of a conversion.
     config = source.load_config()
+    checkpoint = checkpoint_to_resume(train_args, folders_read(model_args, config))
     check_causal_lm(config, source)
     refuse_quantized(config, source.name)
     folder = source.download()
     tokenizer = source.load_tokenizer()
     positions = getattr(config, "max_position_embeddings", None)
     data_args.block_size = context_length(data_args.block_size, positions, source.name)
-    accelerator = make_accelerator(train_args)
     check_guide_bits(model_args.guide_at(1.0), model_args.guide_bits, accelerator.device)
     with accelerator.local_main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
@@ -204,6 +214,13 @@ def prepare_model(
     else:  # a teacher may be any model of the same vocabulary, and then it is not where the factors came from
         base_model = origin.base_model or base_model
     return model, base_model, dense if distill else None
+
+
+def folders_read(args: ModelArguments, config: Any = None) -> list[Path | None]:
+    """The folders of the model, of that which guides and teaches, and of the one that ``config`` says it was made from."""
+    origin = getattr(config, "quantization_config", None) or {}
+    base_model = origin.get("base_model") if isinstance(origin, dict) else getattr(origin, "base_model", None)
+    return [local_folder(name) for name in (args.model, args.guide_model, base_model) if isinstance(name, str)]
 
 
 def conversion_facts(args: ModelArguments) -> dict[str, Any]:

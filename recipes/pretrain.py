@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import lowrank_ft
+from lowrank_ft.checkpoints.names import local_folder
 from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.console import one_line_errors, shown_command
 from lowrank_ft.data.encoding import tokenizer_facts
@@ -34,7 +36,7 @@ from lowrank_ft.pretraining.presets import Preset, preset
 from lowrank_ft.training import Trainer, checkpoint_to_resume, load_data, make_accelerator
 from lowrank_ft.training.arguments import as_rank, parse_groups
 from lowrank_ft.training.options import DataArguments
-from lowrank_ft.training.preparation import prepare_folder, writes_explained
+from lowrank_ft.training.preparation import folder_alone, prepare_folder, writes_explained
 
 _OPTIONS_INSTEAD = {
     "rank": "--rank", "dense_first_block": "--no-dense-first-block", "tokens": "--max-steps",
@@ -48,17 +50,25 @@ def main() -> None:
     scratch, data_args, train_args = parse_groups((ScratchArguments, DataArguments, PretrainArguments), None, __doc__)
     if data_args.distill_dataset or train_args.distill_weight:
         raise ConfigError("from scratch there is no dense model to distil from; leave distill_weight and _dataset out")
-    checkpoint_to_resume(train_args)  # refuses a folder in use before any work is done
+    accelerator = make_accelerator(train_args)
+    with folder_alone(train_args.output_dir, accelerator):
+        train_and_export(scratch, data_args, train_args, accelerator)
+
+
+def train_and_export(
+    scratch: ScratchArguments, data_args: DataArguments, train_args: PretrainArguments, accelerator: Accelerator
+) -> None:
+    read = [local_folder(scratch.config_name)] if scratch.config_name else []
+    checkpoint_to_resume(train_args, read)  # refuses a folder in use before any work is done
 
     # 1. The tokenizer decides how many embeddings there are, so it comes first; then the data.
     source = Source(tokenizer_name(scratch, data_args), trust_remote_code=scratch.trust_remote_code)
-    checkpoint_to_resume(train_args, source.folder)
+    checkpoint_to_resume(train_args, [source.folder, *read])
     folder, tokenizer = source.download(), source.load_tokenizer()
     config = build_config(scratch, tokenizer_facts(tokenizer, source.name)["vocab_size"])
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     positions = getattr(config, "max_position_embeddings", None)
     data_args.block_size = context_length(data_args.block_size, positions, "the model")
-    accelerator = make_accelerator(train_args)
     with accelerator.local_main_process_first():
         train_data, eval_data = load_data(data_args, tokenizer)
     check_embeddings(config.vocab_size, train_data, eval_data)

@@ -87,13 +87,13 @@ def whole_folder(path: str | Path, overwrite: bool = False, keep_existing: bool 
         try:
             yield draft
             open_permissions(draft)
-            _sync(draft)
+            sync(draft)
             if keep_existing and path.exists():
                 _move_in(draft, path)
             else:
                 take_place(draft, path)
-            _sync_folder(path)
-            _sync_folder(path.parent)
+            sync_folder(path)
+            sync_folder(path.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -145,7 +145,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         open_permissions(draft)
         _sync_file(draft)
         os.replace(draft, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -206,13 +206,14 @@ def _recover(path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Every file and folder of it, and itself, to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             _sync_file(path)
         else:
-            _sync_folder(path)
-    _sync_folder(folder)
+            sync_folder(path)
+    sync_folder(folder)
 
 
 def _sync_file(path: Path) -> None:
@@ -221,7 +222,8 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """The names in it to the disk; what they stand for is synced by itself."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # a system that opens no folders

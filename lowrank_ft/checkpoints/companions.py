@@ -27,8 +27,8 @@ COMPANIONS = (
     "USE_POLICY.*", "COPYING", "COPYING.*",
 )  # fmt: skip
 COMPANION_FOLDERS = ("additional_chat_templates",)
-# What a run and its export write beside weights and checkpoints; what says that it is a run is removed last.
-_OF_A_RUN = ("README.md", "conversion.json", "training.png", "rank_map.png", "report.html", "metrics.jsonl", RUN_FILE)
+# What a run and its export write beside weights, checkpoints and what says that it is a run, which is written anew.
+_OF_A_RUN = ("README.md", "conversion.json", "training.png", "rank_map.png", "report.html")
 _IN_FOLDERS = ("*.json", "*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "*.model")
 
 
@@ -40,7 +40,8 @@ def begin_run(output_dir: str | Path, source: Path, export_dtype: "torch.dtype",
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if not resumes and (folder / RUN_FILE).exists():  # a tokenizer of another model would be taken for this one's
+    earlier = any((folder / name).exists() for name in (RUN_FILE, "metrics.jsonl"))
+    if earlier and not resumes:  # a tokenizer of another model would be taken for this one's
         for name in COMPANION_FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
         for path in [p for pattern in (*COMPANIONS, *_OF_A_RUN) for p in folder.glob(pattern) if not p.is_dir()]:

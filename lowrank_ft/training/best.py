@@ -1,5 +1,6 @@
 """The weights of the best evaluation: kept aside during the run, put back at its end."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ class Best:
 
     def see(self, loss: float, step: int, model: nn.Module, accelerator: Accelerator, sharded: bool) -> None:
         """Note the loss of this step, and keep the weights where it is the lowest. All processes call this."""
-        if self.loss is not None and not loss < self.loss:  # a NaN is no better
+        if math.isnan(loss) or (self.loss is not None and loss >= self.loss):
             return
         self.loss, self.step = loss, step
         if self.keep and step < self.max_steps:
             resume.write_best(self.output_dir, model, accelerator, sharded, step)
+
+    def restore(self, loss: float | None, step: int | None) -> None:
+        """Go on from what a checkpoint says. A NaN, which earlier releases took for the best, is none."""
+        self.loss, self.step = (None, None) if loss is None or math.isnan(loss) else (loss, step)
 
     def load(self, model: Any, accelerator: Accelerator) -> None:
         """Put the weights into the model, which has no guides any more. All processes call this."""

@@ -136,7 +136,9 @@ class TrainArguments:
     """How it is trained."""
 
     output_dir: str = option("out/finetuned", "folder for the compact checkpoint and the records of the run")
-    overwrite_output_dir: bool = option(False, "replace the files of an earlier run, or other files, in output_dir")
+    overwrite_output_dir: bool = option(
+        False, "replace the files of an earlier run or of a compact checkpoint in output_dir"
+    )
     resume_from_checkpoint: str | None = option(
         None, "auto (the newest checkpoint in output_dir; without a run there, start one), or the path of a checkpoint"
     )

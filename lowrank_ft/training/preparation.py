@@ -1,38 +1,71 @@
-"""What a run needs before its first step: where it goes on from, its Accelerator, its optimizer."""
+"""What a run needs before its first step: a folder for it alone, where it goes on from, its Accelerator, its optimizer."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.companions import begin_run
+from lowrank_ft.checkpoints.files import RUN_FILE
 from lowrank_ft.checkpoints.folders import check_replaceable, check_writable
-from lowrank_ft.checkpoints.locks import is_write_failure, refused_write
+from lowrank_ft.checkpoints.format import QUANT_METHOD
+from lowrank_ft.checkpoints.locks import exclusive, is_write_failure, refused_write
 from lowrank_ft.errors import ConfigError, OutputError
 from lowrank_ft.nn import guided_layers
+from lowrank_ft.reading import read_object
 from lowrank_ft.training import fsdp, resume
 from lowrank_ft.training.metrics import METRICS_FILE
 from lowrank_ft.training.optimizers import build_adamw, check_optimizer
 from lowrank_ft.training.options import TrainArguments
 
 
-def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Path | None:
+@contextmanager
+def folder_alone(output_dir: str | Path, accelerator: Accelerator) -> Iterator[None]:
+    """Inside, no other run may use the folder; all processes call this, and the main one holds a lock until the end.
+
+    The lock is a file beside the folder, so that it is no part of what is exported or pushed.
+
+    Raises:
+        OutputError: on all processes: another run uses the folder, or it cannot be written or replaced.
+    """
+    folder = Path(output_dir)
+    path = Path(os.path.abspath(folder))
+    problem = None
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            try:
+                check_writable(folder)
+                check_replaceable(folder)
+                busy = f"another run is training into {folder}; wait for it or end it, or name another --output-dir"
+                # Exports have a lock of their own, .NAME.lock, which a run takes at its end.
+                held.enter_context(exclusive(path.with_name(f".{path.name}.lock-run"), busy))
+            except OutputError as error:
+                problem = str(error)
+        problem = broadcast_object_list([problem])[0]
+        if problem is not None:
+            raise OutputError(problem)
+        yield
+
+
+def checkpoint_to_resume(args: TrainArguments, reads: Sequence[Path | None] = ()) -> Path | None:
     """The checkpoint that the options mean, or None for a fresh start.
 
     Args:
-        source: the folder with the model from which the run starts; it may not be in what a fresh start removes.
+        reads: the folders of the models that the run reads, None for those on the Hub; a fresh start may remove none of them.
 
     Raises:
         TrainingStateError: it does not exist.
         OutputError: ``output_dir`` cannot be written, or not be replaced when the run ends; or it holds an earlier run or
-            somebody else's files, and neither resuming nor overwriting was asked for.
+            a compact checkpoint, and neither resuming that run nor overwriting was asked for; or somebody else's files. The
+            checkpoint of another run wants a folder of its own, too.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
@@ -44,27 +77,43 @@ def checkpoint_to_resume(args: TrainArguments, source: Path | None = None) -> Pa
     # resume: the first time, and after it was killed before its first checkpoint.
     begins = resume.is_auto(args.resume_from_checkpoint) and not resume.find_checkpoints(folder)
     begins = begins and (args.overwrite_output_dir or not used or _broken_off(folder, used))
+    checkpoint = None
     if args.resume_from_checkpoint and not begins:
-        return resume.resolve_checkpoint(folder, str(args.resume_from_checkpoint))
-    home = folder.resolve()
-    if source is not None and (source.resolve() == home or source.resolve().is_relative_to(home / resume.FOLDER)):
-        raise OutputError(
-            f"the run starts from {source}, which is in --output-dir {folder} and would be replaced; name another --output-dir"
-        )
-    if used and not begins and not args.overwrite_output_dir:
-        if METRICS_FILE in used or "config.json" in used:
-            can_go_on = bool(resume.find_checkpoints(folder))
-            state = "" if can_go_on else " without a checkpoint"
-            go_on = "--resume-from-checkpoint auto to resume it, " if can_go_on else ""
+        checkpoint = resume.resolve_checkpoint(folder, str(args.resume_from_checkpoint))
+        if resume.is_of_run(checkpoint, folder):
+            return checkpoint
+    home, steps = folder.resolve(), (folder / resume.FOLDER).resolve()
+    for path in (*reads, checkpoint):
+        if path is not None and (path.resolve() == home or path.resolve().is_relative_to(steps)):
             raise OutputError(
-                f"{folder} holds an earlier run{state}; add {go_on}--overwrite-output-dir to start anew, or name another "
+                f"the run reads {path}, which is in --output-dir {folder} and would be replaced; name another "
                 "--output-dir"
             )
+    if used and not _is_ours(folder):
+        rule = "a run wants a folder of its own"
+        if args.overwrite_output_dir:
+            rule = "--overwrite-output-dir replaces nothing but runs and compact checkpoints"
+        raise OutputError(f"{folder} holds {used[0]}, and {rule}; name another --output-dir")
+    if used and not begins and not args.overwrite_output_dir:
+        can_go_on = bool(resume.find_checkpoints(folder))
+        state = "" if can_go_on else " without a checkpoint"
+        go_on = "--resume-from-checkpoint auto to resume it, " if can_go_on else ""
         raise OutputError(
-            f"{folder} holds {used[0]}, and a run wants a folder of its own; name another --output-dir, or add "
-            "--overwrite-output-dir"
+            f"{folder} holds an earlier run{state}; add {go_on}--overwrite-output-dir to start anew, or name another "
+            "--output-dir"
         )
-    return None
+    return checkpoint
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run wrote it, finished or not, or an export of a compact checkpoint: what overwriting may remove."""
+    if (folder / METRICS_FILE).exists() or (folder / RUN_FILE).exists() or resume.find_checkpoints(folder):
+        return True
+    try:
+        entry = read_object(folder / "config.json", OutputError).get("quantization_config")
+    except OutputError:
+        return False
+    return isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
 
 
 def _broken_off(folder: Path, used: list[str]) -> bool:
@@ -77,11 +126,12 @@ def prepare_folder(output_dir: str | Path, source: Path, export_dtype: torch.dty
 
     Args:
         source: the model's folder, with its tokenizer.
-        checkpoint: where the run goes on from, so that nothing is taken away; None for a fresh start.
+        checkpoint: where the run goes on from. Nothing is taken away where it is one of this folder; None for a fresh start.
     """
-    if checkpoint is None:
+    goes_on = resume.is_of_run(checkpoint, Path(output_dir))
+    if not goes_on:
         resume.remove_all(Path(output_dir))
-    begin_run(output_dir, source, export_dtype, resumes=checkpoint is not None)
+    begin_run(output_dir, source, export_dtype, resumes=goes_on)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: safetensors and JSON only, bit for bit, whole or not at all.
+"""Checkpoints to resume from: safetensors and JSON only, bit for bit, whole or not at all, on the disk before others go.
 
     checkpoints/step-00000120/
         model.safetensors       every weight, the guides' too while they are there; tied weights once
@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank_ft.checkpoints import sharded as tensor_files
-from lowrank_ft.checkpoints.atomic import take_place
+from lowrank_ft.checkpoints.atomic import sync, sync_folder, take_place
 from lowrank_ft.checkpoints.sharded import is_sharded, unique_tensors
 from lowrank_ft.errors import TrainingStateError
 from lowrank_ft.nn import compact_state_dict
 from lowrank_ft.reading import kind_of, read_object
+from lowrank_ft.training.metrics import METRICS_FILE
 from lowrank_ft.training.optimizers import restore_state, saved_state
 
 FOLDER = "checkpoints"
@@ -92,9 +93,13 @@ def remove_drafts(output_dir: Path) -> None:
 
 
 def remove_all(output_dir: Path) -> None:
-    """Remove the weights and the checkpoints of a run, finished or not, and nothing else."""
+    """Remove the weights, the checkpoints and the records of a run, finished or not, and nothing else."""
+    weights = [path for pattern in ("config.json", "model*.safetensors*") for path in output_dir.glob(pattern)]
+    metrics = output_dir / METRICS_FILE
+    if weights or (output_dir / FOLDER).is_dir():
+        metrics.touch()  # says that this is a run, for the next one if this one is killed here
     # The config first: weights without one do not load, so they are not taken for the result of the next run.
-    for path in [output_dir / "config.json", *output_dir.glob("model*.safetensors*")]:
+    for path in weights:
         path.unlink(missing_ok=True)
     folder = output_dir / FOLDER
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -102,6 +107,13 @@ def remove_all(output_dir: Path) -> None:
             path.name == BEST or _NAME.fullmatch(path.name.removeprefix(".").removesuffix(".partial"))
         ):
             shutil.rmtree(path)
+    if metrics.exists():
+        metrics.write_text("", encoding="utf-8")  # not before: weights never lie beside the records of another run
+
+
+def is_of_run(checkpoint: Path | None, output_dir: Path) -> bool:
+    """Whether this is one of the run in ``output_dir``, and not of another run, nor None."""
+    return checkpoint is not None and checkpoint.resolve().parent == (output_dir / FOLDER).resolve()
 
 
 def is_auto(wanted: object) -> bool:
@@ -247,14 +259,22 @@ def write_best(output_dir: Path, model: nn.Module, accelerator: Any, sharded: bo
     elif accelerator.is_main_process:
         tensor_files.write_whole(tensors, draft, "model")
     if accelerator.is_main_process:
+        (draft / BEST_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
+        sync(draft)
         (folder / BEST_FILE).unlink(missing_ok=True)  # what is there now is of no step until it is whole
+        sync_folder(folder)
         for path in draft.iterdir():
+            if path.name == BEST_FILE:
+                continue
             if (target := folder / path.name).is_dir():
                 shutil.rmtree(target)
             os.replace(path, target)
-        draft.rmdir()
         tensor_files.remove(folder, "model", whole=sharded)  # left by a run that was sharded otherwise
-        (folder / BEST_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
+        sync_folder(folder)
+        os.replace(draft / BEST_FILE, folder / BEST_FILE)
+        draft.rmdir()
+        sync_folder(folder)
+        _sync_above(folder)
 
 
 def read_best(output_dir: Path, model: nn.Module, step: int) -> bool:
@@ -315,13 +335,24 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def commit(draft: Path, final: Path, keep: int) -> None:
-    """Give a finished draft its name, and remove all but it and the newest, so that ``keep`` are left."""
+    """Give a finished draft its name, and remove all but it and the newest, so that ``keep`` are left.
+
+    It is on the disk by then: a power cut that follows must not leave the run without any.
+    """
+    sync(draft)
     take_place(draft, final)
+    _sync_above(final)
     shutil.rmtree(draft, ignore_errors=True)  # what was there before
     # Those of a run that was resumed from another folder may have higher numbers than this one.
     others = [p for p in find_checkpoints(final.parent.parent) if p != final]
     for old in others[: max(0, len(others) - keep + 1)]:
         shutil.rmtree(old)
+
+
+def _sync_above(path: Path) -> None:
+    """The name of a folder in ``checkpoints``, and those of the folders that lead to it: the run may have just made them."""
+    for folder in path.absolute().parents[:3]:
+        sync_folder(folder)
 
 
 def remove_later(output_dir: Path, checkpoint: Path, step: int) -> list[str]:
@@ -330,9 +361,9 @@ def remove_later(output_dir: Path, checkpoint: Path, step: int) -> list[str]:
     They belong to a continuation that was given up: ``auto`` would take them for this one's. Nothing happens where
     ``checkpoint``, from which the run was restored, lies in another folder.
     """
-    folder = output_dir / FOLDER
-    if checkpoint.resolve().parent != folder.resolve():
+    if not is_of_run(checkpoint, output_dir):
         return []
+    folder = output_dir / FOLDER
     later = sorted(p for p in folder.iterdir() if (named := _NAME.fullmatch(p.name)) and int(named[1]) > step)
     for path in later:
         shutil.rmtree(path)

@@ -156,7 +156,7 @@ class Trainer:
             TrainingStateError, OutputError: see :meth:`starting_point`.
         """
         (checkpoint, state), self._start = self._start or self.starting_point(), None
-        if checkpoint is None and self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and not resume.is_of_run(checkpoint, self.output_dir):
             resume.remove_all(self.output_dir)  # those of a run that is being replaced would be taken for this one's
         self.accelerator.wait_for_everyone()
         # The model must have the checkpoint's shape before the optimizer is made and before weights are loaded.
@@ -312,7 +312,8 @@ class Trainer:
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         resume.read_rng(checkpoint, self.accelerator.process_index)
-        self.step, self._best.loss, self._best.step = state.step, state.best_loss, state.best_step
+        self.step = state.step
+        self._best.restore(state.best_loss, state.best_step)
         self.accelerator.wait_for_everyone()  # no process may still refuse the checkpoint
         if self.accelerator.is_main_process:
             later = resume.remove_later(self.output_dir, checkpoint, self.step)

@@ -11,6 +11,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from lowrank_ft.checkpoints.locks import exclusive
 from lowrank_ft.schedule import alpha_at, keeps_guide
 from lowrank_ft.training.metrics import read_metrics
 from tests.conftest import DEMO_MODEL, ROOT, tiny_llama
@@ -84,6 +85,24 @@ def test_all_processes_take_the_ranks_of_the_main_one(tmp_path):
     main, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert set(main.values()) == {6}
     assert other == main
+
+
+def test_all_processes_stop_where_another_run_uses_the_folder(tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "tests.distributed.folder_driver", str(tmp_path),
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with exclusive(tmp_path / ".taken.lock-run", "busy"):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        entry = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert (
+            entry["taken"] == "another run is training into taken; wait for it or end it, or name another --output-dir"
+        )
+        assert entry["free"] == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rank-0.json", "rank-1.json"]
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):

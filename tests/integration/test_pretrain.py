@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lowrank_ft.checkpoints.locks import exclusive
 from lowrank_ft.errors import ConfigError
 from lowrank_ft.nn import lowrank_layers
 from lowrank_ft.pretraining.options import PretrainArguments, ScratchArguments
@@ -134,6 +135,16 @@ def test_bad_input_is_one_line_before_training(tokens, tmp_path, monkeypatch, ca
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_into_which_another_run_trains_is_refused(tokens, tmp_path, monkeypatch, capsys):
+    from recipes.pretrain import main
+
+    monkeypatch.setattr("sys.argv", ["x", *FLAGS, "--dataset", str(tokens), "--output-dir", str(tmp_path / "run")])
+    with exclusive(tmp_path / ".run.lock-run", "busy"), pytest.raises(SystemExit):
+        main()
+    assert "error: another run is training into " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

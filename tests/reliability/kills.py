@@ -132,7 +132,9 @@ def _judge(folder: Path, command: list[str], older: str, records: str, wanted: s
         return "half", f"after going on: {problem}"
     if _hash(out) != wanted:
         return "silent", "after going on, other weights than those of an undisturbed run"
-    left = [p.name for p in folder.rglob(".*") if p.name.endswith((".partial", ".replaced", ".lock", ".draft"))]
+    left = [
+        p.name for p in folder.rglob(".*") if p.name.endswith((".partial", ".replaced", ".lock", ".lock-run", ".draft"))
+    ]
     if left:
         return "leftovers", f"after going on: {left}"
     return "ok", " / ".join(said)
@@ -179,7 +181,7 @@ def _hash(folder: Path) -> str:
 def _state(folder: Path) -> list[tuple[str, int]]:
     found = []
     for parent, folders, files in os.walk(folder):  # unlike rglob, it bears that a folder vanishes meanwhile
-        for name in (*folders, *files):
+        for name in (*folders, *(f for f in files if not f.endswith(".lock-run"))):  # that comes before any work
             path = os.path.join(parent, name)
             with suppress(FileNotFoundError):
                 found.append((path, os.lstat(path).st_mtime_ns))

@@ -74,6 +74,28 @@ def test_an_error_of_others_is_one_line_and_the_traceback_on_demand(capsys, monk
         main()
 
 
+@pytest.mark.parametrize(
+    ("rank", "local", "waits", "said"),
+    [
+        ("0", "0", 0, "error: no such rank\n"),
+        ("1", "1", 5, "error: process 1: no such rank\n"),
+        ("8", "0", 0, "error: process 8: no such rank\n"),  # the first one of the next machine, whose launcher it ends
+    ],
+)
+def test_an_error_of_one_process_alone_is_seen(capsys, monkeypatch, rank, local, waits, said):
+    @one_line_errors
+    def main():
+        raise ConfigError("no such rank")
+
+    waited = []
+    monkeypatch.setattr("lowrank_ft.console.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert (caught.value.code, sum(waited), capsys.readouterr().err) == (1, waits, said)
+
+
 def test_a_reader_that_leaves_is_no_error():
     code = """
 from lowrank_ft.console import one_line_errors

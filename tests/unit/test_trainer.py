@@ -1,7 +1,11 @@
 """The loop in one process: schedules, accumulation, the drop, evaluation, best weights, refusals."""
 
 import copy
+import json
 import math
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +19,12 @@ from lowrank_ft.conversion.convert import convert
 from lowrank_ft.costs.flops import step_cost
 from lowrank_ft.data.examples import StepBatches, pack
 from lowrank_ft.errors import ConfigError, DivergedError, OutputError, TrainingStateError
-from lowrank_ft.evaluation.perplexity import summed_loss
+from lowrank_ft.evaluation.perplexity import Evaluation, summed_loss
 from lowrank_ft.integrations.peft import LowRankConfig
 from lowrank_ft.nn import compact_state_dict, guided_layers, set_alpha
 from lowrank_ft.pretraining.options import PretrainArguments
 from lowrank_ft.schedule import alpha_at, keeps_guide, lr_factor_at
-from lowrank_ft.training import TrainArguments, Trainer
+from lowrank_ft.training import TrainArguments, Trainer, resume
 from lowrank_ft.training.arguments import parse_args
 from lowrank_ft.training.metrics import read_metrics
 from lowrank_ft.training.resume import find_checkpoints, load_optimizer_tensors, optimizer_tensors
@@ -347,6 +351,22 @@ def test_the_best_weights_are_kept(tmp_path, data):
             assert torch.equal(value, states[trainer.best_step][name]), name
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, data, monkeypatch):
+    """Neither the first one nor that of a checkpoint: every later number is better."""
+    losses = iter([math.nan, 3.0, math.nan, 2.0, 4.0, math.nan])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: Evaluation(next(losses), 1, 1.0))
+    options = dict(eval_steps=1, save_steps=4, load_best_model_at_end=True, max_steps=4)
+    trainer = Trainer(guided(), arguments(tmp_path, **options), *data.split(4))
+    trainer.train()
+    assert (trainer.best_loss, trainer.best_step) == (2.0, 3)
+
+    path = tmp_path / "run" / "checkpoints" / "step-00000004" / "trainer_state.json"
+    path.write_text(path.read_text().replace('"best_loss": 2.0', '"best_loss": NaN'))
+    again = Trainer(guided(), arguments(tmp_path, **options, resume_from_checkpoint="auto"), *data.split(4))
+    again.train()
+    assert (again.best_loss, again.best_step) == (None, None)
+
+
 def test_only_the_newest_checkpoints_stay(tmp_path, data):
     Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=2), data).train()
     assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000006", "step-00000008"]
@@ -357,6 +377,53 @@ def test_only_the_newest_checkpoints_stay(tmp_path, data):
         "rng-0.safetensors",
         "config.json",
         "trainer_state.json",
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the names of open files in /proc")
+def test_a_checkpoint_is_on_the_disk_before_the_older_one_goes(tmp_path, data, monkeypatch):
+    """Names relative to the run's folder, in the order in which they are synced, renamed and removed."""
+    events, home = [], tmp_path.resolve()
+    stock = {name: getattr(module, name) for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree"))}
+
+    def named(path):
+        found = Path(path).resolve()
+        return found.relative_to(home).as_posix() if found.is_relative_to(home) else ""
+
+    def watch(module, event, place=named):
+        def watched(*given, **options):
+            events.append((event, place(given[0])))
+            return stock[event](*given, **options)
+
+        monkeypatch.setattr(module, event, watched)
+
+    Trainer(guided(), arguments(tmp_path, save_steps=4, max_steps=4), data).train()
+    watch(os, "fsync", lambda handle: named(os.readlink(f"/proc/self/fd/{handle}")))
+    watch(os, "replace")
+    watch(shutil, "rmtree")
+    monkeypatch.setattr("lowrank_ft.checkpoints.atomic._exchange", lambda *_: False)
+
+    folder = tmp_path / "run" / "checkpoints"
+    draft = folder / ".step-00000008.partial"
+    shutil.copytree(folder / "step-00000004", draft)
+    files = {f"run/checkpoints/{draft.name}/{p.name}" for p in draft.iterdir()}
+    resume.commit(draft, folder / "step-00000008", keep=1)
+    written, rest = events[: len(files)], [e for e in events[len(files) :] if e[1] != named(draft) or e[0] != "rmtree"]
+    assert {path for _, path in written} == files
+    assert rest == [
+        ("fsync", named(draft)), ("replace", named(draft)), *(("fsync", p) for p in ("run/checkpoints", "run", ".")),
+        ("rmtree", "run/checkpoints/step-00000004"),
+    ]  # fmt: skip
+
+    events.clear()
+    resume.write_best(tmp_path / "run", tiny_llama(), Accelerator(), False, 7)
+    best = "run/checkpoints/best"
+    assert [e for e in events if e[0] != "rmtree"][-9:] == [
+        ("fsync", f"{best}/.draft"), ("fsync", best), ("replace", f"{best}/.draft/model.safetensors"), ("fsync", best),
+        ("replace", f"{best}/.draft/best.json"), *(("fsync", p) for p in (best, "run/checkpoints", "run", ".")),
+    ]  # fmt: skip
+    assert {path for event, path in events if event == "fsync"} >= {
+        f"{best}/.draft/{name}" for name in ("model.safetensors", "best.json")
     }
 
 
@@ -377,17 +444,42 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_forgets_the_later_ones(tm
 
 
 def test_a_checkpoint_that_has_just_been_written_stays(tmp_path, data):
-    """Those of another run in the same folder have higher numbers, and are not touched while there is room."""
-    Trainer(guided(), arguments(tmp_path, save_steps=2, save_total_limit=9), data).train()
-    (tmp_path / "run" / "checkpoints" / "step-00000004").rename(tmp_path / "step-00000004")
-    seen = {}
+    """Others in the same folder may have higher numbers."""
+    Trainer(guided(), arguments(tmp_path, save_steps=4), data).train()
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "step-00000004", folder / ".step-00000005.partial")
+    resume.commit(folder / ".step-00000005.partial", folder / "step-00000005", keep=1)
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000005"]
 
-    def look(step, trainer):
-        seen[step] = [int(p.name[5:]) for p in find_checkpoints(tmp_path / "run")]
 
-    args = arguments(tmp_path, save_steps=1, save_total_limit=1, resume_from_checkpoint=str(tmp_path / "step-00000004"))
-    Trainer(guided(), args, data, on_step_end=look).train()
-    assert seen[5] == [5]
+def test_the_checkpoint_of_another_run_does_not_run_over_this_one(tmp_path, data):
+    options = dict(save_steps=2, save_total_limit=9)
+    for name in ("one", "two"):
+        Trainer(guided(), arguments(tmp_path / name, **options), data).train()
+    two = tmp_path / "two" / "run"
+    (two / "model.safetensors").write_text("weights")
+    early = tmp_path / "one" / "run" / "checkpoints" / "step-00000004"
+    options |= dict(resume_from_checkpoint=str(early))
+    before = {p: p.read_bytes() for p in two.rglob("*") if p.is_file()}
+    again = Trainer(guided(), arguments(tmp_path / "two", **options), data)
+    with pytest.raises(
+        OutputError, match="run holds an earlier run; add --resume-from-checkpoint auto to resume it, --over"
+    ):
+        again.train()
+    assert {p: p.read_bytes() for p in two.rglob("*") if p.is_file()} == before
+
+    again = Trainer(guided(), arguments(tmp_path / "two", **options, overwrite_output_dir=True), data)
+    again.train()
+    assert [p.name for p in find_checkpoints(two)] == ["step-00000006", "step-00000008"]
+    assert [e["step"] for e in records(tmp_path / "two")] == [5, 6, 7, 8]
+    assert not (two / "model.safetensors").exists()
+    assert len(find_checkpoints(tmp_path / "one" / "run")) == 4
+    Trainer(guided(), arguments(tmp_path / "new", **options), data).train()  # a folder of its own is fine
+
+    into = arguments(tmp_path, **options, output_dir=str(early), overwrite_output_dir=True)
+    with pytest.raises(OutputError, match="the run reads .*step-00000004, which is in --output-dir"):
+        Trainer(guided(), into, data).train()
+    assert (early / "model.safetensors").exists()
 
 
 def test_optimizer_state_goes_by_name():
@@ -499,8 +591,63 @@ def test_files_of_others_are_not_run_over(tmp_path, data, name):
     mine = tmp_path / "run" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("x")
-    with pytest.raises(OutputError, match=f"holds {mine.relative_to(tmp_path / 'run').parts[0]}, and a run wants"):
+    name = mine.relative_to(tmp_path / "run").parts[0]
+    with pytest.raises(OutputError, match=f"holds {name}, and a run wants"):
         Trainer(guided(), arguments(tmp_path), data).train()
+    for more in ({}, {"resume_from_checkpoint": "auto"}):
+        again = arguments(tmp_path, overwrite_output_dir=True, **more)
+        with pytest.raises(
+            OutputError, match=f"holds {name}, and --overwrite-output-dir replaces nothing but runs and"
+        ):
+            Trainer(guided(), again, data).train()
+    assert mine.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [
+        ({"quantization_config": {"quant_method": "lowrank"}}, True),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, False),
+        ({"model_type": "llama"}, False),
+    ],
+)
+def test_overwriting_replaces_a_compact_checkpoint_and_no_other_model(tmp_path, data, config, ours):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "model.safetensors").write_text("x")
+    trainer = Trainer(guided(), arguments(tmp_path, overwrite_output_dir=True, max_steps=2), data)
+    if ours:
+        trainer.train()
+    else:
+        with pytest.raises(OutputError, match=r"holds config\.json, and --overwrite-output-dir replaces nothing but"):
+            trainer.train()
+    assert (run / "model.safetensors").exists() == (not ours)
+
+
+@pytest.mark.parametrize("records_of_it", ["", '{"step": 1, "loss": 2.5}\n'])
+def test_a_run_that_is_killed_while_it_removes_another_can_begin_anew(tmp_path, data, monkeypatch, records_of_it):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"quantization_config": {"quant_method": "lowrank"}}')
+    (run / "model.safetensors").write_text("x")
+    if records_of_it:
+        (run / "metrics.jsonl").write_text(records_of_it)
+    args = arguments(tmp_path, overwrite_output_dir=True, max_steps=2)
+    unlink = Path.unlink
+
+    def die(path, *given, **options):
+        if path.name == "model.safetensors":
+            raise KeyboardInterrupt
+        unlink(path, *given, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", die)
+        Trainer(guided(), args, data).train()
+    assert not (run / "config.json").exists()
+    assert (run / "metrics.jsonl").read_text() == records_of_it  # weights never lie beside the records of another run
+    Trainer(guided(), args, data).train()
+    assert not (run / "model.safetensors").exists()
 
 
 def test_overwriting_removes_nothing_but_checkpoints_of_runs(tmp_path, data):
@@ -508,6 +655,7 @@ def test_overwriting_removes_nothing_but_checkpoints_of_runs(tmp_path, data):
         path = tmp_path / "run" / "checkpoints" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
     Trainer(guided(), arguments(tmp_path, overwrite_output_dir=True), data).train()
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["important.pt", "steps"]
 
