@@ -72,7 +72,13 @@ class OnDisk:
 
     def unhook(self, name: str = "") -> None:
         """From here on, the weights of this module do not come by themselves."""
-        remove_hook_from_module(self.model.get_submodule(name), recurse=True)
+        found = self.model.get_submodule(name)
+        remove_hook_from_module(found, recurse=True)
+        for module in found.modules():
+            # accelerate leaves a module that holds its own method: a circle, which keeps the weights of a linear that is
+            # replaced until Python looks for circles, after many more blocks.
+            if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+                del module.__dict__["forward"]
 
     def bare(self) -> PreTrainedModel:
         """The model without weights, and without a trace of hooks."""

@@ -1,5 +1,6 @@
 """``lowrank-ft convert --stream``: the same result with one block in memory, also after it was broken off."""
 
+import gc
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -21,7 +23,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lowrank_ft.checkpoints.on_disk import open_on_disk
+from lowrank_ft.checkpoints.source import Source
 from lowrank_ft.checkpoints.unfinished import Unfinished, open_unfinished
+from lowrank_ft.nn import LowRankLinear
 from tests.conftest import DEMO_MODEL, tiny_gpt2
 from tests.integration.test_cli import assert_one_line_error
 
@@ -53,6 +58,19 @@ def break_off(self, *arguments, add=Unfinished.add):
     add(self, *arguments)
     if len(self.parts) == 2:
         raise KeyboardInterrupt
+
+
+def test_weights_that_are_replaced_die_at_once(tmp_path):
+    """In circles of Python objects they would stay for many more blocks."""
+    disk = open_on_disk(Source(str(DEMO_MODEL)), torch.float32, "cpu", tmp_path)
+    block = disk.load("model.layers.0")
+    dense = weakref.ref(block.mlp.up_proj)
+    gc.disable()
+    try:
+        block.mlp.up_proj = LowRankLinear.like(block.mlp.up_proj, 4)
+        assert dense() is None
+    finally:
+        gc.enable()
 
 
 def without_times(folder):
