@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from lowrank_ft_cli.options import dtype_of, hub_target, shard_size
 
     from lowrank_ft.checkpoints.foreign import factor_names, load_foreign
+    from lowrank_ft.checkpoints.files import weight_bytes
     from lowrank_ft.checkpoints.from_training import load_adapter, load_compact, load_training_checkpoint
     from lowrank_ft.checkpoints.push import push
     from lowrank_ft.checkpoints.source import Source
@@ -79,9 +80,7 @@ def run(options: argparse.Namespace) -> None:
         max_shard_size=shard_size(options), command=shown_command("lowrank-ft", sys.argv[1:]),
     )  # fmt: skip
     if companions == folder:
-        before, after = (
-            sum(p.stat().st_size for p in Path(f).glob("*.safetensors")) for f in (folder, options.output_dir)
-        )
+        before, after = (weight_bytes(Path(f)) for f in (folder, options.output_dir))
         print(f"weights   {human_bytes(before)} -> {human_bytes(after)} ({after / before - 1:+.1%})", file=sys.stderr)
     print(Path(options.output_dir))
     if repo_id is not None:
