@@ -42,8 +42,8 @@ def run(options: argparse.Namespace) -> None:
 
     from lowrank_ft_cli.options import dtype_of, hub_target, shard_size
 
-    from lowrank_ft.checkpoints.foreign import factor_names, load_foreign
     from lowrank_ft.checkpoints.files import weight_bytes
+    from lowrank_ft.checkpoints.foreign import factor_names, load_foreign
     from lowrank_ft.checkpoints.from_training import load_adapter, load_compact, load_training_checkpoint
     from lowrank_ft.checkpoints.push import push
     from lowrank_ft.checkpoints.source import Source
