@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
         dtype=None if dtype == "auto" else dtype, base_model=base_model, overwrite=options.overwrite,
         max_shard_size=shard_size(options), command=shown_command("lowrank-ft", sys.argv[1:]),
     )  # fmt: skip
-    if companions == folder:
+    if companions == folder and not is_adapter:
         before, after = (weight_bytes(Path(f)) for f in (folder, options.output_dir))
         print(f"weights   {human_bytes(before)} -> {human_bytes(after)} ({after / before - 1:+.1%})", file=sys.stderr)
     print(Path(options.output_dir))
