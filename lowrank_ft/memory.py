@@ -9,7 +9,7 @@ def give_back() -> None:
     """Let the system have what was freed.
 
     glibc keeps freed pieces of up to 32 MB for the next allocation. The tensors of one block after the other are of many
-    sizes, so the pieces fit badly, and each block takes new memory: at 1.1 billion parameters 180 MB a block.
+    sizes, so the pieces fit badly, and blocks take new memory: 60 to 90 MB each of the first ones, at 1.1 billion parameters.
     """
     trim = _trim()
     if trim is not None:
