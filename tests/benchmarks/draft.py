@@ -65,8 +65,8 @@ def main() -> None:
     common.write_json(options.output, {"machine": common.machine("cpu"), "prompts": len(chosen), "rows": rows})
     print_table(
         ("draft", "tokens drafted", "accepted", "its time per token", "times as fast", "predicted, at best", "same output"),
-        [(r["compact"], r["drafted"], f"{r['acceptance']:.0%}", f"{r['cost']:.2f}", f"{r['speed_up']:.2f}",
-          f"{r['predicted_best']:.2f}", r["same_output"]) for r in rows],
+        [(r["compact"], str(r["drafted"]), f"{r['acceptance']:.0%}", f"{r['cost']:.2f}", f"{r['speed_up']:.2f}",
+          f"{r['predicted_best']:.2f}", str(r["same_output"])) for r in rows],
     )  # fmt: skip
 
 
