@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowrank_ft.checkpoints.atomic import whole_file
+from lowrank_ft.checkpoints.folders import where_it_leads
 from lowrank_ft.checkpoints.locks import exclusive, explain_refused_writes
 from lowrank_ft.errors import CheckpointError, OutputError
 from lowrank_ft.reading import read_object
@@ -170,7 +171,7 @@ def open_unfinished(output_dir: str | Path, writes: bool = True) -> Iterator[Unf
     Raises:
         OutputError: another command is at it, or it cannot be made.
     """
-    path = Path(output_dir)
+    path = where_it_leads(Path(output_dir))
     folder = path.parent / f".{path.name}.unfinished"
     if not writes:
         yield Unfinished(folder, writes=False)

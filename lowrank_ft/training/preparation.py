@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_ft.checkpoints.companions import begin_run
 from lowrank_ft.checkpoints.files import RUN_FILE
-from lowrank_ft.checkpoints.folders import check_replaceable, check_writable
+from lowrank_ft.checkpoints.folders import check_replaceable, check_writable, where_it_leads
 from lowrank_ft.checkpoints.format import QUANT_METHOD
 from lowrank_ft.checkpoints.locks import exclusive, is_write_failure, refused_write
 from lowrank_ft.errors import ConfigError, OutputError
@@ -37,7 +37,7 @@ def folder_alone(output_dir: str | Path, accelerator: Accelerator) -> Iterator[N
         OutputError: on all processes: another run uses the folder, or it cannot be written or replaced.
     """
     folder = Path(output_dir)
-    path = Path(os.path.abspath(folder))
+    path = Path(os.path.abspath(where_it_leads(folder)))  # one lock, whichever of its names a run is given
     problem = None
     with ExitStack() as held:
         if accelerator.is_main_process:

@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+from accelerate import Accelerator
 
 from lowrank_ft.checkpoints import atomic
 from lowrank_ft.checkpoints.atomic import check_output_dir, take_place, whole_file, whole_folder, write_text
+from lowrank_ft.checkpoints.unfinished import open_unfinished
 from lowrank_ft.errors import OutputError
+from lowrank_ft.training.preparation import folder_alone
 from tests.conftest import ROOT
 
 
@@ -330,3 +333,19 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be made: .*file is no folder"):
         check_output_dir(tmp_path / "file" / "out")
+
+
+def test_what_stands_beside_a_folder_is_the_same_for_all_of_its_names(tmp_path):
+    """Of a link and what it points to: one lock of a run, and one folder of an unfinished conversion, on the same disk."""
+    behind, link = tmp_path / "disk" / "model", tmp_path / "out"
+    behind.mkdir(parents=True)
+    link.symlink_to(behind)
+    with open_unfinished(link) as unfinished:
+        assert unfinished.folder.parent == behind.parent
+        with pytest.raises(OutputError, match="another command is converting"), open_unfinished(behind):
+            pass
+    alone = Accelerator(cpu=True)
+    busy = pytest.raises(OutputError, match="another run is training into")
+    with folder_alone(link, alone), busy, folder_alone(behind, alone):
+        pass
+    assert listing(tmp_path) == ["disk", "out"]
