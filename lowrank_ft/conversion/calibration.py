@@ -117,6 +117,20 @@ def first_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:
     return batches[:taken]
 
 
+def few_rows(batch: Batch, most: int) -> list[Batch]:
+    """A batch in parts of at most ``most`` positions each, padding included, and at least one row.
+
+    It stays whole where its arguments have different numbers of rows, as images of a text have: what belongs together is
+    not known here.
+    """
+    rows = len(next(iter(batch.values())))
+    if any(len(v) != rows for v in batch.values()):
+        return [batch]
+    length = max((v.shape[1] for v in batch.values() if v.dim() == 2), default=1)
+    size = max(1, most // length)
+    return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, rows, size)]
+
+
 def positions(batch: Batch) -> int:
     """Tokens of a batch, padding not counted; an image counts as its patches of 16 x 16 pixels."""
     mask = batch.get("attention_mask")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ft.console import progress_bar
-from lowrank_ft.conversion.calibration import positions
+from lowrank_ft.conversion.calibration import few_rows, positions
 from lowrank_ft.conversion.chains import Batch, answer_of, run, token_mask
 from lowrank_ft.conversion.factor_trainer import Best, FactorTrainer
 from lowrank_ft.conversion.processes import ONE, Processes
@@ -169,17 +169,11 @@ def difference(found: Any, wanted: Any, batch: Batch) -> Tensor:
 
 def _parts(batch: Batch, model: nn.Module, processes: Processes) -> Iterator[tuple[Batch, float]]:
     """A batch in parts of a few rows, and the share that each has of the tokens of all processes."""
-    rows = len(next(iter(batch.values())))
-    if any(len(v) != rows for v in batch.values()):  # images of a text: what belongs together is not known here
-        yield batch, 1.0
-        return
-    positions = max((v.shape[1] for v in batch.values() if v.dim() == 2), default=1)
-    most = _POSITIONS_AT_ONCE.get(next(model.parameters()).device.type, _POSITIONS_ELSEWHERE)
-    size = max(1, most // positions)
-    weights = [_weight({k: v[i : i + size] for k, v in batch.items()}) for i in range(0, rows, size)]
+    parts = few_rows(batch, _POSITIONS_AT_ONCE.get(next(model.parameters()).device.type, _POSITIONS_ELSEWHERE))
+    weights = list(map(_weight, parts))
     total = processes.total(sum(weights))
-    for i, weight in zip(range(0, rows, size), weights, strict=True):
-        yield {k: v[i : i + size] for k, v in batch.items()}, weight / total
+    for part, weight in zip(parts, weights, strict=True):
+        yield part, weight / total
 
 
 def _weight(part: Batch) -> float:

@@ -39,19 +39,16 @@ class Moments:
         a = rows(converted, mask)
         if len(a) == 0:
             return
-        exact = working_dtype(a.device)
-        inputs = (a.T @ a).to(exact)
-        cross = None
+        inputs, cross = a.T @ a, None
         if dense is not None:
-            cross = inputs if dense.shape != converted.shape else (rows(dense, mask).T @ a).to(exact)
+            cross = inputs if dense.shape != converted.shape else rows(dense, mask).T @ a
         if not torch.isfinite(inputs).all() or (cross is not None and not torch.isfinite(cross).all()):
             raise NonFiniteError(
                 f"the inputs of {name} hold NaN or infinity on the calibration data; convert in float32 or bfloat16 "
                 "(--dtype), or leave that module dense with --exclude-modules"
             )
-        self.inputs = inputs if self.inputs is None else self.inputs + inputs
-        if cross is not None:
-            self.cross = cross if self.cross is None else self.cross + cross
+        self.inputs = _added(self.inputs, inputs)
+        self.cross = self.cross if cross is None else _added(self.cross, cross)
         self.tokens += len(a)
 
     def add_up(self, processes: Processes, width: int) -> None:
@@ -72,6 +69,11 @@ class Moments:
             processes.add_up(self.cross)
         self.inputs = zeros if self.inputs is None else self.inputs
         processes.add_up(self.inputs)
+
+
+def _added(total: Tensor | None, product: Tensor) -> Tensor:
+    """In place: of the widest linears, moments are the largest tensors there are."""
+    return product.to(working_dtype(product.device), copy=True) if total is None else total.add_(product)
 
 
 def rows(x: Tensor, mask: Tensor | None) -> Tensor:

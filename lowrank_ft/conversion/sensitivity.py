@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ft.console import progress_bar
-from lowrank_ft.conversion.calibration import Calibration
+from lowrank_ft.conversion.calibration import Calibration, few_rows
 from lowrank_ft.conversion.chains import Batch, answer_of, block_of, run, token_mask
 from lowrank_ft.conversion.moments import Moments
 from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.received import dense_moments
 from lowrank_ft.errors import require_choice
 from lowrank_ft.factorization.solvers import weighted_singular_values, working_dtype
+from lowrank_ft.memory import give_back
 from lowrank_ft.nn.replace import dense_weight
 
 SENSITIVITY_TOKENS = 8_192
@@ -37,6 +38,8 @@ SENSITIVITY_TOKENS = 8_192
 GRADIENT_TOKENS = 4_096
 """Tokens of the gradients, of which each linear needs no more than the mean square."""
 _TINY = torch.finfo(torch.float64).tiny
+_POSITIONS_AT_ONCE = 512
+"""Of the gradients: what the backward pass needs, and logits of a large vocabulary, are most of the memory then."""
 _MOMENT_BYTES = 2**30
 """Of moments that are collected in one run of the model; where more are wanted, there are more runs."""
 
@@ -105,12 +108,19 @@ def output_importance(
         few = gradient_batches(calibration)
         found = output_gradients(model, missing, few, calibration.seed, progress, calibration.processes)
         known |= {n: found.get(n) for n in missing}
+        give_back()
     return {n: g for n in names if (g := known[n]) is not None}
 
 
 def gradient_batches(calibration: Calibration) -> list[Batch]:
-    """The first :data:`GRADIENT_TOKENS` of what the fit sees."""
-    return calibration.first(min(GRADIENT_TOKENS, calibration.fit_tokens))
+    """The first :data:`GRADIENT_TOKENS` of what the fit sees, in parts of a few rows.
+
+    Of several processes, each has a few rows of every batch: the random numbers are those of whole batches.
+    """
+    batches = calibration.first(min(GRADIENT_TOKENS, calibration.fit_tokens))
+    if calibration.processes.count > 1:
+        return batches
+    return [part for batch in batches for part in few_rows(batch, _POSITIONS_AT_ONCE)]
 
 
 def output_gradients(
@@ -137,6 +147,7 @@ def output_gradients(
             loss.backward()
             tokens += counted
             wrong += not torch.isfinite(loss)
+            del loss  # else the logits are still there while the next ones are made
     found = squares.mean(tokens)
     return {} if processes.total(wrong) else found
 
@@ -192,10 +203,10 @@ def own_loss(output: Any, batch: Batch, generator: torch.Generator, processes: P
     with torch.no_grad():
         # Gumbel's trick draws from the softmax with a generator on the CPU, whatever the device.
         noise = processes.drawn(
-            lambda rows: -torch.empty(rows, *logits.shape[1:]).exponential_(generator=generator).clamp_min(1e-20).log(),
-            len(logits),
+            lambda rows: torch.empty(rows, *logits.shape[1:]).exponential_(generator=generator), len(logits)
         )
-        drawn = (logits.float() + noise.to(logits.device)).argmax(-1)
+        drawn = noise.clamp_min_(1e-20).log_().neg_().to(logits.device).add_(logits).argmax(-1)
+        del noise
         mask = token_mask(batch, logits, decoder=True)
         drawn = drawn if mask is None else drawn.masked_fill(mask == 0, -100)
     loss = F.cross_entropy(logits.float().flatten(0, -2), drawn.flatten(), reduction="sum", ignore_index=-100)

@@ -65,9 +65,9 @@ class Regression:
         |W X - U V X'|^2 + d |W - U V|^2,        d = damping * trace(X' X'^T) / in
 
     by reduced-rank regression: ``M = W (X X'^T + d I) L^-T`` for ``X' X'^T + d I = L L^T``, the best rank-r
-    approximation of ``M``, and ``L^-T`` taken off again. Without ``cross`` this is the truncation of the whitened weight
-    that SVD-LLM uses (Wang et al. 2024, arXiv 2403.07378). ``L`` is a Cholesky factor; without damping, the moments of
-    real activations are singular, and ``Q s^1/2`` of an eigendecomposition takes its place. Directions that no token
+    approximation of ``M``, and ``L^-T`` taken off again. Without ``cross`` that is ``M = W L``, the truncation of the whitened
+    weight that SVD-LLM uses (Wang et al. 2024, arXiv 2403.07378). ``L`` is a Cholesky factor; without damping, the moments
+    of real activations are singular, and ``Q s^1/2`` of an eigendecomposition takes its place. Directions that no token
     took carry no weight in the objective; damping decides them by the weight alone. All-zero moments, and none, give
     :func:`truncated_svd`.
 
@@ -92,16 +92,19 @@ class Regression:
     def __init__(
         self, inputs: Tensor | None, cross: Tensor | None = None, damping: float = 0.0, name: str = "weight"
     ) -> None:
-        self._whiten: Tensor | None = None
+        self._root: _Root | None = None
         if inputs is None:
             return
         moments = _working_copy(inputs, f"inputs of {name}:")
-        mixed = moments if cross is None else _working_copy(cross, f"inputs of {name}:")
         power = moments.diagonal().mean()
         if not power > 0:
             return
-        self._whiten = _inverse_root(_plus_diagonal(moments, damping * power))
-        self._mixed = _plus_diagonal(mixed, damping * power) @ self._whiten
+        self._root = _Root(_plus_diagonal(moments, damping * power))
+        if cross is None:
+            self._mixed = self._root.root
+        else:
+            mixed = _working_copy(cross, f"inputs of {name}:")
+            self._mixed = self._root.divide_transposed(_plus_diagonal(mixed, damping * power))
 
     def __call__(self, weight: Tensor, rank: int, name: str = "weight", importance: Tensor | None = None) -> Factors:
         """Factors of ``weight (out, in)`` of a ``rank`` from 1 to ``min(out, in)``.
@@ -114,19 +117,46 @@ class Regression:
             NonFiniteError: the weight or the importance holds NaN or infinity.
         """
         rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
-        if self._whiten is None:
+        if self._root is None:
             return truncated_svd(weight, rank, name)
         matrix = _working_copy(weight, name)
         target = matrix @ self._mixed.to(matrix.device)
         roots = None if importance is None else importance_roots(_of_numbers(importance, name).to(matrix))
         if roots is not None:
             target = roots[:, None] * target
-        # Of M = U' V', only U' is needed: V = U'^T M, un-whitened.
+        # Of M = U' V', only U' is needed: V = U'^T M L^-1.
         basis, projection = leading_part(target, rank)
         if roots is not None:
             basis = basis / roots[:, None]
-        right = projection @ self._whiten.T.to(matrix.device)
+        right = self._root.divide(projection.to(self._mixed))
         return balance(Factors(_result(basis, weight), _result(right, weight)))
+
+
+class _Root:
+    """``L`` with ``L L^T = A`` for a symmetric ``A (n, n)`` without negative part, and products with its inverse.
+
+    ``root`` is lower triangular, and never inverted; or ``Q s^1/2`` where rounding leaves ``A`` singular, with ``Q s^-1/2``
+    for its inverse.
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        self.root, failed = torch.linalg.cholesky_ex(moments)
+        self._inverse: Tensor | None = None
+        diagonal, eps = self.root.diagonal(), torch.finfo(moments.dtype).eps
+        if failed.item() or diagonal.min().square() <= 100 * len(moments) * eps * diagonal.max().square():
+            self._inverse, self.root = whitening(moments)
+
+    def divide(self, matrix: Tensor) -> Tensor:
+        """``M L^-1``."""
+        if self._inverse is not None:
+            return matrix @ self._inverse.T
+        return torch.linalg.solve_triangular(self.root, matrix, upper=False, left=False)
+
+    def divide_transposed(self, matrix: Tensor) -> Tensor:
+        """``M L^-T``."""
+        if self._inverse is not None:
+            return matrix @ self._inverse
+        return torch.linalg.solve_triangular(self.root.T, matrix, upper=True, left=False)
 
 
 def importance_roots(importance: Tensor) -> Tensor | None:
@@ -205,7 +235,7 @@ def weighted_singular_values(
         matrix = _of_numbers(importance, name).to(matrix).sqrt()[:, None] * matrix
     if matrix.shape[0] <= matrix.shape[1]:
         return _roots(matrix @ moments @ matrix.T)
-    root = whitening(moments)[1]
+    root = _Root(moments).root
     return _roots(root.T @ (matrix.T @ matrix) @ root)
 
 
@@ -239,17 +269,6 @@ def _plus_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
     result = matrix.clone()
     result.diagonal().add_(value)
     return result
-
-
-def _inverse_root(moments: Tensor) -> Tensor:
-    """``L^-T`` for ``moments = L L^T``, or ``Q s^-1/2`` where rounding leaves the moments singular."""
-    lower, failed = torch.linalg.cholesky_ex(moments)
-    diagonal = lower.diagonal()
-    eps = torch.finfo(moments.dtype).eps
-    if failed.item() or diagonal.min().square() <= 100 * len(moments) * eps * diagonal.max().square():
-        return whitening(moments)[0]
-    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).T
 
 
 def _working_copy(weight: Tensor, name: str) -> Tensor:

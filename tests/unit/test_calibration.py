@@ -20,7 +20,7 @@ from lowrank_ft.conversion.moments import Moments
 from lowrank_ft.conversion.received import InputGroups, dense_moments
 from lowrank_ft.conversion.record import ConversionRecord
 from lowrank_ft.conversion.sampling import sample_blocks
-from lowrank_ft.conversion.sensitivity import output_gradients, squared_spectra
+from lowrank_ft.conversion.sensitivity import output_gradients, output_importance, squared_spectra
 from lowrank_ft.errors import ConfigError, DataError, DivergedError, LowRankError, NonFiniteError
 from lowrank_ft.factorization.plan import make_plan
 from lowrank_ft.factorization.solvers import Regression
@@ -887,6 +887,23 @@ def test_output_gradients_are_those_of_autograd(case, monkeypatch):
         for a, b in zip(found.values(), output_gradients(model, names, batches, 3).values(), strict=True)
     )
     assert not torch.equal(found[names[0]], output_gradients(model, names, batches, 4)[names[0]])
+
+
+@pytest.mark.parametrize("case", ["llama", "bert, masked", "t5"])
+def test_gradients_are_taken_of_a_few_rows_at_a_time(case, monkeypatch):
+    from lowrank_ft.conversion import sensitivity
+
+    model, batches = build(case)
+    names = list(make_plan(model, rank=4).ranks)
+    rows, found = [], []
+    model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    for most in (512, 1):
+        monkeypatch.setattr(sensitivity, "_POSITIONS_AT_ONCE", most)
+        rows.clear()
+        found.append(output_importance(model, names, settings(batches, seed=3)))
+    assert set(rows) == {1}
+    for name in names:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-12, msg=name)
 
 
 def test_labels_are_drawn_from_the_models_distribution(monkeypatch):
