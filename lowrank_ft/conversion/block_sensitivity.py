@@ -67,9 +67,12 @@ def squared_spectra_on_disk(
         with disk.loaded(name) as block, unfolded(model, part_of(plan, name)) as each:
             left, linears = calibration.store(), [p.name for p in each.linears]
             passed_on = partial(_pass_on, stream, block, name, left)
-            moments = dense_moments(model, linears, batches, passed_on, calibration.processes)
+            # Without a name of their own, so that they are gone before those of the next block are collected.
+            squares |= spectra_of(
+                model, dense_moments(model, linears, batches, passed_on, calibration.processes), importance,
+                calibration.processes,
+            )  # fmt: skip
             stream.hidden = left
-            squares |= spectra_of(model, moments, importance, calibration.processes)
     return summed(plan, squares)
 
 

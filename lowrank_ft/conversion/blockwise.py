@@ -167,6 +167,7 @@ class _Block:
                 solver = Regression(shared.inputs, shared.cross, damping, first)
             moments |= dict.fromkeys(group.names, shared)
             factorize_linears(self.model, {n: self.ranks[n] for n in group.names}, solver, processes, self.importance)
+            give_back()
         if few:
             warn_of_few(list(few), self.name, max(few.values()))
         # Of the others, none is wanted, or no token of the calibration data came by.

@@ -116,19 +116,17 @@ def peak_bytes(model: nn.Module, plan: Plan, speed: Speed, work: Work) -> int:
     config: Any = getattr(model, "config", None)
     hidden = getattr(config, "hidden_size", None) or max(p.shape[1] for p in plan.linears)
     streams = (4 if work.anchored or work.refined else 2) * 4 * work.fitted * hidden
-    vocabulary = getattr(config.get_text_config(), "vocab_size", 0) if hasattr(config, "get_text_config") else 0
-    logits = 4 * 4 * _TOKENS * vocabulary
-    activations = int(speed.activation_bytes * _TOKENS)
+    backward = _logit_bytes(config) + int(speed.activation_bytes * _TOKENS)
     moments = min(2**30, sum(8 * p.shape[1] ** 2 * p.copies for p in plan.linears))
-    first = weights + logits + activations + (moments if work.loss else 0)
-    solver = 7 * 8 * max((p.shape[1] ** 2 for p in plan.linears if p.rank is not None), default=0)
+    first = weights + max(backward, moments if work.loss else 0)
+    solver = _moment_bytes(plan, work.anchored)
     if not work.distilled:
         return max(first, weights + streams + solver)
     kept = weights + dense * size + solver  # the dense twin, too
     # Beside the factors: gradients, two states of AdamW, the best state so far; and a copy of 16-bit factors.
     # The dense twin makes up for what is factored in ``weights``.
     training = weights + factors * size + factors * 4 * (4 if size == 4 else 5)
-    return max(first, kept + streams, training + logits + activations)
+    return max(first, kept + streams, training + backward)
 
 
 def planned_bytes(model: nn.Module, plan: Plan, effort: Effort) -> dict[str, int]:
@@ -182,12 +180,22 @@ def streamed_bytes(model: nn.Module, plan: Plan, calibration: Calibration | None
     config: Any = getattr(model, "config", None)
     hidden = getattr(config, "hidden_size", None) or hidden
     tokens = sum(map(positions, calibration.fitted_and_held_out))
-    entered = GRADIENT_TOKENS * len(blocks)
-    kept = 0 if calibration.activations_dir is not None else size * hidden * max(3 * tokens, 2 * tokens + entered)
+    entered = (len(blocks) + 2) * GRADIENT_TOKENS
+    per_token = 0 if calibration.activations_dir is not None else size * hidden
+    weighing = per_token * entered + max(block, max(others) + _logit_bytes(config))
+    fitting = per_token * max(3 * tokens, 2 * SENSITIVITY_TOKENS) + 2 * block + solver + _moment_bytes(plan, False)
+    return max(weighing, fitting)
+
+
+def _logit_bytes(config: Any) -> int:
+    """Of as many positions as there are at once where gradients are taken, four times, in float32."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", 0) if hasattr(config, "get_text_config") else 0
-    logits = 4 * 4 * 2 * _TOKENS * vocabulary
-    moments = 3 * 8 * max((p.shape[1] ** 2 for p in plan.linears), default=0)
-    return kept + max(others) + max(2 * block + solver + moments, logits)
+    return 4 * 4 * _TOKENS * int(vocabulary or 0)
+
+
+def _moment_bytes(plan: Plan, anchored: bool) -> int:
+    """Of the widest linear, in a fit: its moments, a copy with the damping, its root, and what else its block has."""
+    return (6 if anchored else 4) * 8 * max((p.shape[1] ** 2 for p in plan.linears if p.rank is not None), default=0)
 
 
 def _without_grad(function: Callable[[], Any]) -> Any:

@@ -66,8 +66,8 @@ def squared_spectra(
     squares: dict[str, Tensor] = {}
     bar = progress_bar(total=len(names), desc="allocate", unit="linear", progress=progress)
     for group in _in_runs(model, names):
-        moments = dense_moments(model, group, batches, processes=processes)
-        squares |= spectra_of(model, moments, importance, processes)
+        # Without a name of their own, so that they are gone before those of the next run are collected.
+        squares |= spectra_of(model, dense_moments(model, group, batches, processes=processes), importance, processes)
         bar.update(len(group))
     bar.close()
     return squares
@@ -87,7 +87,7 @@ def spectra_of(
         found, weights = moments[name], None if importance is None else importance[name]
         assert found.inputs is not None
         weight = dense_weight(model.get_submodule(name))
-        return (weighted_singular_values(weight, found.inputs / found.tokens, name, weights).square(),)
+        return (weighted_singular_values(weight, found.inputs, name, weights).square() / found.tokens,)
 
     reached = [name for name, found in moments.items() if found.inputs is not None]
     if importance is not None:

@@ -99,7 +99,7 @@ class Regression:
         power = moments.diagonal().mean()
         if not power > 0:
             return
-        self._root = _Root(_plus_diagonal(moments, damping * power))
+        self._root = _Root(moments, damping * power)
         if cross is None:
             self._mixed = self._root.root
         else:
@@ -124,8 +124,11 @@ class Regression:
         roots = None if importance is None else importance_roots(_of_numbers(importance, name).to(matrix))
         if roots is not None:
             target = roots[:, None] * target
-        # Of M = U' V', only U' is needed: V = U'^T M L^-1.
-        basis, projection = leading_part(target, rank)
+        # The singular vectors of the shorter side are enough: M = Q (Q^T M) = (M P^T) P, and V = Q^T M L^-1 or P L^-1.
+        if target.shape[0] > target.shape[1]:
+            basis, projection = (part.T for part in reversed(leading_part(target.T, rank)))
+        else:
+            basis, projection = leading_part(target, rank)
         if roots is not None:
             basis = basis / roots[:, None]
         right = self._root.divide(projection.to(self._mixed))
@@ -137,14 +140,21 @@ class _Root:
 
     ``root`` is lower triangular, and never inverted; or ``Q s^1/2`` where rounding leaves ``A`` singular, with ``Q s^-1/2``
     for its inverse.
+
+    Args:
+        moments: ``A``, plus ``added`` times the identity.
     """
 
-    def __init__(self, moments: Tensor) -> None:
-        self.root, failed = torch.linalg.cholesky_ex(moments)
+    def __init__(self, moments: Tensor, added: float | Tensor = 0.0) -> None:
+        self.root = _plus_diagonal(moments, added)
         self._inverse: Tensor | None = None
+        # In the place of the copy: of the widest linears, these are the largest tensors of a conversion.
+        _, failed = torch.linalg.cholesky_ex(
+            self.root, out=(self.root, torch.empty_like(self.root[0, 0], dtype=torch.int32))
+        )
         diagonal, eps = self.root.diagonal(), torch.finfo(moments.dtype).eps
         if failed.item() or diagonal.min().square() <= 100 * len(moments) * eps * diagonal.max().square():
-            self._inverse, self.root = whitening(moments)
+            self._inverse, self.root = whitening(_plus_diagonal(moments, added))
 
     def divide(self, matrix: Tensor) -> Tensor:
         """``M L^-1``."""
@@ -265,7 +275,7 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _plus_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
+def _plus_diagonal(matrix: Tensor, value: float | Tensor) -> Tensor:
     result = matrix.clone()
     result.diagonal().add_(value)
     return result
