@@ -119,20 +119,25 @@ class Regression:
         rank = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
         if self._root is None:
             return truncated_svd(weight, rank, name)
+        return balance(self._fit(self._root, weight, rank, name, importance))
+
+    def _fit(self, root: "_Root", weight: Tensor, rank: int, name: str, importance: Tensor | None) -> Factors:
+        """Not balanced. What is large in here is gone before that is done."""
         matrix = _working_copy(weight, name)
-        target = matrix @ self._mixed.to(matrix.device)
         roots = None if importance is None else importance_roots(_of_numbers(importance, name).to(matrix))
+        target = matrix @ self._mixed.to(matrix.device)
+        del matrix
         if roots is not None:
-            target = roots[:, None] * target
+            target *= roots[:, None]
         # The singular vectors of the shorter side are enough: M = Q (Q^T M) = (M P^T) P, and V = Q^T M L^-1 or P L^-1.
         if target.shape[0] > target.shape[1]:
             basis, projection = (part.T for part in reversed(leading_part(target.T, rank)))
         else:
             basis, projection = leading_part(target, rank)
+        del target
         if roots is not None:
             basis = basis / roots[:, None]
-        right = self._root.divide(projection.to(self._mixed))
-        return balance(Factors(_result(basis, weight), _result(right, weight)))
+        return Factors(_result(basis, weight), _result(root.divide(projection.to(self._mixed)), weight))
 
 
 class _Root:
@@ -208,10 +213,9 @@ def balance(factors: Factors) -> Factors:
     QR of both factors, SVD of the small core ``R_U R_V^T``, and ``sqrt(s)`` to each side. Costs ``O((out + in) r^2)``;
     the dense product is never formed. float64 factors stay so.
     """
-    left, right = _working_copy(factors.U, "U"), _working_copy(factors.V, "V")
     dtype = torch.promote_types(torch.float32, factors.U.dtype)
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
+    q_left, r_left = torch.linalg.qr(_working_copy(factors.U, "U"))
+    q_right, r_right = torch.linalg.qr(_working_copy(factors.V, "V").T)
     core_left, s, core_right = torch.linalg.svd(r_left @ r_right.T)
     root = s.sqrt()
     balanced_left = q_left @ (core_left * root)

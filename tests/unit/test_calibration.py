@@ -362,6 +362,9 @@ def test_moments_of_other_tokens_are_not_crossed():
     moments = Moments()
     moments.add(a, b)
     assert torch.equal(moments.cross, moments.inputs)
+    moments.add(a, 2 * a)  # summed in place, and yet each of them once
+    torch.testing.assert_close(moments.inputs, 2 * a.double().T @ a.double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(moments.cross, 3 * a.double().T @ a.double(), atol=1e-5, rtol=1e-5)
 
 
 def test_moments_refuse_nan_by_name():
