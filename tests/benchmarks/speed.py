@@ -10,9 +10,16 @@ Llama-3.2-1B. Every row says how many times as fast as dense it is, and what flo
 bytes of weights (``byte``) allow.
 On a CPU the times are CPU seconds of one thread, each the shortest of its repeats, so that other work counts little.
 Rows that the output holds are not measured again.
+
+glibc returns large buffers to the system, and the next one is fetched page by page. This is measured without that, as under
+jemalloc or tcmalloc, by
+
+    MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 PYTHONPATH=. OMP_NUM_THREADS=1 python \
+        tests/benchmarks/speed.py --parts ffn --tokens 2048 --forward-only --output tests/benchmarks/results/speed_kept_pages.json
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -188,6 +195,7 @@ def main() -> None:
     parser.add_argument("--compact", nargs="*", default=[], help="compact versions of it")
     parser.add_argument("--widths", type=int, nargs="+", default=[768, 1536, 2048, 3072])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 2048])
+    parser.add_argument("--forward-only", action="store_true", help="no backward passes in the part ffn")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=8, help="of a model; the shortest counts")
     parser.add_argument("--compiled", action="store_true", help="models also with torch.compile and a static cache")
@@ -195,7 +203,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the part ffn")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "speed.json")
     options = parser.parse_args()
-    report = common.read_json(options.output) or {"machine": common.machine(options.device), "rows": []}
+    facts = {"machine": common.machine(options.device), "kept_pages": "MALLOC_MMAP_THRESHOLD_" in os.environ}
+    report = common.read_json(options.output) or {**facts, "rows": []}
     have = {(r["part"], r["case"]) for r in report["rows"]}
 
     def keep(part: str, case: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
@@ -207,7 +216,7 @@ def main() -> None:
     if "ffn" in options.parts:
         for width in options.widths:
             for tokens in options.tokens:
-                for training in (False, True):
+                for training in (False,) if options.forward_only else (False, True):
                     keep("ffn training" if training else "ffn", f"width {width}, {tokens} tokens",
                          lambda w=width, n=tokens, t=training: ffn_rows(w, n, t, options))  # fmt: skip
     sets: list[tuple[str, Callable[[], dict[str, Any]]]] = []
