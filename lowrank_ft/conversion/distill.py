@@ -25,6 +25,7 @@ from lowrank_ft.conversion.factor_trainer import Best, FactorTrainer
 from lowrank_ft.conversion.processes import ONE, Processes
 from lowrank_ft.conversion.refine import squared_error
 from lowrank_ft.evaluation.divergence import divergence
+from lowrank_ft.memory import give_back
 
 _CHECKS = 4
 _PATIENCE = 2
@@ -136,13 +137,18 @@ def search_rate(trainer: FactorTrainer, best: Best, loss: Callable[[], float]) -
 def _add_gradient(trainer: FactorTrainer, model: nn.Module, dense_model: nn.Module, batch: Batch) -> float:
     total = 0.0
     for part, share in _parts(batch, model, trainer.processes):
-        with torch.no_grad():
-            wanted = run(dense_model, part)
         with torch.enable_grad():
-            found = share * difference(run(model, part), wanted, part)
+            # The logits of neither model have a name here, and are gone before the backward pass.
+            found = share * difference(run(model, part), _without_gradient(dense_model, part), part)
             trainer.add(found)
         total += found.item()
+        give_back()
     return trainer.processes.total(total)
+
+
+@torch.no_grad()
+def _without_gradient(model: nn.Module, batch: Batch) -> Any:
+    return run(model, batch)
 
 
 @torch.no_grad()
