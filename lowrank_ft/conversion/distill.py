@@ -139,16 +139,11 @@ def _add_gradient(trainer: FactorTrainer, model: nn.Module, dense_model: nn.Modu
     for part, share in _parts(batch, model, trainer.processes):
         with torch.enable_grad():
             # The logits of neither model have a name here, and are gone before the backward pass.
-            found = share * difference(run(model, part), _without_gradient(dense_model, part), part)
+            found = share * difference(run(model, part), torch.no_grad()(run)(dense_model, part), part)
             trainer.add(found)
         total += found.item()
         give_back()
     return trainer.processes.total(total)
-
-
-@torch.no_grad()
-def _without_gradient(model: nn.Module, batch: Batch) -> Any:
-    return run(model, batch)
 
 
 @torch.no_grad()
